@@ -1,0 +1,1 @@
+"""Continual-learning experiments: ``python -m ekfac_rs.experiments --help``."""
