@@ -1,0 +1,76 @@
+//! `sum_k G_k V A_k`: the product every training step needs.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+
+use super::{Cpu, split_columns};
+use crate::cancel::Cancel;
+use crate::error::Result;
+use crate::view::Real;
+
+/// A term as (A, G).
+type Term<'a, T> = (MatRef<'a, T>, MatRef<'a, T>);
+
+/// Writes `sum_k G_k V_s A_k + damping * V_s` for every matrix of the stack.
+pub(super) fn kronecker_product<T: Real>(
+    cpu: &Cpu,
+    terms: &[Term<'_, T>],
+    v: &[MatRef<'_, T>],
+    out: Vec<MatMut<'_, T>>,
+    damping: f64,
+    cancel: &Cancel,
+) -> Result<()> {
+    let Some(first) = v.first() else {
+        return Ok(());
+    };
+    let (rows, columns) = (first.nrows() as f64, first.ncols() as f64);
+    // Cutting the longer side keeps the blocks square; the factors are symmetric, so the
+    // transposed problem is the same one with the factors exchanged.
+    let transposed = rows > columns;
+    let flops = 2.0 * rows * columns * (rows + columns) * terms.len() as f64;
+    let pieces = cpu.pieces(flops * v.len() as f64).div_ceil(v.len());
+    let mut blocks = Vec::with_capacity(pieces * v.len());
+    for (v, out) in v.iter().zip(out) {
+        let (v, out) = if transposed {
+            (v.transpose(), out.transpose_mut())
+        } else {
+            (*v, out)
+        };
+        let split = split_columns(out, pieces).into_iter();
+        blocks.extend(split.map(|(start, block)| (v, start, block)));
+    }
+    cpu.run(blocks, |(v, start, mut block)| {
+        if cancel.is_cancelled() {
+            return;
+        }
+        let (height, width) = (block.nrows(), block.ncols());
+        cpu.scratch.of::<T>().with(height * width, |scratch| {
+            let mut half = MatMut::from_row_major_slice_mut(scratch, height, width);
+            start_with_damping(block.as_mut(), v.subcols(start, width), damping);
+            let mut keep = if damping == 0.0 {
+                Accum::Replace
+            } else {
+                Accum::Add
+            };
+            for &(a, g) in terms {
+                let (left, right) = if transposed { (a, g) } else { (g, a) };
+                let right = right.subcols(start, width);
+                matmul(half.as_mut(), Accum::Replace, v, right, one(), Par::Seq);
+                matmul(block.as_mut(), keep, left, half.as_ref(), one(), Par::Seq);
+                keep = Accum::Add;
+            }
+        });
+    });
+    cancel.check()
+}
+
+fn one<T: Real>() -> T {
+    T::from_f64(1.0)
+}
+
+fn start_with_damping<T: Real>(mut block: MatMut<'_, T>, v: MatRef<'_, T>, damping: f64) {
+    if damping != 0.0 {
+        let damping = T::from_f64(damping);
+        super::zip_elements(block.as_mut(), v, |out, v| *out = damping * v);
+    }
+}

@@ -1,0 +1,626 @@
+//! Borrowed tensors of other owners: pointer, shape, strides, dtype, device, stream.
+//!
+//! # Safety contract
+//!
+//! Every view starts at [`TensorView::from_raw_parts`] or [`TensorViewMut::from_raw_parts`], and
+//! whoever calls them promises, for as long as the view lives:
+//!
+//! - the memory that shape and strides (in elements) reach from `pointer` belongs to one
+//!   allocation on `device` and holds initialised elements of `dtype`;
+//! - nobody writes to the memory of a [`TensorView`], and nobody but the view touches the memory
+//!   of a [`TensorViewMut`];
+//! - for a GPU, `stream` is a live stream of that device, and earlier work on the memory was
+//!   submitted to it.
+//!
+//! What can be checked here is checked here: alignment, null pointers, sizes that overflow, and
+//! outputs in which two indices would share one element. Apart from the CUDA backend, this is the
+//! only module with `unsafe` code.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use faer::{MatMut, MatRef};
+use half::{bf16, f16};
+use ndarray::{ArrayView, ArrayViewD, ArrayViewMut, Dimension, IxDyn, ShapeBuilder};
+
+use crate::error::{Error, Result};
+
+/// Element types a tensor may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// 32-bit IEEE floating point.
+    Float32,
+    /// 64-bit IEEE floating point.
+    Float64,
+    /// 16-bit IEEE floating point.
+    Float16,
+    /// Truncated 32-bit floating point.
+    BFloat16,
+}
+
+impl Dtype {
+    /// The dtype torch calls by this name, without the `torch.` prefix.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "float32" => Ok(Self::Float32),
+            "float64" => Ok(Self::Float64),
+            "float16" => Ok(Self::Float16),
+            "bfloat16" => Ok(Self::BFloat16),
+            other => Err(Error::Dtype(format!(
+                "unsupported dtype: expected float32, float64, float16 or bfloat16, got {other}"
+            ))),
+        }
+    }
+
+    /// Bytes per element, which is the required alignment, too.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Float16 | Self::BFloat16 => 2,
+            Self::Float32 => 4,
+            Self::Float64 => 8,
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Float32 => "float32",
+            Self::Float64 => "float64",
+            Self::Float16 => "float16",
+            Self::BFloat16 => "bfloat16",
+        })
+    }
+}
+
+/// Where the memory of a tensor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// Host memory.
+    Cpu,
+    /// Memory of the CUDA device with this ordinal.
+    Cuda(usize),
+}
+
+impl Device {
+    /// Parses `cpu` or `cuda:<index>`.
+    pub fn from_name(name: &str) -> Result<Self> {
+        if name == "cpu" {
+            return Ok(Self::Cpu);
+        }
+        name.strip_prefix("cuda:")
+            .and_then(|index| index.parse().ok())
+            .map(Self::Cuda)
+            .ok_or_else(|| {
+                Error::Device(format!(
+                    "unsupported device: expected cpu or cuda:<index>, got {name}"
+                ))
+            })
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for f64 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// An element type that can be read.
+pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
+    /// The matching dtype.
+    const DTYPE: Dtype;
+    /// The value in double precision, exactly.
+    fn to_f64(self) -> f64;
+    /// The value in single precision, rounded for `f64`.
+    fn to_f32(self) -> f32;
+}
+
+/// An element type that is computed in: `f32` or `f64`.
+pub trait Real: Element + faer::traits::RealField + Copy + Default + fmt::Debug {
+    /// The spacing of numbers just above one.
+    const EPSILON: f64;
+    /// Rounds to this type.
+    fn from_f64(value: f64) -> Self;
+    /// Reads any element into this type.
+    fn from_element<S: Element>(value: S) -> Self;
+}
+
+macro_rules! element {
+    ($type:ty, $dtype:ident) => {
+        impl Element for $type {
+            const DTYPE: Dtype = Dtype::$dtype;
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+            #[inline(always)]
+            fn to_f32(self) -> f32 {
+                f32::from(self)
+            }
+        }
+    };
+}
+
+element!(f32, Float32);
+element!(f16, Float16);
+element!(bf16, BFloat16);
+
+impl Element for f64 {
+    const DTYPE: Dtype = Dtype::Float64;
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self as f32
+    }
+}
+
+impl Real for f32 {
+    const EPSILON: f64 = f32::EPSILON as f64;
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    #[inline(always)]
+    fn from_element<S: Element>(value: S) -> Self {
+        value.to_f32()
+    }
+}
+
+impl Real for f64 {
+    const EPSILON: f64 = f64::EPSILON;
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn from_element<S: Element>(value: S) -> Self {
+        value.to_f64()
+    }
+}
+
+/// Everything about a tensor but its contents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Extent of each dimension.
+    pub shape: Vec<usize>,
+    /// Distance between neighbours of each dimension, in elements.
+    pub strides: Vec<usize>,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Where the memory is.
+    pub device: Device,
+    /// The CUDA stream that orders work on the memory; 0 on the CPU.
+    pub stream: usize,
+}
+
+impl Layout {
+    /// Number of elements from the first to just behind the last one that can be reached; 0 for
+    /// an empty tensor.
+    fn span(&self) -> Result<usize> {
+        if self.shape.contains(&0) {
+            return Ok(0);
+        }
+        let last = self
+            .shape
+            .iter()
+            .zip(&self.strides)
+            .try_fold(0usize, |sum, (&extent, &stride)| {
+                sum.checked_add((extent - 1).checked_mul(stride)?)
+            });
+        last.and_then(|last| last.checked_add(1))
+            .filter(|&span| span <= isize::MAX as usize / self.dtype.size())
+            .ok_or_else(|| {
+                Error::Shape(format!(
+                    "shape {:?} with strides {:?} does not fit into memory",
+                    self.shape, self.strides
+                ))
+            })
+    }
+
+    fn check(&self, address: usize) -> Result<()> {
+        if self.shape.len() != self.strides.len() {
+            return Err(Error::Shape(format!(
+                "shape {:?} and strides {:?} have different lengths",
+                self.shape, self.strides
+            )));
+        }
+        let span = self.span()?;
+        if span > 0 && address == 0 {
+            return Err(Error::Shape(format!(
+                "a tensor of shape {:?} has no memory (null data pointer)",
+                self.shape
+            )));
+        }
+        if !address.is_multiple_of(self.dtype.size()) {
+            return Err(Error::Shape(format!(
+                "the data pointer is not aligned to its dtype {}",
+                self.dtype
+            )));
+        }
+        Ok(())
+    }
+
+    /// Refuses layouts in which two indices could share an element. Sorted by stride, each
+    /// dimension must step over everything the smaller ones reach; torch's own dense and sliced
+    /// layouts all do.
+    fn check_distinct(&self) -> Result<()> {
+        let mut dimensions: Vec<(usize, usize)> = self
+            .strides
+            .iter()
+            .zip(&self.shape)
+            .filter(|&(_, &extent)| extent > 1)
+            .map(|(&stride, &extent)| (stride, extent))
+            .collect();
+        dimensions.sort_unstable();
+        let mut reach = 0;
+        for (stride, extent) in dimensions {
+            if stride <= reach {
+                return Err(Error::Shape(format!(
+                    "an output must not share memory between its elements (expanded tensors do): \
+                     got shape {:?} with strides {:?}",
+                    self.shape, self.strides
+                )));
+            }
+            reach += stride * (extent - 1);
+        }
+        Ok(())
+    }
+
+    fn expect_dtype(&self, expected: Dtype) -> Result<()> {
+        if self.dtype == expected {
+            Ok(())
+        } else {
+            Err(Error::Dtype(format!(
+                "expected dtype {expected}, got {}",
+                self.dtype
+            )))
+        }
+    }
+
+    fn expect_cpu(&self) -> Result<()> {
+        match self.device {
+            Device::Cpu => Ok(()),
+            Device::Cuda(_) => Err(Error::Device(format!(
+                "a tensor lives on {}, but the CUDA backend is not in this build: move it to the \
+                 CPU first",
+                self.device
+            ))),
+        }
+    }
+
+    /// Shape and strides of a matrix, or of a stack of matrices, as (count, step, rows, columns,
+    /// row stride, column stride).
+    fn as_matrices(&self) -> Result<[usize; 6]> {
+        match (&self.shape[..], &self.strides[..]) {
+            (&[rows, columns], &[down, right]) => Ok([1, 0, rows, columns, down, right]),
+            (&[count, rows, columns], &[step, down, right]) => {
+                Ok([count, step, rows, columns, down, right])
+            }
+            _ => Err(Error::Shape(format!(
+                "expected a matrix or a stack of matrices, got shape {:?}",
+                self.shape
+            ))),
+        }
+    }
+}
+
+/// A borrowed tensor that is only read. Expanded (zero-stride) and sliced tensors are welcome.
+#[derive(Debug, Clone)]
+pub struct TensorView<'a> {
+    pointer: *const u8,
+    layout: Layout,
+    memory: PhantomData<&'a [u8]>,
+}
+
+// SAFETY: by the contract above nobody writes to the memory, so threads may share the view.
+unsafe impl Send for TensorView<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorView<'_> {}
+
+impl<'a> TensorView<'a> {
+    /// Borrows memory described by address and layout.
+    ///
+    /// # Safety
+    ///
+    /// The caller keeps the contract in this module's documentation for the lifetime `'a`.
+    pub unsafe fn from_raw_parts(address: usize, layout: Layout) -> Result<Self> {
+        layout.check(address)?;
+        let pointer = std::ptr::with_exposed_provenance(address);
+        Ok(Self {
+            pointer,
+            layout,
+            memory: PhantomData,
+        })
+    }
+
+    /// Borrows an array in host memory.
+    pub fn new<T: Element, D: Dimension>(array: ArrayView<'a, T, D>) -> Result<Self> {
+        let layout = host_layout(T::DTYPE, array.shape(), array.strides())?;
+        Ok(Self {
+            pointer: array.as_ptr().cast(),
+            layout,
+            memory: PhantomData,
+        })
+    }
+
+    /// Shape, strides, dtype, device and stream.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Extent of each dimension.
+    pub fn shape(&self) -> &[usize] {
+        &self.layout.shape
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.layout.dtype
+    }
+
+    /// Fails unless the tensor is in host memory.
+    pub fn expect_cpu(&self) -> Result<()> {
+        self.layout.expect_cpu()
+    }
+
+    /// `[N, K]` seen as `[N, 1, K]`; other tensors as they are.
+    pub fn as_examples(&self) -> Self {
+        let mut view = self.clone();
+        if let (&[examples, features], &[down, right]) =
+            (&self.layout.shape[..], &self.layout.strides[..])
+        {
+            view.layout.shape = vec![examples, 1, features];
+            view.layout.strides = vec![down, 0, right];
+        }
+        view
+    }
+
+    /// `[N, T, K]` seen as `[N T, K]`, where the strides allow it.
+    pub fn flatten_units(&self) -> Option<Self> {
+        let (&[examples, locations, features], &[over, down, right]) =
+            (&self.layout.shape[..], &self.layout.strides[..])
+        else {
+            return None;
+        };
+        let step = match (examples, locations) {
+            (_, 1) => over,
+            (1, _) => down,
+            _ if over == locations * down => down,
+            _ => return None,
+        };
+        let mut view = self.clone();
+        view.layout.shape = vec![examples * locations, features];
+        view.layout.strides = vec![step, right];
+        Some(view)
+    }
+
+    /// The tensor as an array in host memory.
+    pub fn array<T: Element>(&self) -> Result<ArrayViewD<'a, T>> {
+        self.layout.expect_cpu()?;
+        self.layout.expect_dtype(T::DTYPE)?;
+        let shape = IxDyn(&self.layout.shape).strides(IxDyn(&self.layout.strides));
+        // SAFETY: device and dtype were checked just above, alignment and size at construction;
+        // the rest is the module's contract.
+        Ok(unsafe { ArrayView::from_shape_ptr(shape, self.host_pointer::<T>()) })
+    }
+
+    /// The matrices of a `[rows, columns]` or `[count, rows, columns]` tensor in host memory.
+    pub fn matrices<T: Real>(&self) -> Result<Vec<MatRef<'a, T>>> {
+        self.layout.expect_cpu()?;
+        self.layout.expect_dtype(T::DTYPE)?;
+        let [count, step, rows, columns, down, right] = self.layout.as_matrices()?;
+        let start = self.host_pointer::<T>();
+        Ok((0..count)
+            .map(|index| {
+                // SAFETY: as in `array`; the offset stays inside the tensor for each index.
+                unsafe {
+                    let first = start.wrapping_add(index * step);
+                    MatRef::from_raw_parts(first, rows, columns, down as isize, right as isize)
+                }
+            })
+            .collect())
+    }
+
+    /// The `[rows, columns]` tensor as a matrix in host memory.
+    pub fn matrix<T: Real>(&self) -> Result<MatRef<'a, T>> {
+        expect_single(&self.layout)?;
+        self.matrices().map(|matrices| matrices[0])
+    }
+
+    fn host_pointer<T>(&self) -> *const T {
+        if self.pointer.is_null() {
+            std::ptr::NonNull::dangling().as_ptr()
+        } else {
+            self.pointer.cast()
+        }
+    }
+}
+
+/// A borrowed tensor that is written to; no two of its indices share an element.
+#[derive(Debug)]
+pub struct TensorViewMut<'a> {
+    pointer: *mut u8,
+    layout: Layout,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: the view is the only way to its memory, so it may move between threads.
+unsafe impl Send for TensorViewMut<'_> {}
+// SAFETY: writing needs `&mut`, so sharing a reference allows reading only.
+unsafe impl Sync for TensorViewMut<'_> {}
+
+impl<'a> TensorViewMut<'a> {
+    /// Borrows memory described by address and layout, to write to it.
+    ///
+    /// # Safety
+    ///
+    /// The caller keeps the contract in this module's documentation for the lifetime `'a`.
+    pub unsafe fn from_raw_parts(address: usize, layout: Layout) -> Result<Self> {
+        layout.check(address)?;
+        layout.check_distinct()?;
+        let pointer = std::ptr::with_exposed_provenance_mut(address);
+        Ok(Self {
+            pointer,
+            layout,
+            memory: PhantomData,
+        })
+    }
+
+    /// Borrows an array in host memory, to write to it.
+    pub fn new<T: Element, D: Dimension>(mut array: ArrayViewMut<'a, T, D>) -> Result<Self> {
+        let layout = host_layout(T::DTYPE, array.shape(), array.strides())?;
+        layout.check_distinct()?;
+        Ok(Self {
+            pointer: array.as_mut_ptr().cast(),
+            layout,
+            memory: PhantomData,
+        })
+    }
+
+    /// Shape, strides, dtype, device and stream.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Extent of each dimension.
+    pub fn shape(&self) -> &[usize] {
+        &self.layout.shape
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        self.layout.dtype
+    }
+
+    /// Fails unless the tensor is in host memory.
+    pub fn expect_cpu(&self) -> Result<()> {
+        self.layout.expect_cpu()
+    }
+
+    /// The matrices of a `[rows, columns]` or `[count, rows, columns]` tensor in host memory.
+    pub fn matrices<T: Real>(&mut self) -> Result<Vec<MatMut<'_, T>>> {
+        self.layout.expect_cpu()?;
+        self.layout.expect_dtype(T::DTYPE)?;
+        let [count, step, rows, columns, down, right] = self.layout.as_matrices()?;
+        let start: *mut T = if self.pointer.is_null() {
+            std::ptr::NonNull::dangling().as_ptr()
+        } else {
+            self.pointer.cast()
+        };
+        Ok((0..count)
+            .map(|index| {
+                // SAFETY: device and dtype were checked just above, the rest at construction;
+                // `check_distinct` makes the matrices disjoint, and `&mut self` exclusive.
+                unsafe {
+                    let first = start.wrapping_add(index * step);
+                    MatMut::from_raw_parts_mut(first, rows, columns, down as isize, right as isize)
+                }
+            })
+            .collect())
+    }
+
+    /// The `[rows, columns]` tensor as a matrix in host memory.
+    pub fn matrix<T: Real>(&mut self) -> Result<MatMut<'_, T>> {
+        expect_single(&self.layout)?;
+        self.matrices().map(|mut matrices| matrices.remove(0))
+    }
+
+    /// The elements of a one-dimensional tensor in host memory, as a matrix of one column.
+    pub fn column<T: Real>(&mut self) -> Result<MatMut<'_, T>> {
+        let (&[length], &[stride]) = (&self.layout.shape[..], &self.layout.strides[..]) else {
+            return Err(Error::Shape(format!(
+                "expected a vector, got shape {:?}",
+                self.layout.shape
+            )));
+        };
+        let mut column = TensorViewMut {
+            pointer: self.pointer,
+            layout: Layout {
+                shape: vec![length, 1],
+                strides: vec![stride, 1],
+                ..self.layout.clone()
+            },
+            memory: PhantomData,
+        };
+        column.matrix::<T>().map(|matrix| {
+            // SAFETY: the same memory under the same `&mut self`; only the temporary descriptor
+            // that the matrix was made from ends here.
+            unsafe {
+                MatMut::from_raw_parts_mut(
+                    matrix.as_ptr_mut(),
+                    length,
+                    1,
+                    matrix.row_stride(),
+                    matrix.col_stride(),
+                )
+            }
+        })
+    }
+}
+
+fn expect_single(layout: &Layout) -> Result<()> {
+    if layout.shape.len() == 2 {
+        Ok(())
+    } else {
+        Err(Error::Shape(format!(
+            "expected a matrix, got shape {:?}",
+            layout.shape
+        )))
+    }
+}
+
+fn host_layout(dtype: Dtype, shape: &[usize], strides: &[isize]) -> Result<Layout> {
+    let strides = strides
+        .iter()
+        .zip(shape)
+        .map(|(&stride, &extent)| match usize::try_from(stride) {
+            Ok(stride) => Ok(stride),
+            Err(_) if extent <= 1 => Ok(0),
+            Err(_) => Err(Error::Shape(format!(
+                "negative strides are not supported: got {strides:?}"
+            ))),
+        })
+        .collect::<Result<_>>()?;
+    Ok(Layout {
+        shape: shape.to_vec(),
+        strides,
+        dtype,
+        device: Device::Cpu,
+        stream: 0,
+    })
+}
+
+/// Runs a body with `T` standing for the type of a dtype that is computed in; other dtypes are an
+/// error.
+macro_rules! with_real {
+    ($dtype:expr, $T:ident => $body:expr) => {
+        match $dtype {
+            $crate::view::Dtype::Float32 => {
+                type $T = f32;
+                $body
+            }
+            $crate::view::Dtype::Float64 => {
+                type $T = f64;
+                $body
+            }
+            other => Err($crate::error::Error::Dtype(format!(
+                "expected float32 or float64, got {other}"
+            ))),
+        }
+    };
+}
+pub(crate) use with_real;

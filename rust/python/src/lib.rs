@@ -1,0 +1,39 @@
+//! Python bindings of `ekfac-core`: the module `ekfac_rs._core`.
+//!
+//! Nothing is computed here: arguments become views, the GIL is released, and errors become the
+//! classes of `ekfac_rs.errors`. `_core.pyi` is the contract.
+
+use pyo3::prelude::*;
+
+mod build;
+mod call;
+mod error;
+mod gram;
+mod kronecker;
+mod linalg;
+mod tensor;
+
+#[pymodule]
+mod _core {
+    use pyo3::prelude::*;
+    use pyo3::types::PyTuple;
+
+    /// The type aliases of the contract, so that annotations may name them at run time, too.
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("Tensor", module.py().get_type::<PyTuple>())?;
+        module.add("Term", module.py().get_type::<PyTuple>())
+    }
+
+    #[pymodule_export]
+    use crate::build::{build_info, num_threads, set_num_threads};
+    #[pymodule_export]
+    use crate::gram::{accumulate_gram, strata};
+    #[pymodule_export]
+    use crate::kronecker::{
+        KroneckerOperator, kronecker_dense, kronecker_diagonal, kronecker_inner, kronecker_product,
+        kronecker_quadratic, kronecker_top_eigenvalue, kronecker_trace,
+    };
+    #[pymodule_export]
+    use crate::linalg::{eigh, symmetrize};
+}

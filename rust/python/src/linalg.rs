@@ -1,0 +1,31 @@
+//! Bindings of `ekfac_core::linalg`.
+
+use ekfac_core::linalg;
+use pyo3::prelude::*;
+
+use crate::call::run;
+use crate::tensor::{RawTensor, check_disjoint};
+
+/// Copies the lower triangle to the upper one, in place.
+#[pyfunction]
+pub fn symmetrize(py: Python<'_>, mut x: RawTensor) -> PyResult<()> {
+    run(py, 0.0, |_| linalg::symmetrize(&mut x.view_mut()?))
+}
+
+/// Eigenvalues in ascending order, eigenvectors as columns.
+#[pyfunction]
+pub fn eigh(
+    py: Python<'_>,
+    x: RawTensor,
+    mut values: RawTensor,
+    mut vectors: RawTensor,
+) -> PyResult<()> {
+    run(py, 0.0, |_| {
+        check_disjoint(&[&values, &vectors], [&x])?;
+        linalg::eigh(
+            &x.view()?,
+            &mut values.view_mut()?,
+            &mut vectors.view_mut()?,
+        )
+    })
+}

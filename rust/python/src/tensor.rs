@@ -1,0 +1,112 @@
+//! Tensor descriptors from Python as checked views.
+
+use ekfac_core::view::{Device, Dtype, Layout, TensorView, TensorViewMut};
+use ekfac_core::{Error, Result};
+use pyo3::prelude::*;
+
+use crate::error::to_python;
+
+/// `(data pointer, shape, strides, dtype, device, stream)` of a tensor that Python keeps alive and
+/// leaves alone for the duration of the call.
+pub struct RawTensor {
+    address: usize,
+    layout: Layout,
+}
+
+/// A term as descriptors (A, G).
+pub type RawTerm = (RawTensor, RawTensor);
+
+impl<'py> FromPyObject<'_, 'py> for RawTensor {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        type Fields = (usize, Vec<usize>, Vec<usize>, String, String, usize);
+        let (address, shape, strides, dtype, device, stream): Fields = object.extract()?;
+        let layout = || -> Result<Layout> {
+            Ok(Layout {
+                shape,
+                strides,
+                dtype: Dtype::from_name(&dtype)?,
+                device: Device::from_name(&device)?,
+                stream,
+            })
+        };
+        let layout = layout().map_err(|error| to_python(object.py(), &error))?;
+        Ok(Self { address, layout })
+    }
+}
+
+impl RawTensor {
+    /// The tensor, to be read.
+    pub fn view(&self) -> Result<TensorView<'_>> {
+        // SAFETY: `_core.pyi` asks the caller to keep the tensor alive and unchanged during the
+        // call, and descriptors do not outlive a call. Outputs are checked against inputs in
+        // `check_disjoint`.
+        unsafe { TensorView::from_raw_parts(self.address, self.layout.clone()) }
+    }
+
+    /// The tensor, to be written to.
+    pub fn view_mut(&mut self) -> Result<TensorViewMut<'_>> {
+        // SAFETY: as in `view`.
+        unsafe { TensorViewMut::from_raw_parts(self.address, self.layout.clone()) }
+    }
+
+    /// Extent of each dimension.
+    pub fn shape(&self) -> &[usize] {
+        &self.layout.shape
+    }
+
+    /// Number of elements, as an estimate of work.
+    pub fn elements(&self) -> f64 {
+        self.layout
+            .shape
+            .iter()
+            .map(|&extent| extent as f64)
+            .product()
+    }
+
+    /// First and one past the last byte.
+    fn bytes(&self) -> (usize, usize) {
+        let reach = self.layout.shape.iter().zip(&self.layout.strides);
+        let last = reach.fold(0usize, |last, (&extent, &stride)| {
+            last.saturating_add(extent.saturating_sub(1).saturating_mul(stride))
+        });
+        let elements = if self.layout.shape.contains(&0) {
+            0
+        } else {
+            last.saturating_add(1)
+        };
+        let bytes = elements.saturating_mul(self.layout.dtype.size());
+        (self.address, self.address.saturating_add(bytes))
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        let ((start, end), (other_start, other_end)) = (self.bytes(), other.bytes());
+        self.layout.device == other.layout.device && start < other_end && other_start < end
+    }
+}
+
+/// Refuses outputs that share memory with an input or with each other, which the core relies on.
+pub fn check_disjoint<'a>(
+    outputs: &[&RawTensor],
+    inputs: impl IntoIterator<Item = &'a RawTensor>,
+) -> Result<()> {
+    let among_outputs = outputs
+        .iter()
+        .enumerate()
+        .any(|(index, output)| outputs[..index].iter().any(|other| output.overlaps(other)));
+    let with_inputs = inputs
+        .into_iter()
+        .any(|input| outputs.iter().any(|output| output.overlaps(input)));
+    if among_outputs || with_inputs {
+        return Err(Error::Option(
+            "an output must not share memory with an input or with another output".to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+/// The factors of all terms, one after the other.
+pub fn factors(terms: &[RawTerm]) -> impl Iterator<Item = &RawTensor> {
+    terms.iter().flat_map(|(a, g)| [a, g])
+}
