@@ -19,6 +19,7 @@ __all__ = [
     "NumericalError",
     "OptionError",
     "ShapeError",
+    "UnknownLayerError",
     "UnsupportedLayerError",
     "UnsupportedLossError",
 ]
@@ -30,6 +31,12 @@ class EkfacError(Exception):
 
 class OptionError(EkfacError, ValueError):
     """An argument has a value that is not among the allowed ones."""
+
+
+class UnknownLayerError(OptionError, KeyError):
+    """There is no layer of this name."""
+
+    __str__ = Exception.__str__  # KeyError's would show the message's repr
 
 
 class ShapeError(EkfacError, ValueError):

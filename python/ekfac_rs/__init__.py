@@ -1,0 +1,39 @@
+"""Extended Kronecker-factored curvature for networks with BatchNorm."""
+
+import torch as _torch  # noqa: F401  first: it makes the CUDA libraries visible to the Rust core
+
+from ekfac_rs import errors, likelihood, metrics
+from ekfac_rs._core import build_info, num_threads, set_num_threads
+from ekfac_rs.batchnorm import Anchor, merge_batchnorm, merged_weights, raw_weights, reparameterize
+from ekfac_rs.curvature import Curvature, estimate_curvature
+from ekfac_rs.errors import EkfacError
+from ekfac_rs.kronecker import DiagonalBlock, KroneckerSum
+from ekfac_rs.learner import ContinualLearner
+from ekfac_rs.metrics import AccuracyMatrix
+from ekfac_rs.penalty import QuadraticPenalty, StabilityWarning
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "AccuracyMatrix",
+    "Anchor",
+    "ContinualLearner",
+    "Curvature",
+    "DiagonalBlock",
+    "EkfacError",
+    "KroneckerSum",
+    "QuadraticPenalty",
+    "StabilityWarning",
+    "__version__",
+    "build_info",
+    "errors",
+    "estimate_curvature",
+    "likelihood",
+    "merge_batchnorm",
+    "merged_weights",
+    "metrics",
+    "num_threads",
+    "raw_weights",
+    "reparameterize",
+    "set_num_threads",
+]

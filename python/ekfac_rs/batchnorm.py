@@ -1,0 +1,342 @@
+"""BatchNorm: merged into the weights before it, put back, and protected during passes."""
+
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from ekfac_rs._tensors import require_count, require_finite
+from ekfac_rs.errors import BatchNormError, EmptyLoaderError, OptionError
+from ekfac_rs.layers import AffineLayer, find_layers, removed_afterwards
+
+
+class Anchor(dict[str, Tensor]):
+    """Weights a penalty is centred on: layer name to a matrix of shape (D, K).
+
+    Attributes
+    ----------
+    batchnorms : dict of str to str or None
+        For each layer the name of the BatchNorm merged into it.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor] = {}, batchnorms: Mapping[str, str | None] = {}
+    ) -> None:
+        super().__init__(weights)
+        self.batchnorms = dict(batchnorms)
+
+
+def merged_weights(
+    model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
+) -> Anchor:
+    """Weights with every BatchNorm merged into the layer before it, the model left as it is.
+
+    ``Wm = diag(gamma / sigma) W`` and ``bm = beta + gamma (b - mu) / sigma`` with the running
+    statistics (Lee et al. 2020, section 3; method: merged weights).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    layers : collection of str, optional
+        Names of the wanted Linears. Default: all.
+    example : optional
+        An input batch, needed only where the model's data flow cannot be traced symbolically.
+
+    Returns
+    -------
+    Anchor
+        Layer name to a new tensor of shape ``(D, K)``; K counts the bias column, which every
+        layer with a bias or a BatchNorm has.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        See `ekfac_rs.layers.find_layers`.
+    BatchNormError
+        A BatchNorm has no running statistics.
+    NonFiniteError
+        A merged weight is NaN or infinite.
+    """
+    return _merged(_find(model, layers, example))
+
+
+def raw_weights(
+    model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
+) -> Anchor:
+    """``[W b]`` of every Linear alone, BatchNorms left out of it: the anchor in raw coordinates.
+
+    Parameters, Returns, Raises
+        As `merged_weights`.
+    """
+    found = _find(model, layers, example, "raw")
+    weights = {layer.name: layer.raw_weight().detach().clone() for layer in found}
+    return Anchor(weights, dict.fromkeys(weights))
+
+
+def merge_batchnorm(
+    model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
+) -> Anchor:
+    """Merge every BatchNorm into the layer before it, in place; the eval-mode function stays.
+
+    Afterwards the Linear holds ``Wm`` (and a zero bias, if it has one), and the BatchNorm is a
+    shift by ``bm``: running mean 0, running variance ``1 - eps``, gamma 1, beta ``bm``. One
+    without affine parameters shifts through its running mean instead. The architecture and the
+    keys of ``state_dict`` stay as they were. Use `reparameterize` before training goes on.
+
+    Parameters, Returns, Raises
+        As `merged_weights`. A failed call leaves the model as it was.
+    """
+    found = _find(model, layers, example)
+    anchor = _merged(found)
+    with torch.no_grad():
+        for layer in found:
+            if layer.batchnorm is not None:
+                _install(layer, anchor[layer.name])
+    return anchor
+
+
+def reparameterize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    layers: Collection[str] | None = None,
+    max_examples: int | None = None,
+    progress: bool = False,
+) -> None:
+    """Put BatchNorm back so that train mode normalises again; the eval-mode function stays.
+
+    One pass of the loader's inputs through the model in eval mode gives the mean ``m`` and
+    variance ``v`` of each layer's ``Wm a``. Then ``W <- Wm``, the bias is 0, the running
+    statistics are ``(m, v)``, ``gamma <- sqrt(v + eps)`` and ``beta <- m + bm`` (method: section
+    4). The model may be merged already or not.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    loader : iterable
+        Yields ``(x, ...)`` or ``x``: the next task's inputs. Labels are not looked at.
+    layers : collection of str, optional
+        Names of the wanted Linears. Default: all.
+    max_examples : int, optional
+        Stop after this many.
+    progress : bool
+        Show a tqdm bar.
+
+    Raises
+    ------
+    BatchNormError
+        A BatchNorm has no affine parameters or no running statistics.
+    EmptyLoaderError
+        The loader yields nothing.
+    UnsupportedLayerError
+        See `ekfac_rs.layers.find_layers`. A failed call leaves the model as it was.
+    """
+    if max_examples is not None:
+        require_count("max_examples", max_examples)
+    with as_found(model), torch.no_grad():
+        model.eval()
+        batches = _inputs(loader, max_examples, device_of(model))
+        first = next(batches, None)
+        if first is None:
+            raise EmptyLoaderError("loader: expected at least one batch, got none")
+        found = [
+            layer
+            for layer in find_layers(model, layers=layers, example=first)
+            if layer.batchnorm is not None
+        ]
+        for layer in found:
+            _require_affine(layer)
+        merged = _merged(found)
+        moments = {layer.name: _Moments() for layer in found}
+        handles = [
+            layer.linear.register_forward_hook(_recorder(moments[layer.name])) for layer in found
+        ]
+        with removed_afterwards(handles):
+            for x in tqdm(
+                _chain(first, batches), desc="reparameterize", disable=not progress, leave=False
+            ):
+                model(x)
+        for layer in found:
+            _put_back(layer, merged[layer.name], moments[layer.name])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter, where batches are taken to."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def is_merged(layer: AffineLayer) -> bool:
+    """Whether the layer's BatchNorm is the mere shift that `merge_batchnorm` leaves."""
+    if layer.batchnorm is None or layer.batchnorm.running_var is None:
+        return False
+    unit = torch.full_like(layer.batchnorm.running_var, 1.0 - layer.batchnorm.eps)
+    gamma = layer.batchnorm.weight
+    return bool(torch.equal(layer.batchnorm.running_var, unit)) and (
+        gamma is None or bool((gamma == 1.0).all())
+    )
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Restore train/eval flags, BatchNorm tracking and random states, whatever happens inside."""
+    modes = {module: module.training for module in model.modules()}
+    tracking = {m: m.track_running_stats for m in modes if isinstance(m, _BatchNorm)}
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=cuda_devices):
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            for batchnorm, tracks in tracking.items():
+                batchnorm.track_running_stats = tracks
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def use_batch_statistics(model: nn.Module) -> None:
+    """Put BatchNorms in train mode with their running statistics protected (see `as_found`)."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+            module.track_running_stats = False
+
+
+def first_input(batch: Any) -> Any:
+    """Return the model's input of a loader's batch: its first item, or the batch itself."""
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+def _find(
+    model: nn.Module, layers: Collection[str] | None, example: Any, coordinates: str = "merged"
+) -> list[AffineLayer]:
+    with as_found(model):
+        model.eval()
+        return find_layers(model, coordinates=coordinates, layers=layers, example=example)
+
+
+@torch.no_grad()
+def _merged(layers: Iterable[AffineLayer]) -> Anchor:
+    weights, batchnorms = {}, {}
+    for layer in layers:
+        # A detour through float64 costs nothing here and saves a rounding in each layer.
+        weight = _in_double(layer).to(layer.linear.weight.dtype)
+        require_finite(f"layer {layer.name!r}: merged weight", weight)
+        weights[layer.name], batchnorms[layer.name] = weight, layer.batchnorm_name
+    return Anchor(weights, batchnorms)
+
+
+def _in_double(layer: AffineLayer) -> Tensor:
+    if layer.batchnorm is None:
+        return layer.raw_weight().detach().double()
+    mean, variance = layer.running_statistics()
+    return layer.merged_weight(mean.double(), variance.double()).detach()
+
+
+def _install(layer: AffineLayer, merged: Tensor) -> None:
+    batchnorm, shift = layer.batchnorm, merged[:, -1]
+    assert batchnorm is not None
+    running_mean, running_var = layer.running_statistics()
+    layer.linear.weight.copy_(merged[:, :-1])
+    if layer.linear.bias is not None:
+        layer.linear.bias.zero_()
+    running_var.fill_(1.0 - batchnorm.eps)
+    if batchnorm.affine:
+        running_mean.zero_()
+        batchnorm.weight.fill_(1.0)
+        batchnorm.bias.copy_(shift)
+    else:
+        running_mean.copy_(-shift)
+
+
+def _put_back(layer: AffineLayer, merged: Tensor, moments: "_Moments") -> None:
+    batchnorm = layer.batchnorm
+    assert batchnorm is not None
+    running_mean, running_var = layer.running_statistics()
+    # The hooks saw h = W a + b under the weights as they were; those of Wm a follow from it.
+    gain = layer.gain(running_var.double())
+    bias = 0.0 if layer.linear.bias is None else layer.linear.bias.double()
+    mean = gain * (moments.mean - bias)
+    variance = gain.square() * moments.variance
+    running_mean.copy_(mean)
+    running_var.copy_(variance)
+    batchnorm.weight.copy_((variance + batchnorm.eps).sqrt())
+    batchnorm.bias.copy_(mean + merged[:, -1])
+    layer.linear.weight.copy_(merged[:, :-1])
+    if layer.linear.bias is not None:
+        layer.linear.bias.zero_()
+    if batchnorm.num_batches_tracked is not None:
+        batchnorm.num_batches_tracked.fill_(moments.batches)
+
+
+def _require_affine(layer: AffineLayer) -> None:
+    assert layer.batchnorm is not None
+    layer.running_statistics()
+    if not layer.batchnorm.affine:
+        raise BatchNormError(
+            f"layer {layer.batchnorm_name!r}: expected a BatchNorm with affine parameters, got "
+            "affine=False: it cannot normalise and leave the function unchanged"
+        )
+
+
+class _Moments:
+    """Mean and population variance of rows over batches, in float64 (Chan et al. 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.batches = 0
+        self.mean = torch.zeros(())
+        self.sum_of_squares = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows.double()
+        count, mean = rows.shape[0], rows.mean(dim=0)
+        total = self.count + count
+        shift = mean - self.mean if self.count else torch.zeros_like(mean)
+        scatter = (rows - mean).square().sum(dim=0)
+        if self.count:
+            scatter = scatter + self.sum_of_squares
+            scatter = scatter + shift.square() * (self.count * count / total)
+            mean = self.mean + shift * (count / total)
+        self.count, self.mean, self.sum_of_squares = total, mean, scatter
+        self.batches += 1
+
+    @property
+    def variance(self) -> Tensor:
+        return self.sum_of_squares / self.count
+
+
+def _recorder(moments: _Moments) -> Callable[[nn.Module, Any, Tensor], None]:
+    def record(module: nn.Module, args: Any, output: Tensor) -> None:
+        moments.add(output.reshape(-1, output.shape[-1]))
+
+    return record
+
+
+def _inputs(
+    loader: Iterable[Any], max_examples: int | None, device: torch.device
+) -> Iterator[Tensor]:
+    seen = 0
+    for batch in loader:
+        x = first_input(batch)
+        if not isinstance(x, Tensor):
+            raise OptionError(f"loader: expected tensors or (x, y) pairs, got {type(x).__name__}")
+        if max_examples is not None:
+            x = x[: max_examples - seen]
+        seen += len(x)
+        yield x.to(device)
+        if seen == max_examples:
+            return
+
+
+def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    yield from rest

@@ -1,0 +1,695 @@
+"""Passes over a loader that accumulate curvature, and the `Curvature` they return."""
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from tqdm import tqdm
+
+from ekfac_rs import _core
+from ekfac_rs._tensors import (
+    accumulation_dtype,
+    borrow,
+    require_choice,
+    require_count,
+    require_finite,
+)
+from ekfac_rs.batchnorm import as_found, device_of, is_merged, use_batch_statistics
+from ekfac_rs.errors import (
+    BatchNormError,
+    EkfacError,
+    EmptyLoaderError,
+    FileFormatError,
+    IncompatibleError,
+    LabelError,
+    NonFiniteError,
+    ShapeError,
+    UnknownLayerError,
+    UnsupportedLayerError,
+    UnsupportedLossError,
+)
+from ekfac_rs.kronecker import Block, DiagonalBlock, KroneckerSum
+from ekfac_rs.layers import (
+    COORDINATES,
+    AffineLayer,
+    find_layers,
+    removed_afterwards,
+    uncovered_parameters,
+)
+from ekfac_rs.likelihood import LABELS, Likelihood, resolve
+
+DIAGONAL = "diagonal"
+APPROXIMATIONS = (*_core.strata(), DIAGONAL)
+BATCHNORM_MODES = ("batch", "running")
+
+_FORMAT = 1
+_METADATA_KEY = "ekfac_rs"
+
+# What two passes must share to be parts of one.
+_PASS_SETTINGS = ("approximation", "coordinates", "batchnorm", "labels", "draws", "batchnorms")
+
+
+class Signature(NamedTuple):
+    """Two numbers that tell whether weights are still those a curvature was taken at."""
+
+    norm: float
+    projection: float
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Signature":
+        """Signature of a weight matrix of shape (D, K)."""
+        flat = weight.detach().double().reshape(-1)
+        # Fixed incommensurate phases: no change of weights short of a conspiracy keeps the sum.
+        phases = torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device).mul_(0.7390851)
+        return cls(float(flat.norm()), float(flat @ phases.cos_()))
+
+    def agrees(self, other: "Signature", tolerance: float = 1e-3) -> bool:
+        """Whether both belong to the same weights up to rounding."""
+        scale = tolerance * max(self.norm, other.norm)
+        return abs(self.norm - other.norm) <= scale and (
+            abs(self.projection - other.projection) <= scale
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature(Mapping[str, Block]):
+    """Curvature of a model's loss, the mean over examples: one block for each layer.
+
+    A mapping from layer name to `KroneckerSum` (or `DiagonalBlock`).
+
+    Attributes
+    ----------
+    blocks : dict of str to block
+        In the model's order.
+    approximation, coordinates, batchnorm, labels, draws
+        As given to `estimate_curvature`.
+    examples, batches : int
+        How many were seen.
+    loss : float
+        Mean loss per example at the weights the curvature was taken at.
+    batchnorms : dict of str to str or None
+        Layer name to the name of the BatchNorm it feeds.
+    signatures : dict of str to Signature
+        Of the weights the curvature was taken at.
+    uncovered : tuple of str
+        Trainable parameters without a block: in raw coordinates those of BatchNorms.
+    versions : dict of str to str
+        Of ekfac_rs and torch.
+    """
+
+    blocks: dict[str, Block]
+    approximation: str
+    coordinates: str
+    batchnorm: str
+    labels: str
+    draws: int
+    examples: int
+    batches: int
+    loss: float
+    batchnorms: dict[str, str | None]
+    signatures: dict[str, Signature]
+    uncovered: tuple[str, ...]
+    versions: dict[str, str]
+
+    def __getitem__(self, name: str) -> Block:
+        try:
+            return self.blocks[name]
+        except KeyError:
+            raise UnknownLayerError(
+                f"layer {name!r}: expected one of {', '.join(map(repr, self.blocks))}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        return (
+            f"Curvature({self.approximation!r}, coordinates={self.coordinates!r}, "
+            f"batchnorm={self.batchnorm!r}, examples={self.examples}, layers={list(self)})"
+        )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in the model's order."""
+        return tuple(self.blocks)
+
+    def trace(self) -> float:
+        """Sum of the blocks' traces."""
+        return sum(block.trace() for block in self.values())
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Curvature":
+        """Return the curvature on another device or in another dtype."""
+        return replace(self, blocks={n: block.to(device, dtype) for n, block in self.items()})
+
+    def merge(self, other: "Curvature") -> "Curvature":
+        """Union of two passes over disjoint mini-batches, exactly as one pass over both.
+
+        Parameters
+        ----------
+        other : Curvature
+            Taken at the same weights with the same settings.
+
+        Raises
+        ------
+        IncompatibleError
+            Another setting, layer, shape or model; the message names it.
+        """
+        self._require_same_pass(other)
+        examples = self.examples + other.examples
+        share = self.examples / examples
+        return replace(
+            self,
+            blocks={name: _mix(self[name], other[name], share) for name in self},
+            examples=examples,
+            batches=self.batches + other.batches,
+            loss=share * self.loss + (1.0 - share) * other.loss,
+        )
+
+    def _require_same_pass(self, other: "Curvature") -> None:
+        for setting in _PASS_SETTINGS:
+            mine, theirs = getattr(self, setting), getattr(other, setting)
+            if mine != theirs:
+                raise IncompatibleError(f"{setting}: expected {mine!r} in both, got {theirs!r}")
+        for name, block in self.items():
+            if block.shape != other[name].shape:
+                raise IncompatibleError(
+                    f"layer {name!r}: expected shape {block.shape}, got {other[name].shape}"
+                )
+            if not self.signatures[name].agrees(other.signatures[name]):
+                raise IncompatibleError(
+                    f"layer {name!r}: expected both passes at the same weights, got others"
+                )
+
+    def metadata(self) -> dict[str, Any]:
+        """Everything but the blocks, ready for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file with JSON metadata; replaced only when complete.
+
+        Parameters
+        ----------
+        path : path-like
+        """
+        metadata = {"format": _FORMAT, "layers": self.layers, **self.metadata()}
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            save_file(self.tensors(), partial, metadata={_METADATA_KEY: json.dumps(metadata)})
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Curvature":
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+        device : torch.device or str
+
+        Raises
+        ------
+        FileFormatError
+            The file is truncated, corrupted or not a curvature.
+        FileNotFoundError
+            There is no such file.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if metadata.pop("format") != _FORMAT:
+                raise FileFormatError(f"expected format {_FORMAT}")
+            return cls.from_tensors(tensors, metadata)
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, KeyError, ValueError, TypeError, EkfacError) as error:
+            raise FileFormatError(
+                f"{path}: expected a curvature written by save(), got: {error}"
+            ) from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All factors under flat keys, for `from_tensors`."""
+        return {
+            f"{index}.{key}": tensor.contiguous()
+            for index, name in enumerate(self)
+            for key, tensor in _block_tensors(self[name]).items()
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> "Curvature":
+        """Rebuild from `tensors` and `metadata`."""
+        values = dict(metadata)
+        layers = values.pop("layers", None) or list(values["batchnorms"])
+        values["signatures"] = {name: Signature(*s) for name, s in values["signatures"].items()}
+        values["uncovered"] = tuple(values["uncovered"])
+        blocks = {
+            name: _block_from_tensors(_with_prefix(tensors, f"{i}."), values["approximation"])
+            for i, name in enumerate(layers)
+        }
+        return cls(blocks=blocks, **values)
+
+
+def estimate_curvature(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss: str | Likelihood = "cross_entropy",
+    approximation: str = "xkfac",
+    coordinates: str = "merged",
+    batchnorm: str = "batch",
+    labels: str = "mc",
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+    max_examples: int | None = None,
+    layers: Collection[str] | None = None,
+    progress: bool = False,
+) -> Curvature:
+    """Accumulate the curvature of the mean loss over a loader, one block for each layer.
+
+    Nothing the caller owns changes: running statistics, random states, ``.grad``, hooks and
+    train/eval flags are as they were, also after an error or an interrupt.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Runs in eval mode (no dropout), but for its BatchNorms where ``batchnorm="batch"``.
+    loader : iterable of (x, y)
+        Mini-batches with examples on axis 0; they are moved to the model's device. Factors are
+        means over mini-batches, weighted by their examples.
+    loss : {"cross_entropy", "mse", "bce"} or Likelihood
+        The mean over examples of the per-example loss (see `ekfac_rs.likelihood`).
+    approximation : {"xkfac", "xkfac-nested", "kfac-expand", "kfac-reduce", "diagonal"}
+        Strata of the analysis of variance (method: section 2), or the plain diagonal.
+    coordinates : {"merged", "raw"}
+        "merged": the layer and the BatchNorm after it as one affine map; gradients are taken at
+        the BatchNorm's output. "raw": the Linear alone; BatchNorm parameters then have no block
+        and are listed in ``uncovered``.
+    batchnorm : {"batch", "running"}
+        Statistics that BatchNorms use: the mini-batch's (examples interact) or the running ones.
+    labels : {"mc", "type2", "empirical", "exact"}
+        "mc" draws labels from the model; "type2" sums over the columns of a square root of the
+        output's GGN, one backward pass each; "exact" over every single example and column (small
+        problems, tests); "empirical" takes the loader's labels, which is biased, the more so
+        under BatchNorm.
+    draws : int
+        Label draws for "mc".
+    generator : torch.Generator, optional
+        For label draws; on the model's device. Default: one seeded from torch's global state,
+        which is not advanced.
+    max_examples : int, optional
+        Stop after this many.
+    layers : collection of str, optional
+        Names of the wanted Linears. Default: all, and every trainable parameter must have a block.
+    progress : bool
+        Show a tqdm bar.
+
+    Returns
+    -------
+    Curvature
+
+    Raises
+    ------
+    OptionError
+        An unknown option, draws below 1, or an unknown layer name.
+    UnsupportedLayerError, UnsupportedLossError
+        The model or the loss has a part without known curvature; the message names it.
+    BatchNormError
+        A mini-batch of one under "batch", a merged BatchNorm, or missing running statistics.
+    EmptyLoaderError, LabelError, ShapeError, NonFiniteError
+        The loader is empty; targets do not fit; NaN or infinity in weights, inputs or gradients.
+
+    References
+    ----------
+    Lee, Hong, Joo, Kim, "Continual Learning with Extended Kronecker-factored Approximate
+    Curvature", CVPR 2020. Martens & Grosse 2015; Eschenhagen et al. 2023 (expand and reduce).
+    """
+    require_choice("approximation", approximation, APPROXIMATIONS)
+    require_choice("coordinates", coordinates, COORDINATES)
+    require_choice("batchnorm", batchnorm, BATCHNORM_MODES)
+    require_choice("labels", labels, LABELS)
+    require_count("draws", draws)
+    if max_examples is not None:
+        require_count("max_examples", max_examples)
+    likelihood = resolve(loss)
+    for name, parameter in model.named_parameters():
+        require_finite(f"parameter {name!r}", parameter.detach())
+
+    with as_found(model):
+        if generator is None:
+            generator = torch.Generator(device_of(model))
+            generator.manual_seed(int(torch.randint(2**62, ())))
+        model.eval()
+        if batchnorm == "batch":
+            use_batch_statistics(model)
+        batches = _batches(loader, max_examples, device_of(model), batchnorm == "batch")
+        first = next(batches, None)
+        if first is None:
+            raise EmptyLoaderError("loader: expected at least one batch of examples, got none")
+        found = find_layers(model, coordinates=coordinates, layers=layers, example=first[0])
+        _refuse_merged(found, batchnorm)
+        accumulators = {
+            layer.name: _accumulator(layer, approximation, coordinates) for layer in found
+        }
+        examples, count, total_loss = 0, 0, 0.0
+        bar = tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False)
+        with bar, _Capture(found, coordinates, batchnorm) as capture:
+            for x, y in _chain(first, batches):
+                outputs = _forward(model, x, y, likelihood)
+                capture.hand_over_inputs(accumulators, len(x))
+                scores = likelihood.scores(
+                    outputs,
+                    y,
+                    labels=labels,
+                    draws=draws,
+                    generator=generator,
+                    interacting=batchnorm == "batch",
+                )
+                for score, weight in scores:
+                    capture.hand_over_gradients(accumulators, outputs, score, weight)
+                capture.clear()
+                examples, count = examples + len(x), count + 1
+                total_loss += len(x) * float(likelihood.loss(outputs.detach(), y))
+                bar.update(len(x))
+        return Curvature(
+            blocks={name: a.block(examples) for name, a in accumulators.items()},
+            approximation=approximation,
+            coordinates=coordinates,
+            batchnorm=batchnorm,
+            labels=labels,
+            draws=draws,
+            examples=examples,
+            batches=count,
+            loss=total_loss / examples,
+            batchnorms={layer.name: layer.batchnorm_name for layer in found},
+            signatures={layer.name: signature_of(layer, coordinates) for layer in found},
+            uncovered=() if layers else uncovered_parameters(model, found, coordinates),
+            versions={"ekfac_rs": _core.build_info()["version"], "torch": torch.__version__},
+        )
+
+
+def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
+    """Signature of a layer's weights; of the raw ones where there are no running statistics."""
+    has_statistics = layer.batchnorm is None or layer.batchnorm.running_var is not None
+    return Signature.of(layer.weight_matrix(coordinates if has_statistics else "raw"))
+
+
+# --- one pass ------------------------------------------------------------------------------------
+
+
+class _Accumulator:
+    """Sums of a layer's factors over mini-batches, lower triangles only."""
+
+    def __init__(self, layer: AffineLayer, approximation: str, coordinates: str) -> None:
+        D, K = layer.shape(coordinates)
+        weight = layer.linear.weight
+        like = torch.empty((), dtype=accumulation_dtype(weight.dtype), device=weight.device)
+        terms = len(_core.strata()[approximation])
+        self.approximation = approximation
+        self.append_one = layer.has_shift(coordinates)
+        self.A = [like.new_zeros(K, K) for _ in range(terms)]
+        self.G = [like.new_zeros(D, D) for _ in range(terms)]
+
+    def add_inputs(self, a: Tensor) -> None:
+        out = [borrow(A) for A in self.A]
+        _core.accumulate_gram(borrow(a), out, self.approximation, "input", self.append_one, 1.0)
+
+    def add_gradients(self, g: Tensor, weight: float) -> None:
+        out = [borrow(G) for G in self.G]
+        _core.accumulate_gram(borrow(g), out, self.approximation, "gradient", False, weight)
+
+    def block(self, examples: int) -> KroneckerSum:
+        for factor in (*self.A, *self.G):
+            factor.div_(examples)
+            _core.symmetrize(borrow(factor))
+        return KroneckerSum(list(zip(self.A, self.G, strict=True)))
+
+
+class _DiagonalAccumulator:
+    """Sum over examples of squared per-example gradients, ``sum_n (sum_t g_nt a_nt^T)**2``."""
+
+    def __init__(self, layer: AffineLayer, coordinates: str) -> None:
+        weight = layer.linear.weight
+        dtype = accumulation_dtype(weight.dtype)
+        self.append_one = layer.has_shift(coordinates)
+        self.values = torch.zeros(layer.shape(coordinates), dtype=dtype, device=weight.device)
+        self.a: Tensor | None = None
+
+    def add_inputs(self, a: Tensor) -> None:
+        if self.append_one:
+            a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
+        self.a = a.to(self.values.dtype)
+
+    def add_gradients(self, g: Tensor, weight: float) -> None:
+        assert self.a is not None
+        g = g.to(self.values.dtype)
+        if g.dim() == 2:
+            self.values.addmm_(g.square().T, self.a.square(), alpha=weight)
+        else:
+            per_example = g.transpose(1, 2) @ self.a
+            self.values.add_(per_example.square().sum(dim=0), alpha=weight)
+
+    def block(self, examples: int) -> DiagonalBlock:
+        return DiagonalBlock(self.values / examples)
+
+
+def _accumulator(
+    layer: AffineLayer, approximation: str, coordinates: str
+) -> _Accumulator | _DiagonalAccumulator:
+    if approximation == DIAGONAL:
+        return _DiagonalAccumulator(layer, coordinates)
+    return _Accumulator(layer, approximation, coordinates)
+
+
+Accumulators = Mapping[str, _Accumulator | _DiagonalAccumulator]
+
+
+class _Capture:
+    """Hooks that keep each layer's input and the place where its gradient is wanted."""
+
+    def __init__(self, layers: Collection[AffineLayer], coordinates: str, batchnorm: str) -> None:
+        self.inputs: dict[str, tuple[Tensor, int]] = {}
+        self.edges: dict[str, GradientEdge] = {}
+        self._layers = layers
+        self._coordinates = coordinates
+        self._batch_statistics = batchnorm == "batch"
+
+    def __enter__(self) -> Self:
+        self._handles: list[Any] = []
+        for layer in self._layers:
+            self._watch(layer)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with removed_afterwards(self._handles):
+            self.clear()
+
+    def clear(self) -> None:
+        self.inputs.clear()
+        self.edges.clear()
+
+    def hand_over_inputs(self, accumulators: Accumulators, examples: int) -> None:
+        for layer in self._layers:
+            name = layer.name
+            if name not in self.inputs:
+                raise UnsupportedLayerError(
+                    f"layer {name!r}: expected one call in every forward pass, got none"
+                )
+            a, version = self.inputs[name]
+            if a._version != version:
+                raise UnsupportedLayerError(
+                    f"layer {name!r}: expected its input unchanged during the forward pass, "
+                    "got one overwritten in place"
+                )
+            with naming(f"layer {name!r}: input"):
+                accumulators[name].add_inputs(_by_example(a, examples))
+
+    def hand_over_gradients(
+        self, accumulators: Accumulators, outputs: Tensor, score: Tensor, weight: float
+    ) -> None:
+        gradients = torch.autograd.grad(
+            outputs,
+            [self.edges[layer.name] for layer in self._layers],
+            grad_outputs=score,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for layer, g in zip(self._layers, gradients, strict=True):
+            if g is None:
+                raise UnsupportedLayerError(
+                    f"layer {layer.name!r}: expected the loss to depend on its output, "
+                    "got no gradient"
+                )
+            with naming(f"layer {layer.name!r}: gradient"):
+                accumulators[layer.name].add_gradients(_by_example(g, len(outputs)), weight)
+
+    def _watch(self, layer: AffineLayer) -> None:
+        def keep_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            a = args[0] if args else kwargs["input"]
+            if layer.name in self.inputs:
+                raise UnsupportedLayerError(
+                    f"layer {layer.name!r}: expected one call in a forward pass, got more"
+                )
+            self.inputs[layer.name] = (a.detach(), a._version)
+
+        def keep_edge(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            if output.requires_grad:
+                self.edges[layer.name] = get_gradient_edge(output)
+                return None
+            # Everything before is frozen: the graph starts here. A copy goes on, because what
+            # follows may work in place, which a leaf does not allow.
+            output.requires_grad_()
+            self.edges[layer.name] = get_gradient_edge(output)
+            return output.clone()
+
+        def check_batch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            layer.require_channels_last_axis(args[0])
+            if self._batch_statistics and len(args[0]) < 2:
+                raise BatchNormError(
+                    f"layer {layer.batchnorm_name!r}: expected a mini-batch of at least 2 under "
+                    "batch statistics, got 1 (drop_last=True leaves out a short last one)"
+                )
+
+        self._handles.append(layer.linear.register_forward_pre_hook(keep_input, with_kwargs=True))
+        if self._coordinates == "merged" and layer.batchnorm is not None:
+            self._handles.append(layer.batchnorm.register_forward_pre_hook(check_batch))
+            self._handles.append(layer.batchnorm.register_forward_hook(keep_edge))
+        else:
+            self._handles.append(layer.linear.register_forward_hook(keep_edge))
+
+
+class naming:  # noqa: N801  (reads as a verb: with naming(...))
+    """Prefix the message of any of our errors with where it happened."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, EkfacError):
+            raise type(error)(f"{self.place}: {error}") from error
+
+
+def _forward(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+    with torch.enable_grad():
+        outputs = model(x)
+    if not isinstance(outputs, Tensor):
+        raise UnsupportedLossError(
+            f"model: expected one output tensor, got {type(outputs).__name__}"
+        )
+    if outputs.dim() == 0 or len(outputs) != len(x):
+        raise ShapeError(
+            f"model: expected outputs with {len(x)} examples on axis 0, got {tuple(outputs.shape)}"
+        )
+    if not bool(torch.isfinite(outputs.detach()).all()):
+        raise NonFiniteError("model: expected finite outputs, got NaN or infinity")
+    likelihood.validate(outputs, y)
+    return outputs
+
+
+def _by_example(x: Tensor, examples: int) -> Tensor:
+    """View units as ``[N, K]`` or ``[N, T, K]``."""
+    if x.shape[0] != examples:
+        raise ShapeError(f"expected {examples} examples on axis 0, got shape {tuple(x.shape)}")
+    return x if x.dim() <= 3 else x.reshape(examples, -1, x.shape[-1])
+
+
+def _refuse_merged(layers: Collection[AffineLayer], batchnorm: str) -> None:
+    for layer in layers:
+        if batchnorm == "batch" and is_merged(layer):
+            raise BatchNormError(
+                f"layer {layer.batchnorm_name!r}: expected a BatchNorm that normalises, got one "
+                "merged into the weights: estimate before merge_batchnorm or after reparameterize, "
+                "or use batchnorm='running'"
+            )
+
+
+def _batches(
+    loader: Iterable[Any], max_examples: int | None, device: torch.device, at_least_two: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    left = max_examples
+    for batch in loader:
+        if not (isinstance(batch, tuple | list) and len(batch) >= 2):
+            raise LabelError(f"loader: expected pairs (x, y), got {type(batch).__name__}")
+        x, y = batch[0], batch[1]
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            raise LabelError(
+                f"loader: expected tensors, got {type(x).__name__} and {type(y).__name__}"
+            )
+        if len(x) != len(y):
+            raise LabelError(f"loader: expected as many targets as inputs, got {len(y)}, {len(x)}")
+        if left is not None:
+            # A single example left over could not pass a BatchNorm.
+            if left == 0 or (left == 1 and at_least_two and len(x) > 1):
+                return
+            x, y = x[:left], y[:left]
+            left -= len(x)
+        if len(x):
+            yield x.to(device), y.to(device)
+        if left == 0:
+            return
+
+
+def _chain(
+    first: tuple[Tensor, Tensor], rest: Iterator[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    yield first
+    yield from rest
+
+
+# --- merging and files ---------------------------------------------------------------------------
+
+
+def _mix(mine: Block, theirs: Block, share: float) -> Block:
+    """Blocks of the union, where the first pass saw ``share`` of the examples."""
+    if isinstance(mine, DiagonalBlock) and isinstance(theirs, DiagonalBlock):
+        return DiagonalBlock(share * mine.values + (1.0 - share) * theirs.values)
+    if isinstance(mine, KroneckerSum) and isinstance(theirs, KroneckerSum):
+        pairs = zip(mine.terms, theirs.terms, strict=True)
+        return KroneckerSum(
+            [
+                (share * A + (1.0 - share) * B, share * G + (1.0 - share) * H)
+                for (A, G), (B, H) in pairs
+            ]
+        )
+    raise IncompatibleError(f"expected two blocks of one kind, got {mine!r} and {theirs!r}")
+
+
+def _block_tensors(block: Block) -> dict[str, Tensor]:
+    if isinstance(block, DiagonalBlock):
+        return {"diagonal": block.values}
+    return {
+        f"{k}.{letter}": factor
+        for k, term in enumerate(block.terms)
+        for letter, factor in zip("AG", term, strict=True)
+    }
+
+
+def _block_from_tensors(tensors: Mapping[str, Tensor], approximation: str) -> Block:
+    if approximation == DIAGONAL:
+        return DiagonalBlock(tensors["diagonal"])
+    terms = len(_core.strata()[approximation])
+    return KroneckerSum([(tensors[f"{k}.A"], tensors[f"{k}.G"]) for k in range(terms)])
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,447 @@
+"""Curvature blocks: sums of Kronecker products, and the diagonal baseline.
+
+A block is a symmetric positive semi-definite operator on matrices ``V`` of shape ``(D, K)``.
+``vec`` is row-major: entry ``(d, k)`` of ``V`` is entry ``d * K + k`` of ``vec V``.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ekfac_rs import _core
+from ekfac_rs._tensors import (
+    borrow,
+    require_count,
+    require_finite,
+    require_like,
+    require_nonnegative,
+)
+from ekfac_rs.errors import IncompatibleError, NumericalError, OptionError, ShapeError
+
+# Above this many rows a dense matrix is no longer a fallback anyone wants.
+_DENSE_LIMIT = 4096
+
+
+class KroneckerSum:
+    """The operator ``H V = sum_k G_k V A_k``.
+
+    Parameters
+    ----------
+    terms : sequence of (A, G)
+        Symmetric matrices ``A`` of shape ``(K, K)`` and ``G`` of shape ``(D, D)``, float32 or
+        float64, all on one device. Borrowed, not copied: do not modify them.
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError, NonFiniteError
+        A factor does not fit the first term's.
+
+    References
+    ----------
+    Lee, Hong, Joo, Kim, "Continual Learning with Extended Kronecker-factored Approximate
+    Curvature", CVPR 2020: the sum of a same-example and a different-example term.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ekfac_rs import KroneckerSum
+    >>> ks = KroneckerSum([(torch.eye(3), 2.0 * torch.eye(2))])
+    >>> ks.shape, ks.trace()
+    ((2, 3), 12.0)
+    >>> ks.solve(torch.ones(2, 3), damping=2.0)[0]
+    tensor([0.2500, 0.2500, 0.2500])
+    """
+
+    def __init__(self, terms: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.terms = tuple((A, G) for A, G in terms)
+        if not self.terms:
+            raise OptionError("terms: expected at least one pair (A, G), got none")
+        reference, first_G = self.terms[0]
+        K, D = reference.shape[0], first_G.shape[0]
+        for k, (A, G) in enumerate(self.terms):
+            require_like(f"terms[{k}] factor A", A, (K, K), reference)
+            require_like(f"terms[{k}] factor G", G, (D, D), reference)
+            require_finite(f"terms[{k}] factor A", A)
+            require_finite(f"terms[{k}] factor G", G)
+        self._borrowed = [(borrow(A), borrow(G)) for A, G in self.terms]
+
+    def __repr__(self) -> str:
+        return f"KroneckerSum(shape={self.shape}, terms={len(self.terms)}, dtype={self.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(D, K)`` of the matrices the block acts on."""
+        A, G = self.terms[0]
+        return G.shape[0], A.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the factors."""
+        return self.terms[0][0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factors."""
+        return self.terms[0][0].device
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "KroneckerSum":
+        """Return the block on another device or in another dtype."""
+        return KroneckerSum(
+            [
+                (A.to(device=device, dtype=dtype), G.to(device=device, dtype=dtype))
+                for A, G in self.terms
+            ]
+        )
+
+    # --- products and sums ---
+
+    def product(self, V: Tensor) -> Tensor:
+        """Apply the block: ``H V``.
+
+        Parameters
+        ----------
+        V : Tensor of shape (D, K) or (S, D, K)
+
+        Returns
+        -------
+        Tensor of the same shape
+
+        Raises
+        ------
+        ShapeError, DtypeError, DeviceError
+            ``V`` does not fit the block.
+        """
+        V = self._checked(V)
+        out = torch.empty_like(V, memory_format=torch.contiguous_format)
+        _core.kronecker_product(self._borrowed, borrow(V), borrow(out), 0.0)
+        return out
+
+    def quadratic(self, V: Tensor) -> float:
+        """Quadratic form ``<V, H V>`` (no factor 1/2), summed over a batch if there is one."""
+        return _core.kronecker_quadratic(self._borrowed, borrow(self._checked(V)))
+
+    def trace(self) -> float:
+        """Trace of the block."""
+        return _core.kronecker_trace(self._borrowed)
+
+    def inner(self, other: "KroneckerSum") -> float:
+        """Frobenius inner product ``tr(H^T H')`` with another block of the same shape."""
+        self._require_fitting(other)
+        return _core.kronecker_inner(self._borrowed, other._borrowed)
+
+    def norm(self) -> float:
+        """Frobenius norm of the block."""
+        return math.sqrt(max(self.inner(self), 0.0))
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of the block as a matrix of shape (D, K)."""
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        _core.kronecker_diagonal(self._borrowed, borrow(out))
+        return out
+
+    def dense(self) -> Tensor:
+        """Return the block as a matrix of shape (D * K, D * K): for small sizes and tests."""
+        D, K = self.shape
+        out = torch.empty((D * K, D * K), dtype=self.dtype, device=self.device)
+        _core.kronecker_dense(self._borrowed, borrow(out))
+        return out
+
+    def __add__(self, other: "KroneckerSum") -> "KroneckerSum":
+        """Sum of two blocks: the terms of both, exactly."""
+        if not isinstance(other, KroneckerSum):
+            return NotImplemented
+        self._require_fitting(other)
+        return KroneckerSum([*self.terms, *other.terms])
+
+    def __mul__(self, factor: float) -> "KroneckerSum":
+        """Multiply the block by a number."""
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return KroneckerSum([(A, G * factor) for A, G in self.terms])
+
+    __rmul__ = __mul__
+
+    def compress(self, terms: int) -> "KroneckerSum":
+        """Nearest sum of ``terms`` Kronecker products in Frobenius norm.
+
+        The first of them is positive semi-definite; further ones, and hence the sum, need not be.
+
+        Parameters
+        ----------
+        terms : int
+            At least 1; with as many as the block has, the block itself is returned.
+        """
+        require_count("terms", terms)
+        if terms >= len(self.terms):
+            return self
+        out = [(torch.empty_like(A), torch.empty_like(G)) for A, G in self.terms[:terms]]
+        _core.kronecker_compress(self._borrowed, [(borrow(A), borrow(G)) for A, G in out])
+        return KroneckerSum(out)
+
+    # --- spectrum ---
+
+    def eigh(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Eigendecomposition of every term's factors.
+
+        Returns
+        -------
+        list of (values_A, vectors_A, values_G, vectors_G)
+            Ascending eigenvalues of shapes ``(K,)`` and ``(D,)``; eigenvectors in columns. The
+            eigenvalues of a term alone are all products of the two.
+        """
+        return [(*_eigh(A), *_eigh(G)) for A, G in self.terms]
+
+    def top_eigenvalue(self, damping: float = 0.0) -> float:
+        """Largest eigenvalue of ``H + damping I``, to a relative 1e-4."""
+        require_nonnegative("damping", damping)
+        return _core.kronecker_top_eigenvalue(self._borrowed, damping)
+
+    # --- inverses ---
+
+    def damped(self, damping: float) -> "KroneckerSum":
+        """Add factored damping to the first term.
+
+        Its factors become ``A + pi sqrt(damping) I`` and ``G + sqrt(damping) / pi I`` with
+        ``pi**2 = (tr A / K) / (tr G / D)`` (Martens & Grosse 2015, section 6.3): about
+        ``H + damping I``, and within reach of the closed forms for two terms.
+        """
+        require_nonnegative("damping", damping)
+        A, G = self.terms[0]
+        mean_A, mean_G = (float(x.diagonal().double().mean()) for x in (A, G))
+        pi = (mean_A / mean_G) ** 0.5 if mean_A > 0.0 and mean_G > 0.0 else 1.0
+        first = (
+            A + pi * damping**0.5 * torch.eye(len(A), dtype=A.dtype, device=A.device),
+            G + damping**0.5 / pi * torch.eye(len(G), dtype=G.dtype, device=G.device),
+        )
+        return KroneckerSum([first, *self.terms[1:]])
+
+    def solve(
+        self,
+        V: Tensor,
+        damping: float = 0.0,
+        *,
+        tolerance: float | None = None,
+        max_iterations: int = 1000,
+    ) -> Tensor:
+        """Solve ``(H + damping I) X = V``.
+
+        Closed form for one term, and for two without damping (see `damped`); preconditioned
+        conjugate gradients otherwise.
+
+        Parameters
+        ----------
+        V : Tensor of shape (D, K) or (S, D, K)
+        damping : float
+        tolerance : float, optional
+            Relative residual at which conjugate gradients stop. Default 1e-6 in float32, 1e-12
+            in float64.
+        max_iterations : int
+            Of conjugate gradients.
+
+        Returns
+        -------
+        Tensor of the shape of ``V``
+
+        Raises
+        ------
+        NumericalError
+            The damped block is singular, or conjugate gradients did not reach the tolerance.
+        """
+        require_nonnegative("damping", damping)
+        require_count("max_iterations", max_iterations)
+        V = self._checked(V)
+        out = torch.empty_like(V, memory_format=torch.contiguous_format)
+        if self._has_closed_form(damping):
+            _core.KroneckerInverse(self._borrowed, damping).solve(borrow(V), borrow(out))
+            return out
+        if tolerance is None:
+            tolerance = 1e-6 if self.dtype == torch.float32 else 1e-12
+        _core.conjugate_gradients(
+            self._borrowed, damping, borrow(V), borrow(out), tolerance, max_iterations
+        )
+        return out
+
+    def logdet(self, damping: float = 0.0) -> float:
+        """Log-determinant of ``H + damping I``.
+
+        Closed form for one term, and for two without damping; by a dense Cholesky factorisation
+        for other blocks of at most 4,096 rows.
+
+        Raises
+        ------
+        NumericalError
+            The damped block is singular.
+        OptionError
+            No closed form, and too large for the dense one: use ``damped(damping).logdet()``,
+            after ``compress(2)`` if there are more than two terms.
+        """
+        require_nonnegative("damping", damping)
+        if self._has_closed_form(damping):
+            return _core.KroneckerInverse(self._borrowed, damping).logdet()
+        D, K = self.shape
+        if D * K > _DENSE_LIMIT:
+            raise OptionError(
+                f"logdet: expected one term, two without damping, or at most {_DENSE_LIMIT} rows, "
+                f"got {len(self.terms)} terms, damping {damping} and {D * K} rows; use "
+                "damped(damping).logdet(), after compress(2) where there are more terms"
+            )
+        dense = self.dense().double()
+        dense.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(dense)
+        if int(failed):
+            raise NumericalError(
+                f"logdet: expected a positive definite block, got a pivot <= 0 at row {int(failed)}"
+                f" with damping {damping}"
+            )
+        return 2.0 * float(factor.diagonal().log().sum())
+
+    def sample(
+        self, n: int, damping: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw from the Gaussian with precision ``H + damping I`` (a Laplace approximation).
+
+        Without a closed form, ``y ~ N(0, H + damping I)`` is drawn and the system solved for it,
+        which has the same distribution.
+
+        Parameters
+        ----------
+        n : int
+        damping : float
+        generator : torch.Generator, optional
+            Default: torch's global one.
+
+        Returns
+        -------
+        Tensor of shape (n, D, K)
+        """
+        require_count("n", n)
+        require_nonnegative("damping", damping)
+        out = torch.empty((n, *self.shape), dtype=self.dtype, device=self.device)
+        if self._has_closed_form(damping):
+            inverse = _core.KroneckerInverse(self._borrowed, damping)
+            inverse.sample(borrow(self._noise((n,), generator)), borrow(out))
+            return out
+        noise = self._noise((n, len(self.terms)), generator)
+        _core.KroneckerRoot(self._borrowed).apply(borrow(noise), borrow(out))
+        out.add_(self._noise((n,), generator), alpha=damping**0.5)
+        return self.solve(out, damping)
+
+    def _has_closed_form(self, damping: float) -> bool:
+        return len(self.terms) == 1 or (len(self.terms) == 2 and damping == 0.0)
+
+    def _noise(self, batch: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        return torch.randn(
+            (*batch, *self.shape), dtype=self.dtype, device=self.device, generator=generator
+        )
+
+    def _checked(self, V: Tensor) -> Tensor:
+        if isinstance(V, Tensor) and V.dim() == 3:
+            require_like("V", V, (V.shape[0], *self.shape), self.terms[0][0])
+        else:
+            require_like("V", V, self.shape, self.terms[0][0])
+        return V.detach()
+
+    def _require_fitting(self, other: "KroneckerSum") -> None:
+        if (self.shape, self.dtype, self.device) != (other.shape, other.dtype, other.device):
+            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
+
+
+class DiagonalBlock:
+    """A diagonal operator: the elementwise product with a matrix of shape (D, K).
+
+    The baseline of elastic weight consolidation (Kirkpatrick et al. 2017), in the coordinates of
+    the other blocks.
+
+    Parameters
+    ----------
+    values : Tensor of shape (D, K)
+        The diagonal.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        if values.dim() != 2:
+            raise ShapeError(f"values: expected shape (D, K), got {tuple(values.shape)}")
+        require_finite("values", values)
+        self.values = values
+
+    def __repr__(self) -> str:
+        return f"DiagonalBlock(shape={self.shape}, dtype={self.dtype})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(D, K)`` of the matrices the block acts on."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the diagonal."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the diagonal."""
+        return self.values.device
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "DiagonalBlock":
+        """Return the block on another device or in another dtype."""
+        return DiagonalBlock(self.values.to(device=device, dtype=dtype))
+
+    def product(self, V: Tensor) -> Tensor:
+        """Apply the block to ``V`` of shape (D, K) or (S, D, K)."""
+        return self.values * V
+
+    def quadratic(self, V: Tensor) -> float:
+        """Quadratic form ``<V, H V>``."""
+        return float((self.values * V.square()).sum())
+
+    def trace(self) -> float:
+        """Trace of the block."""
+        return float(self.values.double().sum())
+
+    def norm(self) -> float:
+        """Frobenius norm of the block."""
+        return float(torch.linalg.vector_norm(self.values.double()))
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of the block, shape (D, K)."""
+        return self.values
+
+    def dense(self) -> Tensor:
+        """Return the block as a matrix of shape (D * K, D * K)."""
+        return torch.diag(self.values.reshape(-1))
+
+    def top_eigenvalue(self, damping: float = 0.0) -> float:
+        """Largest eigenvalue of ``H + damping I``."""
+        return float(self.values.max()) + damping
+
+    def __add__(self, other: "DiagonalBlock") -> "DiagonalBlock":
+        """Sum of two diagonal blocks."""
+        if not isinstance(other, DiagonalBlock):
+            return NotImplemented
+        if self.shape != other.shape:
+            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
+        return DiagonalBlock(self.values + other.values)
+
+    def __mul__(self, factor: float) -> "DiagonalBlock":
+        """Multiply the block by a number."""
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return DiagonalBlock(self.values * factor)
+
+    __rmul__ = __mul__
+
+
+Block = KroneckerSum | DiagonalBlock
+
+
+def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    values = torch.empty(len(factor), dtype=factor.dtype, device=factor.device)
+    vectors = torch.empty_like(factor, memory_format=torch.contiguous_format)
+    _core.eigh(borrow(factor), borrow(values), borrow(vectors))
+    return values, vectors

@@ -1,0 +1,393 @@
+"""The quadratic penalty around an anchor, as an autograd function over the Rust product."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ekfac_rs import _core
+from ekfac_rs._tensors import borrow, require_choice, require_like, require_nonnegative
+from ekfac_rs.batchnorm import Anchor
+from ekfac_rs.curvature import Curvature, Signature
+from ekfac_rs.errors import (
+    IncompatibleError,
+    ModelChangedError,
+    NonFiniteError,
+    UnknownLayerError,
+)
+from ekfac_rs.kronecker import DiagonalBlock, KroneckerSum
+from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers, removed_afterwards
+
+
+class StabilityWarning(UserWarning):
+    """The learning rate is above what explicit SGD stands on this penalty."""
+
+
+class QuadraticPenalty:
+    """Quadratic penalty on a model's weights around an anchor.
+
+    ``scale / 2 * sum_l <D_l, sum_t H_tl D_l> + damping / 2 * sum_l |D_l|**2`` where ``H_tl`` is
+    the block of layer l in curvature t and ``D_l`` the layer's current weights less the anchor, a
+    matrix of shape (D, K). In merged coordinates the current weights are merged with the
+    statistics of the **current mini-batch** where the BatchNorm is in train mode (gradients flow
+    through them), and with its running statistics in eval mode (method: section 4).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    curvatures : Curvature or sequence of Curvature
+        One for each earlier task, all in the same coordinates; may be empty, which leaves the
+        damping: L2 to the anchor. The last must have been taken at the anchor.
+    anchor : mapping of str to Tensor
+        Layer name to weights of shape (D, K), as from `merge_batchnorm` or `merged_weights`.
+        Copied.
+    damping : float
+        Weight decay centred on the anchor, not multiplied by ``scale``.
+    scale : float
+        Multiplies the curvatures' sum.
+    coordinates : {"merged", "raw"}, optional
+        Needed only without curvatures. Default: theirs, else "merged".
+
+    Raises
+    ------
+    IncompatibleError
+        Curvatures in different coordinates or over different layers.
+    ModelChangedError
+        The model is not the curvatures', or the last of them was taken at other weights.
+    ShapeError, DtypeError, DeviceError, OptionError, NonFiniteError
+        An anchor or curvature does not fit its layer; damping or scale is negative.
+
+    Examples
+    --------
+    >>> loss = criterion(model(x), y) + penalty()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        curvatures: Curvature | Sequence[Curvature],
+        anchor: Mapping[str, Tensor],
+        damping: float = 0.0,
+        scale: float = 1.0,
+        *,
+        coordinates: str | None = None,
+    ) -> None:
+        require_nonnegative("damping", damping)
+        require_nonnegative("scale", scale)
+        curvatures = [curvatures] if isinstance(curvatures, Curvature) else list(curvatures)
+        self.damping, self.scale = float(damping), float(scale)
+        self.coordinates = _common_coordinates(curvatures, coordinates)
+        self._model = model
+        self._layers = _bind(model, curvatures, anchor, self.coordinates)
+        self._anchor = self._checked_anchor(anchor)
+        if curvatures:
+            self._require_taken_at_anchor(curvatures[-1])
+        self._operators = {
+            layer.name: _operator([c[layer.name] for c in curvatures], self._anchor[layer.name])
+            for layer in self._layers
+        }
+        self._top_eigenvalue: float | None = None
+        self._batch_inputs: dict[str, _BatchInput] = {}
+        self._handles = [
+            layer.batchnorm.register_forward_pre_hook(self._keeper(layer))
+            for layer in self._layers
+            if self.coordinates == "merged" and layer.batchnorm is not None
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the penalty's hooks from the model; it cannot be called in train mode after."""
+        with removed_afterwards(self._handles):
+            self._batch_inputs.clear()
+        self._handles = []
+
+    def __call__(self) -> Tensor:
+        """Value of the penalty at the model's current weights, a differentiable scalar.
+
+        Raises
+        ------
+        ModelChangedError
+            A layer was replaced; there was no forward pass in train mode yet; or the parameters
+            changed since the last one.
+        NonFiniteError
+            The current weights are NaN or infinite.
+        """
+        deviations = [self._deviation(layer) for layer in self._layers]
+        operators = [self._operators[layer.name] for layer in self._layers]
+        value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, *deviations)
+        if not bool(torch.isfinite(value.detach())):
+            self._raise_non_finite(deviations)
+        return value
+
+    def deviations(self) -> dict[str, Tensor]:
+        """Return each layer's current weights less the anchor, of shape (D, K)."""
+        return {layer.name: self._deviation(layer) for layer in self._layers}
+
+    def top_eigenvalue(self) -> float:
+        """Largest eigenvalue of the penalty's Hessian in the weights it lives on."""
+        if self._top_eigenvalue is None:
+            self._top_eigenvalue = max(op.top_eigenvalue() for op in self._operators.values())
+        return self.scale * self._top_eigenvalue + self.damping
+
+    def max_stable_lr(self, momentum: float = 0.0) -> float:
+        """Learning rate above which explicit SGD diverges along the top eigenvector.
+
+        ``2 (1 + momentum) / top_eigenvalue()``: the bound of gradient descent with heavy-ball
+        momentum on a quadratic (Polyak 1964). Infinite for a zero penalty.
+        """
+        top = self.top_eigenvalue()
+        return 2.0 * (1.0 + momentum) / top if top > 0.0 else float("inf")
+
+    def check_lr(self, lr: float, momentum: float = 0.0) -> bool:
+        """Warn with `StabilityWarning` if ``lr`` exceeds `max_stable_lr`; return whether it holds.
+
+        Parameters
+        ----------
+        lr : float
+        momentum : float
+        """
+        bound = self.max_stable_lr(momentum)
+        if lr <= bound:
+            return True
+        warnings.warn(
+            f"lr {lr:g} exceeds {bound:g}, above which SGD is unstable on this penalty "
+            f"(top eigenvalue {self.top_eigenvalue():g}, momentum {momentum:g})",
+            StabilityWarning,
+            stacklevel=2,
+        )
+        return False
+
+    def _deviation(self, layer: AffineLayer) -> Tensor:
+        self._require_unchanged(layer)
+        return self._current_weight(layer) - self._anchor[layer.name]
+
+    def _current_weight(self, layer: AffineLayer) -> Tensor:
+        if self.coordinates == "raw":
+            return layer.raw_weight()
+        if layer.batchnorm is None or not layer.batchnorm.training:
+            return layer.merged_weight()
+        kept = self._batch_inputs.get(layer.name)
+        if kept is None:
+            raise ModelChangedError(
+                f"layer {layer.batchnorm_name!r}: expected a forward pass in train mode before "
+                "penalty(), got none: its batch statistics are part of the weights"
+            )
+        if kept.versions != _versions(layer):
+            raise ModelChangedError(
+                f"layer {layer.name!r}: expected the parameters of the last forward pass, got "
+                "changed ones: call the model again before penalty()"
+            )
+        variance, mean = torch.var_mean(kept.values, dim=0, correction=0)
+        return layer.merged_weight(mean, variance)
+
+    def _keeper(self, layer: AffineLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if module.training:
+                layer.require_channels_last_axis(args[0])
+                self._batch_inputs[layer.name] = _BatchInput(args[0], _versions(layer))
+
+        return keep
+
+    def _require_unchanged(self, layer: AffineLayer) -> None:
+        expected = ((layer.name, layer.linear), (layer.batchnorm_name, layer.batchnorm))
+        for name, module in expected:
+            if name is None:
+                continue
+            try:
+                current = self._model.get_submodule(name)
+            except AttributeError:
+                current = None
+            if current is not module:
+                raise ModelChangedError(
+                    f"layer {name!r}: expected the module this penalty was made for, got another"
+                )
+
+    def _checked_anchor(self, anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        checked = {}
+        for layer in self._layers:
+            weight = anchor[layer.name]
+            place = f"layer {layer.name!r}: anchor"
+            require_like(place, weight, layer.shape(self.coordinates), layer.linear.weight)
+            if not bool(torch.isfinite(weight).all()):
+                raise NonFiniteError(f"{place}: expected finite values, got NaN or infinity")
+            checked[layer.name] = weight.detach().clone()
+        return checked
+
+    def _require_taken_at_anchor(self, curvature: Curvature) -> None:
+        for layer in self._layers:
+            # Without running statistics a signature is of the raw weights: nothing to compare.
+            if layer.batchnorm is not None and layer.batchnorm.running_var is None:
+                continue
+            at_anchor = Signature.of(self._anchor[layer.name])
+            if not curvature.signatures[layer.name].agrees(at_anchor):
+                raise ModelChangedError(
+                    f"layer {layer.name!r}: expected the last curvature to be taken at the anchor, "
+                    "got one of other weights: the model changed between the two"
+                )
+
+    def _raise_non_finite(self, deviations: Sequence[Tensor]) -> None:
+        for layer, deviation in zip(self._layers, deviations, strict=True):
+            if not bool(torch.isfinite(deviation.detach()).all()):
+                raise NonFiniteError(
+                    f"layer {layer.name!r}: expected finite weights, got NaN or infinity"
+                )
+        raise NonFiniteError("penalty: expected a finite value, got an overflow")
+
+
+class _BatchInput:
+    """What a BatchNorm saw in the last forward pass, and under which parameters."""
+
+    def __init__(self, values: Tensor, versions: tuple[int, ...]) -> None:
+        self.values = values
+        self.versions = versions
+
+
+def _versions(layer: AffineLayer) -> tuple[int, ...]:
+    return tuple(p._version for p in layer.parameters("merged"))
+
+
+# --- operators: one layer's blocks of all tasks --------------------------------------------------
+
+
+class _NoOperator:
+    """No curvature: damping alone."""
+
+    def apply(self, V: Tensor, out: Tensor) -> float:
+        out.zero_()
+        return 0.0
+
+    def top_eigenvalue(self) -> float:
+        return 0.0
+
+
+class _DiagonalOperator:
+    def __init__(self, block: DiagonalBlock) -> None:
+        self.block = block
+
+    def apply(self, V: Tensor, out: Tensor) -> float:
+        torch.mul(self.block.values, V, out=out)
+        return float(torch.dot(V.reshape(-1), out.reshape(-1)))
+
+    def top_eigenvalue(self) -> float:
+        return self.block.top_eigenvalue()
+
+
+class _KroneckerOperator:
+    """Packed once, applied in every training step."""
+
+    def __init__(self, block: KroneckerSum) -> None:
+        self.block = block
+        self._packed = _core.KroneckerOperator([(borrow(A), borrow(G)) for A, G in block.terms])
+
+    def apply(self, V: Tensor, out: Tensor) -> float:
+        return self._packed.apply(borrow(V), borrow(out))
+
+    def top_eigenvalue(self) -> float:
+        return self.block.top_eigenvalue()
+
+
+_Operator = _NoOperator | _DiagonalOperator | _KroneckerOperator
+
+
+def _operator(blocks: Sequence[KroneckerSum | DiagonalBlock], like: Tensor) -> _Operator:
+    if not blocks:
+        return _NoOperator()
+    total = reduce(add, (block.to(like.device, like.dtype) for block in blocks))
+    return (
+        _DiagonalOperator(total) if isinstance(total, DiagonalBlock) else _KroneckerOperator(total)
+    )
+
+
+class _Quadratic(torch.autograd.Function):
+    """``1/2 sum_l <D_l, (scale H_l + damping) D_l>``; the product made for the value is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operators: Sequence[_Operator], scale: float, damping: float, *deviations: Tensor
+    ) -> Tensor:
+        value, gradients = 0.0, []
+        for operator, D in zip(operators, deviations, strict=True):
+            D = D.contiguous()
+            gradient = torch.empty_like(D)
+            value += scale * operator.apply(D, gradient)
+            gradient.mul_(scale)
+            if damping:
+                value += damping * float(torch.linalg.vector_norm(D)) ** 2
+                gradient.add_(D, alpha=damping)
+            gradients.append(gradient)
+        ctx.save_for_backward(*gradients)
+        return deviations[0].new_tensor(0.5 * value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *(grad * gradient for gradient in ctx.saved_tensors))
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _common_coordinates(curvatures: Sequence[Curvature], wanted: str | None) -> str:
+    if wanted is not None:
+        require_choice("coordinates", wanted, COORDINATES)
+    if not curvatures:
+        return wanted or "merged"
+    first = curvatures[0]
+    for curvature in curvatures:
+        if (wanted or first.coordinates) != curvature.coordinates:
+            raise IncompatibleError(
+                f"coordinates: expected {wanted or first.coordinates!r} in all curvatures, "
+                f"got {curvature.coordinates!r}"
+            )
+        if curvature.batchnorms != first.batchnorms:
+            raise IncompatibleError(
+                f"curvatures: expected the layers {first.layers} in all, got {curvature.layers}"
+            )
+        if {type(b) for b in curvature.values()} != {type(b) for b in first.values()}:
+            raise IncompatibleError(
+                f"approximation: expected one kind of block in all curvatures, got "
+                f"{first.approximation!r} and {curvature.approximation!r}"
+            )
+    return first.coordinates
+
+
+def _bind(
+    model: nn.Module,
+    curvatures: Sequence[Curvature],
+    anchor: Mapping[str, Tensor],
+    coordinates: str,
+) -> list[AffineLayer]:
+    if curvatures:
+        layers = bind_layers(model, curvatures[0].batchnorms)
+    elif isinstance(anchor, Anchor):
+        layers = bind_layers(model, anchor.batchnorms)
+    else:
+        layers = find_layers(model, coordinates=coordinates, layers=list(anchor))
+    _require_anchored(layers, anchor)
+    for layer in layers:
+        for curvature in curvatures:
+            shape = curvature[layer.name].shape
+            if shape != layer.shape(coordinates):
+                raise ModelChangedError(
+                    f"layer {layer.name!r}: expected a curvature of shape "
+                    f"{layer.shape(coordinates)}, got {shape}"
+                )
+    return layers
+
+
+def _require_anchored(layers: Iterable[AffineLayer], anchor: Mapping[str, Tensor]) -> None:
+    for layer in layers:
+        if layer.name not in anchor:
+            raise UnknownLayerError(
+                f"anchor: expected weights of layer {layer.name!r}, got those of {list(anchor)}"
+            )
