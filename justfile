@@ -1,0 +1,63 @@
+# Recipes of ekfac_rs; each does the set-up it needs first, and does it only once.
+
+python := ".venv/bin/python"
+
+# List the recipes
+default:
+    @just --list
+
+# Make .venv with pinned dependencies, again only when the lock file changed
+setup:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    [ -x {{python}} ] || python3 -m venv .venv
+    if ! cmp -s requirements.lock .venv/requirements.installed; then
+        {{python}} -m pip install --quiet --disable-pip-version-check -r requirements.lock
+        cp requirements.lock .venv/requirements.installed
+    fi
+
+# Build the Rust core into .venv
+dev: setup
+    VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
+
+# Lint, then all tests: Rust, then Python
+test: lint test-rust test-python
+
+# Tests of the Rust core; they need neither Python nor torch
+test-rust:
+    cargo test --locked -p ekfac-core
+
+# Tests of the Python package; those that need data find it through EKFAC_DATA or ../shared/data
+test-python *args: dev
+    {{python}} -m pytest {{args}}
+
+# Check formatting, lints, types and stubs
+lint: dev
+    cargo fmt --all --check
+    cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+    {{python}} -m ruff format --check python tests benchmarks scripts
+    {{python}} -m ruff check python tests benchmarks scripts
+    {{python}} -m mypy
+    {{python}} -m mypy.stubtest ekfac_rs._core
+
+# Format everything
+fmt: setup
+    cargo fmt --all
+    {{python}} -m ruff format python tests benchmarks scripts
+    {{python}} -m ruff check --fix python tests benchmarks scripts
+
+# Run an experiment: permuted MNIST, quick preset, unless told otherwise
+experiments *args="permuted-mnist --preset quick": dev
+    {{python}} -m ekfac_rs.experiments {{args}}
+
+# Compare with torch in one run: factor pass, penalty, Gram matrices
+bench: dev
+    {{python}} benchmarks/bench.py
+
+# Benchmarks of the Rust core alone
+bench-rust:
+    cargo bench --locked -p ekfac-core
+
+# Pin the Python dependencies anew
+lock: setup
+    {{python}} -m uv pip compile --quiet --universal --extra dev --no-emit-index-url --no-header --no-annotate --output-file requirements.lock pyproject.toml
