@@ -13,10 +13,17 @@ use crate::error::{Error, Result};
 use crate::linalg::expect_square;
 use crate::view::{Dtype, Real, TensorView, TensorViewMut, with_real};
 
+mod compress;
+mod conjugate;
 mod eigenvalue;
+mod inverse;
 mod operator;
+mod root;
 
+pub use self::conjugate::{Convergence, Stopping};
+pub use self::inverse::KroneckerInverse;
 pub use self::operator::KroneckerOperator;
+pub use self::root::KroneckerRoot;
 
 /// A term as matrices (A, G).
 pub(crate) type Pair<'a, T> = (MatRef<'a, T>, MatRef<'a, T>);
@@ -100,8 +107,8 @@ impl<'a> KroneckerSum<'a> {
         damping: f64,
         cancel: &Cancel,
     ) -> Result<()> {
-        self.check_stack("v", v.shape())?;
-        self.check_like_v(v.shape(), out.shape())?;
+        check_stack("v", v.shape(), self.outputs, self.inputs)?;
+        check_like_v(v.shape(), out.shape())?;
         self.check_dtypes(&[("v", v.dtype()), ("out", out.dtype())])?;
         with_real!(self.dtype, T => {
             let (terms, v, out) = (self.pairs::<T>()?, v.matrices::<T>()?, out.matrices::<T>()?);
@@ -111,7 +118,7 @@ impl<'a> KroneckerSum<'a> {
 
     /// `sum_k <V, G_k V A_k>`, summed over the stack if V is `[S, D, K]`.
     pub fn quadratic(&self, v: &TensorView<'_>, cancel: &Cancel) -> Result<f64> {
-        self.check_stack("v", v.shape())?;
+        check_stack("v", v.shape(), self.outputs, self.inputs)?;
         self.check_dtypes(&[("v", v.dtype())])?;
         with_real!(self.dtype, T => {
             quadratic(&*Cpu::current(), &self.pairs::<T>()?, &v.matrices::<T>()?, cancel)
@@ -191,31 +198,6 @@ impl<'a> KroneckerSum<'a> {
         Ok(pairs)
     }
 
-    fn check_stack(&self, name: &str, shape: &[usize]) -> Result<()> {
-        match shape {
-            [rest @ .., outputs, inputs]
-                if rest.len() <= 1 && (*outputs, *inputs) == (self.outputs, self.inputs) =>
-            {
-                Ok(())
-            }
-            _ => Err(Error::Shape(format!(
-                "{name} must be [{d}, {k}] or [S, {d}, {k}], got shape {shape:?}",
-                d = self.outputs,
-                k = self.inputs
-            ))),
-        }
-    }
-
-    fn check_like_v(&self, v: &[usize], out: &[usize]) -> Result<()> {
-        if v == out {
-            Ok(())
-        } else {
-            Err(Error::Shape(format!(
-                "out must have the shape of v, {v:?}, got shape {out:?}"
-            )))
-        }
-    }
-
     fn check_shape(&self, name: &str, shape: &[usize], expected: [usize; 2]) -> Result<()> {
         if shape == expected {
             Ok(())
@@ -260,4 +242,30 @@ fn inner<B: Backend, T: Real>(backend: &B, terms: &[Pair<'_, T>], others: &[Pair
         .iter()
         .flat_map(|term| others.iter().map(move |other| product(term, other)))
         .sum()
+}
+
+/// A copy in double precision.
+fn widen<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>) -> B::Matrix<f64> {
+    let mut wide = backend.zeros::<f64>(x.nrows(), x.ncols());
+    backend.copy(x, wide.view_mut());
+    wide
+}
+
+fn check_stack(name: &str, shape: &[usize], outputs: usize, inputs: usize) -> Result<()> {
+    match shape {
+        [.., rows, columns] if shape.len() <= 3 && (*rows, *columns) == (outputs, inputs) => Ok(()),
+        _ => Err(Error::Shape(format!(
+            "{name} must be [{outputs}, {inputs}] or [S, {outputs}, {inputs}], got shape {shape:?}"
+        ))),
+    }
+}
+
+fn check_like_v(v: &[usize], out: &[usize]) -> Result<()> {
+    if v == out {
+        Ok(())
+    } else {
+        Err(Error::Shape(format!(
+            "out must have the shape of v, {v:?}, got shape {out:?}"
+        )))
+    }
 }

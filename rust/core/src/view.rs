@@ -302,20 +302,37 @@ impl Layout {
         }
     }
 
-    /// Shape and strides of a matrix, or of a stack of matrices, as (count, step, rows, columns,
-    /// row stride, column stride).
-    fn as_matrices(&self) -> Result<[usize; 6]> {
-        match (&self.shape[..], &self.strides[..]) {
-            (&[rows, columns], &[down, right]) => Ok([1, 0, rows, columns, down, right]),
-            (&[count, rows, columns], &[step, down, right]) => {
-                Ok([count, step, rows, columns, down, right])
-            }
-            _ => Err(Error::Shape(format!(
+    /// The trailing two dimensions as a matrix, and where each matrix of the stack begins.
+    fn as_matrices(&self) -> Result<(MatrixLayout, Vec<usize>)> {
+        let ([counts @ .., rows, columns], [steps @ .., down, right]) =
+            (&self.shape[..], &self.strides[..])
+        else {
+            return Err(Error::Shape(format!(
                 "expected a matrix or a stack of matrices, got shape {:?}",
                 self.shape
-            ))),
+            )));
+        };
+        let mut starts = vec![0];
+        for (&count, &step) in counts.iter().zip(steps) {
+            let place = |&start: &usize| (0..count).map(move |index| start + index * step);
+            starts = starts.iter().flat_map(place).collect();
         }
+        let matrix = MatrixLayout {
+            rows: *rows,
+            columns: *columns,
+            row_stride: *down as isize,
+            column_stride: *right as isize,
+        };
+        Ok((matrix, starts))
     }
+}
+
+/// Extents and strides, in elements, of each matrix of a stack.
+struct MatrixLayout {
+    rows: usize,
+    columns: usize,
+    row_stride: isize,
+    column_stride: isize,
 }
 
 /// A borrowed tensor that is only read. Expanded (zero-stride) and sliced tensors are welcome.
@@ -418,21 +435,26 @@ impl<'a> TensorView<'a> {
         Ok(unsafe { ArrayView::from_shape_ptr(shape, self.host_pointer::<T>()) })
     }
 
-    /// The matrices of a `[rows, columns]` or `[count, rows, columns]` tensor in host memory.
+    /// The matrices in the trailing two dimensions of a tensor in host memory, in row-major order
+    /// of the leading ones.
     pub fn matrices<T: Real>(&self) -> Result<Vec<MatRef<'a, T>>> {
         self.layout.expect_cpu()?;
         self.layout.expect_dtype(T::DTYPE)?;
-        let [count, step, rows, columns, down, right] = self.layout.as_matrices()?;
-        let start = self.host_pointer::<T>();
-        Ok((0..count)
-            .map(|index| {
-                // SAFETY: as in `array`; the offset stays inside the tensor for each index.
-                unsafe {
-                    let first = start.wrapping_add(index * step);
-                    MatRef::from_raw_parts(first, rows, columns, down as isize, right as isize)
-                }
-            })
-            .collect())
+        let (matrix, starts) = self.layout.as_matrices()?;
+        let origin = self.host_pointer::<T>();
+        let at = |start| {
+            // SAFETY: as in `array`; the start of each matrix lies inside the tensor.
+            unsafe {
+                MatRef::from_raw_parts(
+                    origin.wrapping_add(start),
+                    matrix.rows,
+                    matrix.columns,
+                    matrix.row_stride,
+                    matrix.column_stride,
+                )
+            }
+        };
+        Ok(starts.into_iter().map(at).collect())
     }
 
     /// The `[rows, columns]` tensor as a matrix in host memory.
@@ -511,26 +533,31 @@ impl<'a> TensorViewMut<'a> {
         self.layout.expect_cpu()
     }
 
-    /// The matrices of a `[rows, columns]` or `[count, rows, columns]` tensor in host memory.
+    /// The matrices in the trailing two dimensions of a tensor in host memory, in row-major order
+    /// of the leading ones.
     pub fn matrices<T: Real>(&mut self) -> Result<Vec<MatMut<'_, T>>> {
         self.layout.expect_cpu()?;
         self.layout.expect_dtype(T::DTYPE)?;
-        let [count, step, rows, columns, down, right] = self.layout.as_matrices()?;
-        let start: *mut T = if self.pointer.is_null() {
+        let (matrix, starts) = self.layout.as_matrices()?;
+        let origin: *mut T = if self.pointer.is_null() {
             std::ptr::NonNull::dangling().as_ptr()
         } else {
             self.pointer.cast()
         };
-        Ok((0..count)
-            .map(|index| {
-                // SAFETY: device and dtype were checked just above, the rest at construction;
-                // `check_distinct` makes the matrices disjoint, and `&mut self` exclusive.
-                unsafe {
-                    let first = start.wrapping_add(index * step);
-                    MatMut::from_raw_parts_mut(first, rows, columns, down as isize, right as isize)
-                }
-            })
-            .collect())
+        let at = |start| {
+            // SAFETY: device and dtype were checked just above, the rest at construction;
+            // `check_distinct` makes the matrices disjoint, and `&mut self` exclusive.
+            unsafe {
+                MatMut::from_raw_parts_mut(
+                    origin.wrapping_add(start),
+                    matrix.rows,
+                    matrix.columns,
+                    matrix.row_stride,
+                    matrix.column_stride,
+                )
+            }
+        };
+        Ok(starts.into_iter().map(at).collect())
     }
 
     /// The `[rows, columns]` tensor as a matrix in host memory.
@@ -554,20 +581,19 @@ impl<'a> TensorViewMut<'a> {
                 strides: vec![stride, 1],
                 ..self.layout.clone()
             },
-            memory: PhantomData,
+            memory: PhantomData::<&mut [u8]>,
         };
-        column.matrix::<T>().map(|matrix| {
-            // SAFETY: the same memory under the same `&mut self`; only the temporary descriptor
-            // that the matrix was made from ends here.
-            unsafe {
-                MatMut::from_raw_parts_mut(
-                    matrix.as_ptr_mut(),
-                    length,
-                    1,
-                    matrix.row_stride(),
-                    matrix.col_stride(),
-                )
-            }
+        let matrix = column.matrix::<T>()?;
+        // SAFETY: the same memory under the same `&mut self`; only the temporary descriptor ends
+        // here.
+        Ok(unsafe {
+            MatMut::from_raw_parts_mut(
+                matrix.as_ptr_mut(),
+                length,
+                1,
+                matrix.row_stride(),
+                matrix.col_stride(),
+            )
         })
     }
 }

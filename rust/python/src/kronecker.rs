@@ -1,7 +1,7 @@
 //! Bindings of `ekfac_core::kronecker`.
 
 use ekfac_core::Result;
-use ekfac_core::kronecker::{self, KroneckerSum};
+use ekfac_core::kronecker::{self, KroneckerSum, Stopping};
 use pyo3::prelude::*;
 
 use crate::call::run;
@@ -17,6 +17,12 @@ fn sum(terms: &[RawTerm]) -> Result<KroneckerSum<'_>> {
 fn product_flops(terms: &[RawTerm], v: &RawTensor) -> f64 {
     let sides = v.shape().iter().rev().take(2).sum::<usize>() as f64;
     2.0 * v.elements() * sides * terms.len() as f64
+}
+
+/// Flops of decomposing every factor, roughly.
+fn decomposition_flops(terms: &[RawTerm]) -> f64 {
+    let cubes = factors(terms).map(|factor| factor.elements().powf(1.5));
+    10.0 * cubes.sum::<f64>()
 }
 
 /// `out = sum_k G_k V A_k + damping * V`.
@@ -84,6 +90,115 @@ pub fn kronecker_top_eigenvalue(
     run(py, flops, |cancel| {
         sum(&terms)?.top_eigenvalue(damping, cancel)
     })
+}
+
+/// Writes the nearest sum of fewer terms and returns the relative Frobenius error.
+#[pyfunction]
+pub fn kronecker_compress(
+    py: Python<'_>,
+    terms: Vec<RawTerm>,
+    mut out: Vec<RawTerm>,
+) -> PyResult<f64> {
+    run(py, 0.0, |_| {
+        check_disjoint(&factors(&out).collect::<Vec<_>>(), factors(&terms))?;
+        let out = out.iter_mut();
+        let mut views = out
+            .map(|(a, g)| Ok((a.view_mut()?, g.view_mut()?)))
+            .collect::<Result<Vec<_>>>()?;
+        sum(&terms)?.compress(&mut views)
+    })
+}
+
+/// Solves with the damped sum; returns (iterations, relative residual).
+#[pyfunction]
+pub fn conjugate_gradients(
+    py: Python<'_>,
+    terms: Vec<RawTerm>,
+    damping: f64,
+    v: RawTensor,
+    mut out: RawTensor,
+    tolerance: f64,
+    max_iterations: usize,
+) -> PyResult<(usize, f64)> {
+    let stopping = Stopping {
+        tolerance,
+        max_iterations,
+    };
+    let flops = decomposition_flops(&terms) + 10.0 * product_flops(&terms, &v);
+    run(py, flops, |cancel| {
+        check_disjoint(&[&out], factors(&terms).chain([&v]))?;
+        let (v, mut out) = (v.view()?, out.view_mut()?);
+        let convergence =
+            sum(&terms)?.conjugate_gradients(damping, &v, &mut out, stopping, cancel)?;
+        Ok((convergence.iterations, convergence.residual))
+    })
+}
+
+/// The exact inverse of one damped term, or of a sum of two terms.
+#[pyclass(frozen, module = "ekfac_rs._core")]
+pub struct KroneckerInverse(kronecker::KroneckerInverse);
+
+#[pymethods]
+impl KroneckerInverse {
+    #[new]
+    fn new(py: Python<'_>, terms: Vec<RawTerm>, damping: f64) -> PyResult<Self> {
+        run(py, decomposition_flops(&terms), |cancel| {
+            kronecker::KroneckerInverse::new(&sum(&terms)?, damping, cancel)
+        })
+        .map(Self)
+    }
+
+    /// Writes the inverse applied to `v`.
+    fn solve(&self, py: Python<'_>, v: RawTensor, mut out: RawTensor) -> PyResult<()> {
+        run(py, self.flops(&v), |cancel| {
+            check_disjoint(&[&out], [&v])?;
+            self.0.solve(&v.view()?, &mut out.view_mut()?, cancel)
+        })
+    }
+
+    /// The natural logarithm of the determinant.
+    fn logdet(&self, py: Python<'_>) -> PyResult<f64> {
+        run(py, 0.0, |_| Ok(self.0.logdet()))
+    }
+
+    /// Maps standard normal noise to samples whose covariance is the inverse.
+    fn sample(&self, py: Python<'_>, noise: RawTensor, mut out: RawTensor) -> PyResult<()> {
+        run(py, self.flops(&noise), |cancel| {
+            check_disjoint(&[&out], [&noise])?;
+            self.0.sample(&noise.view()?, &mut out.view_mut()?, cancel)
+        })
+    }
+}
+
+impl KroneckerInverse {
+    fn flops(&self, v: &RawTensor) -> f64 {
+        let stack = v.shape().iter().rev().skip(2);
+        self.0.flops() * stack.map(|&extent| extent as f64).product::<f64>()
+    }
+}
+
+/// A square root of a sum of terms.
+#[pyclass(frozen, module = "ekfac_rs._core")]
+pub struct KroneckerRoot(kronecker::KroneckerRoot);
+
+#[pymethods]
+impl KroneckerRoot {
+    #[new]
+    fn new(py: Python<'_>, terms: Vec<RawTerm>) -> PyResult<Self> {
+        run(py, decomposition_flops(&terms), |cancel| {
+            kronecker::KroneckerRoot::new(&sum(&terms)?, cancel)
+        })
+        .map(Self)
+    }
+
+    /// Maps noise `[n, terms, D, K]` to samples `[n, D, K]`.
+    fn apply(&self, py: Python<'_>, noise: RawTensor, mut out: RawTensor) -> PyResult<()> {
+        let sides = noise.shape().iter().rev().take(2).sum::<usize>() as f64;
+        run(py, 2.0 * noise.elements() * sides, |cancel| {
+            check_disjoint(&[&out], [&noise])?;
+            self.0.apply(&noise.view()?, &mut out.view_mut()?, cancel)
+        })
+    }
 }
 
 /// A sum of terms packed for many products.

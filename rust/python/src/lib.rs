@@ -31,8 +31,9 @@ mod _core {
     use crate::gram::{accumulate_gram, strata};
     #[pymodule_export]
     use crate::kronecker::{
-        KroneckerOperator, kronecker_dense, kronecker_diagonal, kronecker_inner, kronecker_product,
-        kronecker_quadratic, kronecker_top_eigenvalue, kronecker_trace,
+        KroneckerInverse, KroneckerOperator, KroneckerRoot, conjugate_gradients,
+        kronecker_compress, kronecker_dense, kronecker_diagonal, kronecker_inner,
+        kronecker_product, kronecker_quadratic, kronecker_top_eigenvalue, kronecker_trace,
     };
     #[pymodule_export]
     use crate::linalg::{eigh, symmetrize};

@@ -1,0 +1,162 @@
+//! The nearest sum of fewer Kronecker products.
+
+use faer::{Mat, MatMut};
+
+use super::{KroneckerSum, Pair};
+use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
+use crate::error::{Error, Result};
+use crate::linalg::expect_square;
+use crate::view::{Real, TensorViewMut, with_real};
+
+impl KroneckerSum<'_> {
+    /// Writes the sum of `out.len()` Kronecker products nearest in Frobenius norm and returns the
+    /// relative error left.
+    ///
+    /// Rearranged, `sum_k vec(G_k) vec(A_k)^T` is a matrix of rank at most the number of terms,
+    /// and its truncated singular value decomposition (Van Loan and Pitsianis 1993) is the
+    /// optimum; it lives in the span of the factors, so only matrices of the number of terms are
+    /// decomposed. The first product is positive semi-definite if all terms are; **later ones may
+    /// be indefinite**. Products beyond the number of terms are zero.
+    pub fn compress(&self, out: &mut [(TensorViewMut<'_>, TensorViewMut<'_>)]) -> Result<f64> {
+        if out.is_empty() {
+            return Err(Error::Option(
+                "compression needs at least one term to write to".to_owned(),
+            ));
+        }
+        for (index, (a, g)) in out.iter().enumerate() {
+            for (name, factor, size) in [("A", a, self.inputs), ("G", g, self.outputs)] {
+                let name = format!("{name} of output {index}");
+                if expect_square(&name, factor.shape())? != size {
+                    return Err(Error::Shape(format!(
+                        "{name} must be [{size}, {size}], got shape {:?}",
+                        factor.shape()
+                    )));
+                }
+                self.check_dtypes(&[(&name, factor.dtype())])?;
+            }
+        }
+        let cpu = Cpu::current();
+        with_real!(self.dtype, T => {
+            let pairs = self.finite_pairs::<T>(&cpu)?;
+            let truncation = truncate(&*cpu, &pairs)?;
+            for (index, (a, g)) in out.iter_mut().enumerate() {
+                let (a, g) = (a.matrix::<T>()?, g.matrix::<T>()?);
+                truncation.write(&*cpu, &pairs, index, a, g);
+            }
+            Ok(truncation.error(out.len()))
+        })
+    }
+}
+
+/// Singular triplets of the rearranged sum, in coordinates of the given factors.
+struct Truncation {
+    /// In descending order.
+    singular: Vec<f64>,
+    /// `left[i][k]`: the part of `G_k` in product i; `right` likewise for `A_k`.
+    left: Vec<Vec<f64>>,
+    right: Vec<Vec<f64>>,
+}
+
+fn truncate<B: Backend, T: Real>(backend: &B, pairs: &[Pair<'_, T>]) -> Result<Truncation> {
+    let count = pairs.len();
+    // Terms of unit length each side, so that weak terms do not drown in the rounding of strong
+    // ones; the lengths go back in at the end.
+    let length = |x| backend.dot(x, x).sqrt();
+    let lengths: Vec<[f64; 2]> = pairs.iter().map(|&(a, g)| [length(a), length(g)]).collect();
+    let unit = |length: f64| if length > 0.0 { length.recip() } else { 0.0 };
+    let gram = |factors: &[faer::MatRef<'_, T>], which: usize| {
+        Mat::<f64>::from_fn(count, count, |k, l| {
+            let scale = unit(lengths[k][which]) * unit(lengths[l][which]);
+            backend.dot(factors[k], factors[l]) * scale
+        })
+    };
+    // Weights of the normalised terms, moved into the side of G.
+    let weights: Vec<f64> = lengths.iter().map(|[a, g]| a * g).collect();
+    let (factors_a, factors_g): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
+    let gram_a = gram(&factors_a, 0);
+    let gram_g = gram(&factors_g, 1);
+    let gram_g = Mat::from_fn(count, count, |k, l| {
+        weights[k] * gram_g[(k, l)] * weights[l]
+    });
+
+    // With gram_a = U diag(s) U^T, the columns of [vec A] U diag(s)^-1/2 are orthonormal.
+    let host = Cpu::current();
+    let mut u = Mat::<f64>::zeros(count, count);
+    let s = host.eigh(gram_a.as_ref(), u.as_mut())?;
+    let floor = f64::EPSILON * count as f64 * s[count - 1].max(0.0);
+    let kept: Vec<usize> = (0..count).filter(|&index| s[index] > floor).collect();
+    let root = Mat::from_fn(count, kept.len(), |k, j| {
+        u[(k, kept[j])] * s[kept[j]].sqrt()
+    });
+    let mut half = Mat::<f64>::zeros(count, kept.len());
+    let mut small = Mat::<f64>::zeros(kept.len(), kept.len());
+    host.gemm(half.as_mut(), false, gram_g.as_ref(), root.as_ref(), 1.0);
+    host.gemm(small.as_mut(), false, root.transpose(), half.as_ref(), 1.0);
+    let mut w = Mat::<f64>::zeros(kept.len(), kept.len());
+    let squares = if kept.is_empty() {
+        Vec::new()
+    } else {
+        host.eigh(small.as_ref(), w.as_mut())?
+    };
+
+    let mut truncation = Truncation {
+        singular: Vec::new(),
+        left: Vec::new(),
+        right: Vec::new(),
+    };
+    for index in (0..kept.len()).rev() {
+        let coordinates = |k: usize, power: f64| -> f64 {
+            let sum = kept.iter().enumerate();
+            sum.map(|(j, &column)| u[(k, column)] * s[column].powf(power) * w[(j, index)])
+                .sum()
+        };
+        let left = (0..count).map(|k| coordinates(k, 0.5) * lengths[k][0]);
+        let right = (0..count).map(|k| coordinates(k, -0.5) * unit(lengths[k][0]));
+        truncation.singular.push(squares[index].max(0.0).sqrt());
+        truncation.left.push(left.collect());
+        truncation.right.push(right.collect());
+    }
+    Ok(truncation)
+}
+
+impl Truncation {
+    /// Writes product `index`, its weight shared equally by both factors and the trace of A not
+    /// negative.
+    fn write<B: Backend, T: Real>(
+        &self,
+        backend: &B,
+        pairs: &[Pair<'_, T>],
+        index: usize,
+        mut a: MatMut<'_, T>,
+        mut g: MatMut<'_, T>,
+    ) {
+        backend.write_spectrum(&Default::default(), a.as_mut());
+        backend.write_spectrum(&Default::default(), g.as_mut());
+        let Some(&singular) = self.singular.get(index).filter(|&&singular| singular > 0.0) else {
+            return;
+        };
+        let (left, right) = (&self.left[index], &self.right[index]);
+        let traces = pairs
+            .iter()
+            .zip(right)
+            .map(|(&(a, _), part)| part * backend.diagonal(a).iter().sum::<f64>());
+        let sign = if traces.sum::<f64>() < 0.0 { -1.0 } else { 1.0 };
+        let share = sign * singular.sqrt();
+        for (k, &(term_a, term_g)) in pairs.iter().enumerate() {
+            backend.add_scaled(right[k] * share, term_a, a.as_mut());
+            backend.add_scaled(left[k] / share, term_g, g.as_mut());
+        }
+    }
+
+    /// The error of keeping this many products, relative to the whole.
+    fn error(&self, kept: usize) -> f64 {
+        let square = |values: &[f64]| values.iter().fold(0.0, |sum, value| sum + value * value);
+        let whole = square(&self.singular);
+        if whole == 0.0 {
+            return 0.0;
+        }
+        let left_out = &self.singular[kept.min(self.singular.len())..];
+        (square(left_out) / whole).sqrt()
+    }
+}

@@ -1,0 +1,333 @@
+//! Exact inverses: of one damped term, and of a sum of two terms.
+
+use super::{KroneckerSum, Pair};
+use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, Spectrum, Storage, Triangle};
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+use crate::view::{Real, TensorView, TensorViewMut, with_real};
+
+/// The inverse of `G (x) A + damping * I`, or of `G_1 (x) A_1 + G_2 (x) A_2`, ready to be applied.
+///
+/// Both are diagonal in a basis `P_G (x) P_A`: of eigenvectors for one term, and for two terms of
+/// the vectors that diagonalise `A_1` and `A_2` (and `G_1` and `G_2`) at once. Everything is kept
+/// and applied in double precision, whatever the dtype of the terms.
+pub struct KroneckerInverse {
+    inner: DiagonalInBasis<Cpu>,
+}
+
+impl KroneckerInverse {
+    /// Decomposes one or two terms.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] for more than two terms, and for two terms with damping, which have no
+    /// closed form; [`Error::Numerical`] if the sum is singular or indefinite.
+    pub fn new(sum: &KroneckerSum<'_>, damping: f64, cancel: &Cancel) -> Result<Self> {
+        check_damping(damping)?;
+        if sum.len() > 2 {
+            return Err(Error::Option(format!(
+                "only sums of one or two terms have an exact inverse, got {} terms: use conjugate \
+                 gradients, or compress the sum to two terms first",
+                sum.len()
+            )));
+        }
+        if sum.len() == 2 && damping != 0.0 {
+            return Err(Error::Option(format!(
+                "a sum of two terms is inverted exactly only without damping, got {damping}: use \
+                 conjugate gradients, or damp the factors themselves"
+            )));
+        }
+        let cpu = Cpu::current();
+        let inner = with_real!(sum.dtype, T => {
+            let pairs = sum.finite_pairs::<T>(&cpu)?;
+            match pairs[..] {
+                [pair] => one_term(&*cpu, pair, damping),
+                _ => two_terms(&*cpu, pairs[0], pairs[1], cancel),
+            }
+        })?;
+        inner.expect_positive()?;
+        Ok(Self { inner })
+    }
+
+    /// Writes `H^-1 V` for V of shape `[D, K]` or `[S, D, K]`.
+    pub fn solve(
+        &self,
+        v: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        self.map(v, out, Map::Inverse, cancel)
+    }
+
+    /// Maps standard normal noise to samples from N(0, H^-1); shapes as in [`Self::solve`].
+    pub fn sample(
+        &self,
+        noise: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        self.map(noise, out, Map::InverseRoot, cancel)
+    }
+
+    /// The natural logarithm of the determinant of H.
+    pub fn logdet(&self) -> f64 {
+        self.inner.logdet()
+    }
+
+    /// Floating-point operations of one solve with a single V.
+    pub fn flops(&self) -> f64 {
+        let (outputs, inputs) = self.inner.size();
+        4.0 * (outputs * inputs * (outputs + inputs)) as f64
+    }
+
+    fn map(
+        &self,
+        v: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        map: Map,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let (outputs, inputs) = self.inner.size();
+        super::check_stack("v", v.shape(), outputs, inputs)?;
+        super::check_like_v(v.shape(), out.shape())?;
+        if out.dtype() != v.dtype() {
+            return Err(Error::Dtype(format!(
+                "out must be {} like v, got {}",
+                v.dtype(),
+                out.dtype()
+            )));
+        }
+        let cpu = Cpu::current();
+        with_real!(v.dtype(), T => {
+            for (v, out) in v.matrices::<T>()?.into_iter().zip(out.matrices::<T>()?) {
+                cancel.check()?;
+                cpu.check_finite(v, "v")?;
+                let mut wide = cpu.zeros::<f64>(outputs, inputs);
+                cpu.copy(v, wide.view_mut());
+                let result = self.inner.apply(&*cpu, &wide, map);
+                cpu.copy(result.view(), out);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Which function of an operator is applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Map {
+    /// `H^-1`.
+    Inverse,
+    /// A root R of the inverse, `R R^T = H^-1`.
+    InverseRoot,
+}
+
+/// An operator H with `P^T H P` diagonal, where `P = P_G (x) P_A`.
+pub(super) struct DiagonalInBasis<B: Backend> {
+    basis_a: B::Matrix<f64>,
+    basis_g: B::Matrix<f64>,
+    spectrum: Spectrum,
+    /// `log |det P_A|` and `log |det P_G|`.
+    log_volumes: [f64; 2],
+}
+
+impl<B: Backend> DiagonalInBasis<B> {
+    /// An operator that is diagonal, or is to be treated as if it were, in an orthonormal basis.
+    pub(super) fn orthonormal(
+        basis_a: B::Matrix<f64>,
+        basis_g: B::Matrix<f64>,
+        spectrum: Spectrum,
+    ) -> Self {
+        Self {
+            basis_a,
+            basis_g,
+            spectrum,
+            log_volumes: [0.0; 2],
+        }
+    }
+
+    /// (D, K).
+    fn size(&self) -> (usize, usize) {
+        (self.basis_g.view().nrows(), self.basis_a.view().nrows())
+    }
+
+    fn entries(&self) -> impl Iterator<Item = f64> {
+        let (outputs, inputs) = self.size();
+        (0..outputs).flat_map(move |i| (0..inputs).map(move |j| self.spectrum.at(i, j)))
+    }
+
+    /// Fails unless every entry of the spectrum is positive beyond rounding.
+    pub(super) fn expect_positive(&self) -> Result<()> {
+        let (smallest, largest) = self
+            .entries()
+            .fold((f64::INFINITY, 0.0f64), |(smallest, largest), entry| {
+                (smallest.min(entry), largest.max(entry.abs()))
+            });
+        let (outputs, inputs) = self.size();
+        if smallest > f64::EPSILON * outputs.max(inputs) as f64 * largest {
+            Ok(())
+        } else {
+            Err(Error::Numerical(format!(
+                "the sum is singular or indefinite (eigenvalues in the diagonalising basis from \
+                 {smallest:.3e} to {largest:.3e}): add damping"
+            )))
+        }
+    }
+
+    /// A new matrix, the function of the operator applied to V.
+    pub(super) fn apply(&self, backend: &B, v: &B::Matrix<f64>, map: Map) -> B::Matrix<f64> {
+        let (outputs, inputs) = self.size();
+        let mut half = backend.zeros::<f64>(outputs, inputs);
+        let mut full = backend.zeros::<f64>(outputs, inputs);
+        let (a, g) = (self.basis_a.view(), self.basis_g.view());
+        if map == Map::Inverse {
+            backend.gemm(half.view_mut(), false, g.transpose(), v.view(), 1.0);
+            backend.gemm(full.view_mut(), false, half.view(), a, 1.0);
+            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -1.0);
+        } else {
+            backend.copy(v.view(), full.view_mut());
+            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -0.5);
+        }
+        backend.gemm(half.view_mut(), false, g, full.view(), 1.0);
+        backend.gemm(full.view_mut(), false, half.view(), a.transpose(), 1.0);
+        full
+    }
+
+    fn logdet(&self) -> f64 {
+        let (outputs, inputs) = self.size();
+        let [volume_a, volume_g] = self.log_volumes;
+        let volumes = outputs as f64 * volume_a + inputs as f64 * volume_g;
+        self.entries().map(f64::ln).sum::<f64>() - 2.0 * volumes
+    }
+}
+
+fn one_term<B: Backend, T: Real>(
+    backend: &B,
+    (a, g): Pair<'_, T>,
+    damping: f64,
+) -> Result<DiagonalInBasis<B>> {
+    let decompose = |x: faer::MatRef<'_, T>| -> Result<(Vec<f64>, B::Matrix<f64>)> {
+        let wide = super::widen(backend, x);
+        let mut vectors = backend.zeros::<f64>(x.nrows(), x.nrows());
+        let values = backend.eigh(wide.view(), vectors.view_mut())?;
+        Ok((values, vectors))
+    };
+    let ((values_a, basis_a), (values_g, basis_g)) = (decompose(a)?, decompose(g)?);
+    if damping == 0.0 {
+        for (name, values) in [("A", &values_a), ("G", &values_g)] {
+            expect_regular(name, values)?;
+        }
+    }
+    let spectrum = Spectrum {
+        constant: damping,
+        pairs: vec![(values_g, values_a)],
+    };
+    Ok(DiagonalInBasis::orthonormal(basis_a, basis_g, spectrum))
+}
+
+fn expect_regular(name: &str, values: &[f64]) -> Result<()> {
+    let (smallest, largest) = (values[0], values[values.len() - 1]);
+    if smallest > f64::EPSILON * values.len() as f64 * largest {
+        Ok(())
+    } else {
+        Err(singular(name, smallest, largest))
+    }
+}
+
+fn singular(name: &str, smallest: f64, largest: f64) -> Error {
+    Error::Numerical(format!(
+        "{name} is singular or indefinite (from {smallest:.3e} to {largest:.3e}): add damping"
+    ))
+}
+
+fn two_terms<B: Backend, T: Real>(
+    backend: &B,
+    (a1, g1): Pair<'_, T>,
+    (a2, g2): Pair<'_, T>,
+    cancel: &Cancel,
+) -> Result<DiagonalInBasis<B>> {
+    let a = diagonalise_together(backend, "A", a1, a2)?;
+    cancel.check()?;
+    let g = diagonalise_together(backend, "G", g1, g2)?;
+    Ok(DiagonalInBasis {
+        basis_a: a.basis,
+        basis_g: g.basis,
+        spectrum: Spectrum {
+            constant: 0.0,
+            pairs: vec![(g.first, a.first), (g.second, a.second)],
+        },
+        log_volumes: [a.log_volume, g.log_volume],
+    })
+}
+
+/// A basis P in which two matrices are diagonal, and their diagonals.
+struct Together<M> {
+    basis: M,
+    first: Vec<f64>,
+    second: Vec<f64>,
+    log_volume: f64,
+}
+
+/// Diagonalises X_1 and X_2 at once.
+///
+/// The sum `S = X_1 / t_1 + X_2 / t_2` (t the mean eigenvalue) is factored rather than either
+/// matrix: each alone may be singular, as the within-batch stratum is in the direction of the
+/// bias. With `S = L L^T` and `L^-1 X_1 L^-T = Q diag Q^T` the basis is `P = L^-T Q`.
+fn diagonalise_together<B: Backend, T: Real>(
+    backend: &B,
+    name: &str,
+    x1: faer::MatRef<'_, T>,
+    x2: faer::MatRef<'_, T>,
+) -> Result<Together<B::Matrix<f64>>> {
+    let size = x1.nrows();
+    let (x1, x2) = (super::widen(backend, x1), super::widen(backend, x2));
+    let mean = |x: &B::Matrix<f64>| {
+        let mean = backend.diagonal(x.view()).iter().sum::<f64>() / size as f64;
+        if mean > 0.0 { mean } else { 1.0 }
+    };
+    let (t1, t2) = (mean(&x1), mean(&x2));
+    let mut l = backend.zeros::<f64>(size, size);
+    backend.add_scaled(t1.recip(), x1.view(), l.view_mut());
+    backend.add_scaled(t2.recip(), x2.view(), l.view_mut());
+    let largest = backend.diagonal(l.view()).into_iter().fold(0.0, f64::max);
+    let sum = format!("the sum of the two {name}");
+    backend
+        .cholesky(l.view_mut())
+        .map_err(|_| singular(&sum, 0.0, largest))?;
+    let pivots = backend.diagonal(l.view());
+    let smallest = pivots
+        .iter()
+        .fold(f64::INFINITY, |m, pivot| m.min(pivot * pivot));
+    if smallest <= f64::EPSILON * size as f64 * largest {
+        return Err(singular(&sum, smallest, largest));
+    }
+    let mut congruent = x1;
+    congruence(backend, &l, &mut congruent);
+    let mut basis = backend.zeros::<f64>(size, size);
+    let first = backend.eigh(congruent.view(), basis.view_mut())?;
+    backend.solve_triangular(l.view(), Triangle::LowerTransposed, basis.view_mut());
+    // In this basis S is the identity, so the second diagonal follows from the first.
+    let second = first.iter().map(|value| (t2 * (1.0 - value / t1)).max(0.0));
+    Ok(Together {
+        basis,
+        second: second.collect(),
+        first: first.into_iter().map(|value| value.max(0.0)).collect(),
+        log_volume: -pivots.iter().map(|pivot| pivot.ln()).sum::<f64>(),
+    })
+}
+
+/// Replaces symmetric X by `L^-1 X L^-T`.
+fn congruence<B: Backend>(backend: &B, l: &B::Matrix<f64>, x: &mut B::Matrix<f64>) {
+    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut());
+    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut().transpose_mut());
+}
+
+pub(super) fn check_damping(damping: f64) -> Result<()> {
+    if damping.is_finite() && damping >= 0.0 {
+        Ok(())
+    } else {
+        Err(Error::Option(format!(
+            "damping must be finite and not negative, got {damping}"
+        )))
+    }
+}

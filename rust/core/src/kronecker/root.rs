@@ -1,0 +1,149 @@
+//! A square root of a sum of Kronecker products, to draw samples with it as covariance.
+
+use super::{KroneckerSum, Pair};
+use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, Storage};
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+use crate::view::{Dtype, Real, TensorView, TensorViewMut};
+
+/// Symmetric roots of all factors: one independent draw of noise per term goes through them, and
+/// the sum over terms has covariance `sum_k G_k (x) A_k`.
+pub struct KroneckerRoot {
+    inputs: usize,
+    outputs: usize,
+    roots: Roots,
+}
+
+enum Roots {
+    Single(Vec<Root<f32>>),
+    Double(Vec<Root<f64>>),
+}
+
+/// Roots of (A, G).
+type Root<T> = (<Cpu as Backend>::Matrix<T>, <Cpu as Backend>::Matrix<T>);
+
+impl KroneckerRoot {
+    /// Takes the roots of all factors, in double precision.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Numerical`] if a factor has an eigenvalue that is negative beyond rounding.
+    pub fn new(sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Self> {
+        let cpu = Cpu::current();
+        let roots = match sum.dtype {
+            Dtype::Float32 => Roots::Single(roots(&*cpu, &sum.finite_pairs(&cpu)?, cancel)?),
+            _ => Roots::Double(roots(&*cpu, &sum.finite_pairs(&cpu)?, cancel)?),
+        };
+        Ok(Self {
+            inputs: sum.inputs,
+            outputs: sum.outputs,
+            roots,
+        })
+    }
+
+    /// Number of terms.
+    pub fn len(&self) -> usize {
+        match &self.roots {
+            Roots::Single(roots) => roots.len(),
+            Roots::Double(roots) => roots.len(),
+        }
+    }
+
+    /// Whether there is no term; never true.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Maps standard normal `noise` of shape `[n, terms, D, K]` to samples `[n, D, K]`.
+    pub fn apply(
+        &self,
+        noise: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let (terms, outputs, inputs) = (self.len(), self.outputs, self.inputs);
+        let samples = noise.shape().first().copied().unwrap_or(0);
+        if noise.shape() != [samples, terms, outputs, inputs] {
+            return Err(Error::Shape(format!(
+                "noise must be [n, {terms}, {outputs}, {inputs}], got shape {:?}",
+                noise.shape()
+            )));
+        }
+        if out.shape() != [samples, outputs, inputs] {
+            return Err(Error::Shape(format!(
+                "out must be [{samples}, {outputs}, {inputs}], got shape {:?}",
+                out.shape()
+            )));
+        }
+        match &self.roots {
+            Roots::Single(roots) => apply(&*Cpu::current(), roots, noise, out, cancel),
+            Roots::Double(roots) => apply(&*Cpu::current(), roots, noise, out, cancel),
+        }
+    }
+}
+
+fn roots<T: Real>(cpu: &Cpu, pairs: &[Pair<'_, T>], cancel: &Cancel) -> Result<Vec<Root<T>>> {
+    let mut roots = Vec::with_capacity(pairs.len());
+    for (index, &(a, g)) in pairs.iter().enumerate() {
+        cancel.check()?;
+        let root_a = root(cpu, a, &format!("A of term {index}"))?;
+        roots.push((root_a, root(cpu, g, &format!("G of term {index}"))?));
+    }
+    Ok(roots)
+}
+
+/// The symmetric root: unlike eigenvectors it does not depend on signs or on the order within
+/// equal eigenvalues, so equal noise gives equal samples everywhere.
+fn root<B: Backend, T: Real>(
+    backend: &B,
+    x: faer::MatRef<'_, T>,
+    name: &str,
+) -> Result<B::Matrix<T>> {
+    let size = x.nrows();
+    let wide = super::widen(backend, x);
+    let mut vectors = backend.zeros::<f64>(size, size);
+    let values = backend.eigh(wide.view(), vectors.view_mut())?;
+    let (smallest, largest) = (values[0], values[size - 1].abs());
+    if smallest < -T::EPSILON * size.max(100) as f64 * largest {
+        return Err(Error::Numerical(format!(
+            "{name} is not positive semi-definite: its eigenvalues reach from {smallest:.3e} to \
+             {largest:.3e}"
+        )));
+    }
+    let fourth_roots: Vec<f64> = values
+        .iter()
+        .map(|value| value.max(0.0).powf(0.25))
+        .collect();
+    let scale = crate::backend::Spectrum {
+        constant: 0.0,
+        pairs: vec![(vec![1.0; size], fourth_roots)],
+    };
+    backend.scale_by_spectrum(vectors.view_mut(), &scale, 1.0);
+    let mut root = backend.zeros::<f64>(size, size);
+    let scaled = vectors.view();
+    backend.gemm(root.view_mut(), false, scaled, scaled.transpose(), 1.0);
+    let mut narrow = backend.zeros::<T>(size, size);
+    backend.copy(root.view(), narrow.view_mut());
+    Ok(narrow)
+}
+
+fn apply<T: Real>(
+    cpu: &Cpu,
+    roots: &[Root<T>],
+    noise: &TensorView<'_>,
+    out: &mut TensorViewMut<'_>,
+    cancel: &Cancel,
+) -> Result<()> {
+    let noise = noise.matrices::<T>()?;
+    let out = out.matrices::<T>()?;
+    for (noise, mut out) in noise.chunks(roots.len()).zip(out) {
+        cancel.check()?;
+        let mut half = cpu.zeros::<T>(out.nrows(), out.ncols());
+        for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
+            cpu.gemm(half.view_mut(), false, g.view(), *noise, 1.0);
+            cpu.gemm(out.as_mut(), index > 0, half.view(), a.view(), 1.0);
+        }
+    }
+    Ok(())
+}
