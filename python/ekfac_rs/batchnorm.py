@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ekfac_rs._tensors import require_count, require_finite
@@ -202,17 +203,38 @@ def as_found(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def use_batch_statistics(model: nn.Module) -> None:
-    """Put BatchNorms in train mode with their running statistics protected (see `as_found`)."""
-    for module in model.modules():
+def use_batch_statistics(model: nn.Module) -> list[RemovableHandle]:
+    """Put BatchNorms in train mode with their running statistics protected (see `as_found`).
+
+    Returns
+    -------
+    list of handles
+        Of hooks that refuse a mini-batch of one, whose statistics mean nothing; to be removed.
+    """
+    handles = []
+    for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             module.training = True
             module.track_running_stats = False
+            handles.append(module.register_forward_pre_hook(_refuse_one_value(name)))
+    return handles
 
 
 def first_input(batch: Any) -> Any:
     """Return the model's input of a loader's batch: its first item, or the batch itself."""
     return batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+def _refuse_one_value(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if x.numel() <= x.shape[1]:
+            raise BatchNormError(
+                f"layer {name!r}: expected at least 2 values a channel under batch statistics, "
+                f"got shape {tuple(x.shape)} (drop_last=True leaves out a short last mini-batch)"
+            )
+
+    return check
 
 
 def _find(

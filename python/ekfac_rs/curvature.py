@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -195,7 +196,8 @@ class Curvature(Mapping[str, Block]):
 
     def metadata(self) -> dict[str, Any]:
         """Everything but the blocks, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
+        return values | {"signatures": {name: list(s) for name, s in self.signatures.items()}}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file with JSON metadata; replaced only when complete.
@@ -352,13 +354,13 @@ def estimate_curvature(
     for name, parameter in model.named_parameters():
         require_finite(f"parameter {name!r}", parameter.detach())
 
-    with as_found(model):
+    with as_found(model), ExitStack() as cleanup:
         if generator is None:
             generator = torch.Generator(device_of(model))
             generator.manual_seed(int(torch.randint(2**62, ())))
         model.eval()
         if batchnorm == "batch":
-            use_batch_statistics(model)
+            cleanup.enter_context(removed_afterwards(use_batch_statistics(model)))
         batches = _batches(loader, max_examples, device_of(model), batchnorm == "batch")
         first = next(batches, None)
         if first is None:
@@ -370,7 +372,7 @@ def estimate_curvature(
         }
         examples, count, total_loss = 0, 0, 0.0
         bar = tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False)
-        with bar, _Capture(found, coordinates, batchnorm) as capture:
+        with bar, _Capture(found, coordinates) as capture:
             for x, y in _chain(first, batches):
                 outputs = _forward(model, x, y, likelihood)
                 capture.hand_over_inputs(accumulators, len(x))
@@ -401,7 +403,7 @@ def estimate_curvature(
             batchnorms={layer.name: layer.batchnorm_name for layer in found},
             signatures={layer.name: signature_of(layer, coordinates) for layer in found},
             uncovered=() if layers else uncovered_parameters(model, found, coordinates),
-            versions={"ekfac_rs": _core.build_info()["version"], "torch": torch.__version__},
+            versions={"ekfac_rs": _core.build_info()["version"], "torch": str(torch.__version__)},
         )
 
 
@@ -484,12 +486,11 @@ Accumulators = Mapping[str, _Accumulator | _DiagonalAccumulator]
 class _Capture:
     """Hooks that keep each layer's input and the place where its gradient is wanted."""
 
-    def __init__(self, layers: Collection[AffineLayer], coordinates: str, batchnorm: str) -> None:
+    def __init__(self, layers: Collection[AffineLayer], coordinates: str) -> None:
         self.inputs: dict[str, tuple[Tensor, int]] = {}
         self.edges: dict[str, GradientEdge] = {}
         self._layers = layers
         self._coordinates = coordinates
-        self._batch_statistics = batchnorm == "batch"
 
     def __enter__(self) -> Self:
         self._handles: list[Any] = []
@@ -559,17 +560,12 @@ class _Capture:
             self.edges[layer.name] = get_gradient_edge(output)
             return output.clone()
 
-        def check_batch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def check_axes(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             layer.require_channels_last_axis(args[0])
-            if self._batch_statistics and len(args[0]) < 2:
-                raise BatchNormError(
-                    f"layer {layer.batchnorm_name!r}: expected a mini-batch of at least 2 under "
-                    "batch statistics, got 1 (drop_last=True leaves out a short last one)"
-                )
 
         self._handles.append(layer.linear.register_forward_pre_hook(keep_input, with_kwargs=True))
         if self._coordinates == "merged" and layer.batchnorm is not None:
-            self._handles.append(layer.batchnorm.register_forward_pre_hook(check_batch))
+            self._handles.append(layer.batchnorm.register_forward_pre_hook(check_axes))
             self._handles.append(layer.batchnorm.register_forward_hook(keep_edge))
         else:
             self._handles.append(layer.linear.register_forward_hook(keep_edge))

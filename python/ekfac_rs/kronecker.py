@@ -398,7 +398,7 @@ class DiagonalBlock:
 
     def quadratic(self, V: Tensor) -> float:
         """Quadratic form ``<V, H V>``."""
-        return float((self.values * V.square()).sum())
+        return float((self.values * V.detach().square()).sum())
 
     def trace(self) -> float:
         """Trace of the block."""

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -173,6 +173,8 @@ def find_layers(
         if isinstance(module, nn.Linear) and (layers is None or name in layers)
     }
     _require_known(layers, linears)
+    if layers is None:
+        _require_known_kinds(model)
     flow = _trace(model, names) if example is None else _observe(model, names, example)
     batchnorms = _pair_batchnorms(names, linears, flow) if coordinates == "merged" else {}
     found = [_affine_layer(model, name, batchnorms.get(name)) for name in linears]
@@ -296,22 +298,28 @@ def _refuse_tied_parameters(model: nn.Module, layers: Collection[AffineLayer]) -
                 )
 
 
+def _require_known_kinds(model: nn.Module) -> None:
+    """Refuse trainable parameters that no block could cover, before the model is run at all."""
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if parameter.requires_grad and not isinstance(owner, nn.Linear | nn.BatchNorm1d):
+            _refuse_parameter(name, f"a {type(owner).__name__}, which has no curvature block")
+
+
 def _require_all_covered(
     model: nn.Module, layers: Collection[AffineLayer], coordinates: str
 ) -> None:
+    if coordinates == "raw":
+        return  # what is left are BatchNorms; Curvature.uncovered lists them
     for name in uncovered_parameters(model, layers, coordinates):
-        owner = model.get_submodule(name.rpartition(".")[0])
-        kind = type(owner).__name__
-        if isinstance(owner, nn.BatchNorm1d):
-            if coordinates == "raw":
-                continue  # listed in Curvature.uncovered
-            reason = "a BatchNorm that no Linear feeds directly"
-        else:
-            reason = "which has no curvature block"
-        raise UnsupportedLayerError(
-            f"parameter {name!r}: expected it in a Linear or in the BatchNorm after one, got a "
-            f"{kind}, {reason}; freeze it or name the wanted ones in layers="
-        )
+        _refuse_parameter(name, "a BatchNorm that no Linear feeds directly")
+
+
+def _refuse_parameter(name: str, came: str) -> NoReturn:
+    raise UnsupportedLayerError(
+        f"parameter {name!r}: expected it in a Linear or in the BatchNorm after one, got {came}; "
+        "freeze it or name the wanted layers in layers="
+    )
 
 
 # --- data flow, traced ---------------------------------------------------------------------------

@@ -24,7 +24,13 @@ from ekfac_rs.curvature import (
     Curvature,
     estimate_curvature,
 )
-from ekfac_rs.errors import EmptyLoaderError, IncompatibleError, NumericalError, OptionError
+from ekfac_rs.errors import (
+    EmptyLoaderError,
+    IncompatibleError,
+    NonFiniteError,
+    NumericalError,
+    OptionError,
+)
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers
 from ekfac_rs.likelihood import LABELS, CrossEntropy, Likelihood, resolve
 from ekfac_rs.penalty import QuadraticPenalty
@@ -365,7 +371,12 @@ class _Phase:
         loss = learner.likelihood.loss(outputs, y)
         total, penalty = loss, 0.0
         if self.penalty is not None:
-            value = self.penalty()
+            try:
+                value = self.penalty()
+            except NonFiniteError as error:
+                raise NumericalError(
+                    f"fit: diverged at step {self.steps_done + 1}: {error}"
+                ) from error
             total, penalty = loss + value, float(value.detach())
         if not math.isfinite(float(total.detach())):
             raise NumericalError(
