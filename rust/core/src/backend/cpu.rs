@@ -16,12 +16,13 @@ use crate::view::{Dtype, Real, TensorView};
 mod gram;
 mod pool;
 mod product;
+mod simd;
 mod syrk;
 
 pub use self::pool::{num_threads, set_num_threads};
 
 /// Below this many flops a second thread costs more to wake than it saves.
-const PARALLEL_FLOPS: f64 = 2e6;
+const PARALLEL_FLOPS: f64 = 8e6;
 
 /// Threads and scratch memory of this process.
 pub struct Cpu {
@@ -288,7 +289,7 @@ impl Backend for Cpu {
                     left.try_as_row_major().map(|row| row.as_slice()),
                     right.try_as_row_major().map(|row| row.as_slice()),
                 ) {
-                    (Some(left), Some(right)) => dot_slices(left, right),
+                    (Some(left), Some(right)) => simd::run(simd::Dot(left, right)),
                     _ => (0..a.ncols())
                         .map(|j| left[j].to_f64() * right[j].to_f64())
                         .sum(),
@@ -423,20 +424,6 @@ fn zip_elements<S: Real, T: Real>(to: MatMut<'_, T>, from: MatRef<'_, S>, f: imp
             f(&mut target[j], source[j]);
         }
     }
-}
-
-/// Eight partial sums, so that the additions do not wait for one another.
-fn dot_slices<T: Real>(a: &[T], b: &[T]) -> f64 {
-    let mut sums = [0.0; 8];
-    let (blocks_a, rest_a) = a.as_chunks::<8>();
-    let (blocks_b, rest_b) = b.as_chunks::<8>();
-    for (left, right) in blocks_a.iter().zip(blocks_b) {
-        for lane in 0..8 {
-            sums[lane] += left[lane].to_f64() * right[lane].to_f64();
-        }
-    }
-    let rest = rest_a.iter().zip(rest_b);
-    sums.iter().sum::<f64>() + rest.map(|(x, y)| x.to_f64() * y.to_f64()).sum::<f64>()
 }
 
 /// The widest vector instructions this machine offers, among those faer selects at run time.

@@ -3,9 +3,10 @@
 use std::ops::Range;
 
 use faer::{MatMut, MatRef};
-use ndarray::{ArrayView3, Ix3, s};
+use ndarray::{ArrayView, ArrayView2, ArrayView3, ArrayViewD, Axis, Dimension, Ix2, Ix3, s};
 
-use super::{Cpu, split_rows, syrk};
+use super::simd::{self, Loop};
+use super::{Cpu, syrk};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::gram::StratumWeight;
@@ -22,29 +23,32 @@ pub(super) fn accumulate<S: Element, T: Real>(
     append_one: bool,
     cancel: &Cancel,
 ) -> Result<()> {
-    let units = into_three(x.array::<S>()?)?;
-    let batch = Batch::new(cpu, units, cancel)?;
+    let flat = match x.flatten_units() {
+        Some(flat) => Some(dimensions::<S, Ix2>(flat.array()?)?),
+        None => None,
+    };
+    // Narrow input of the right type is squared where it lies; wider input gains from packing.
+    let in_place = x
+        .flatten_units()
+        .filter(|flat| flat.shape()[1] <= WIDEST_IN_PLACE)
+        .and_then(|flat| flat.matrix::<T>().ok());
+    let batch = Batch::new(cpu, dimensions::<S, Ix3>(x.array()?)?, flat, cancel)?;
     for (out, &StratumWeight { stratum, weight }) in out.into_iter().zip(strata) {
         let stratum = if batch.locations() == 1 {
             stratum.with_one_location()
         } else {
             Some(stratum)
         };
-        let Some(stratum) = stratum.filter(|_| weight != 0.0) else {
-            continue;
-        };
-        let direct = match stratum {
-            Stratum::Total => x.flatten_units().and_then(|flat| flat.matrix::<T>().ok()),
-            _ => None,
-        };
-        batch.add_stratum(out, stratum, weight, append_one, direct, cancel)?;
+        if let Some(stratum) = stratum.filter(|_| weight != 0.0) {
+            batch.add_stratum(out, stratum, weight, append_one, in_place, cancel)?;
+        }
     }
     Ok(())
 }
 
-fn into_three<S>(array: ndarray::ArrayViewD<'_, S>) -> Result<ArrayView3<'_, S>> {
+fn dimensions<S, D: Dimension>(array: ArrayViewD<'_, S>) -> Result<ArrayView<'_, S, D>> {
     array
-        .into_dimensionality::<Ix3>()
+        .into_dimensionality()
         .map_err(|error| Error::Shape(format!("x must be [N, T, K]: {error}")))
 }
 
@@ -53,6 +57,8 @@ struct Batch<'a, S> {
     cpu: &'a Cpu,
     /// `[examples, locations, features]`.
     x: ArrayView3<'a, S>,
+    /// `[examples * locations, features]`, where the strides allow it.
+    flat: Option<ArrayView2<'a, S>>,
     /// Sum over all units, per feature.
     sums: Vec<f64>,
     /// Sum over the locations of each example, `[examples, features]`; only where there is more
@@ -62,35 +68,37 @@ struct Batch<'a, S> {
 
 impl<'a, S: Element> Batch<'a, S> {
     /// Takes the sums; a sum of finite numbers is finite, so they also show NaN and infinity.
-    fn new(cpu: &'a Cpu, x: ArrayView3<'a, S>, cancel: &Cancel) -> Result<Self> {
+    fn new(
+        cpu: &'a Cpu,
+        x: ArrayView3<'a, S>,
+        flat: Option<ArrayView2<'a, S>>,
+        cancel: &Cancel,
+    ) -> Result<Self> {
         let (examples, locations, features) = x.dim();
         let mut batch = Self {
             cpu,
             x,
+            flat,
             sums: vec![0.0; features],
             example_sums: Vec::new(),
         };
-        let elements = (examples * locations * features) as f64;
+        let pieces = cpu.pieces(COST_OF_READING * x.len() as f64);
         if locations == 1 {
-            batch.sums = batch.sum_of_units(cpu.pieces(4.0 * elements));
+            batch.sums = batch.sum_of_units(pieces);
         } else {
             let mut sums = vec![0.0; examples * features];
-            let rows = MatMut::from_row_major_slice_mut(&mut sums, examples, features);
-            let pieces = split_rows(rows, cpu.pieces(4.0 * elements));
-            cpu.run(pieces, |(start, mut block)| {
-                for i in 0..block.nrows() {
-                    if cancel.is_cancelled() {
-                        return;
-                    }
-                    let example = start + i;
-                    let row = block.as_mut().row_mut(i).try_as_row_major_mut();
-                    if let Some(row) = row {
-                        batch.add_units(example..example + 1, row.as_slice_mut());
+            let share = examples.div_ceil(pieces);
+            let tasks = sums.chunks_mut(share * features).enumerate().collect();
+            cpu.run(tasks, |(piece, sums)| {
+                for (offset, sums) in sums.chunks_exact_mut(features).enumerate() {
+                    if !cancel.is_cancelled() {
+                        let example = piece * share + offset;
+                        add_units(batch.x.index_axis(Axis(0), example), sums);
                     }
                 }
             });
-            for row in sums.chunks_exact(features) {
-                add(&mut batch.sums, row);
+            for sums in sums.chunks_exact(features) {
+                add(&mut batch.sums, sums);
             }
             batch.example_sums = sums;
         }
@@ -113,39 +121,19 @@ impl<'a, S: Element> Batch<'a, S> {
 
     fn sum_of_units(&self, pieces: usize) -> Vec<f64> {
         let (examples, features) = (self.x.dim().0, self.features());
+        let units = self.x.index_axis(Axis(1), 0);
         let mut partial = vec![0.0; pieces * features];
-        let tasks: Vec<_> = partial.chunks_exact_mut(features).enumerate().collect();
+        let tasks = partial.chunks_exact_mut(features).enumerate().collect();
         self.cpu.run(tasks, |(piece, sums)| {
             let share = examples * piece / pieces..examples * (piece + 1) / pieces;
-            self.add_units(share, sums);
+            add_units(units.slice(s![share, ..]), sums);
         });
-        let mut total = vec![0.0; features];
-        for sums in partial.chunks_exact(features) {
+        let mut total = partial.split_off(0);
+        let rest = total.split_off(features);
+        for sums in rest.chunks_exact(features) {
             add(&mut total, sums);
         }
         total
-    }
-
-    /// Adds every unit of these examples to `sums`.
-    fn add_units(&self, examples: Range<usize>, sums: &mut [f64]) {
-        let part = self.x.slice(s![examples, .., ..]);
-        if self.rows_are_contiguous() {
-            let rows: Vec<&[S]> = part
-                .rows()
-                .into_iter()
-                .filter_map(|row| row.to_slice())
-                .collect();
-            add_rows(&rows, sums);
-        } else {
-            // Feature by feature: then the inner loop runs along whatever is contiguous.
-            for (sum, values) in sums.iter_mut().zip(part.axis_iter(ndarray::Axis(2))) {
-                *sum += values.fold(0.0, |sum, value| sum + value.to_f64());
-            }
-        }
-    }
-
-    fn rows_are_contiguous(&self) -> bool {
-        self.x.strides()[2] == 1 || self.features() == 1
     }
 
     fn check_finite(&self) -> Result<()> {
@@ -171,16 +159,16 @@ impl<'a, S: Element> Batch<'a, S> {
         stratum: Stratum,
         weight: f64,
         append_one: bool,
-        direct: Option<MatRef<'_, T>>,
+        in_place: Option<MatRef<'_, T>>,
         cancel: &Cancel,
     ) -> Result<()> {
         let (units, features, locations) = (self.units(), self.features(), self.locations());
         let (mut inner, mut border, mut corner) = split_border(out, features);
         match stratum {
             Stratum::Total => {
-                match direct {
-                    Some(x) => self.add_direct(inner, x, weight, cancel)?,
-                    None => self.add_packed(inner, weight, &Centre::Nothing, cancel)?,
+                match in_place {
+                    Some(units) => self.add_in_place(inner, weight, units, cancel)?,
+                    None => self.add_units(inner, weight, &Centre::Nothing, cancel)?,
                 }
                 if append_one {
                     let total = weight * units as f64;
@@ -190,9 +178,9 @@ impl<'a, S: Element> Batch<'a, S> {
             Stratum::WithinBatch => {
                 let means = self.sums.iter().map(|sum| sum / units as f64);
                 let centre = Centre::Batch(split_means(means));
-                self.add_packed(inner, weight, &centre, cancel)?;
+                self.add_units(inner, weight, &centre, cancel)?;
             }
-            Stratum::WithinExample => self.add_packed(inner, weight, &Centre::Example, cancel)?,
+            Stratum::WithinExample => self.add_units(inner, weight, &Centre::Example, cancel)?,
             Stratum::ExampleTotals => {
                 let zero = vec![0.0; features];
                 self.add_examples(inner, weight, &zero, cancel)?;
@@ -221,43 +209,43 @@ impl<'a, S: Element> Batch<'a, S> {
         Ok(())
     }
 
-    /// Squares the units where they lie.
-    fn add_direct<T: Real>(
-        &self,
-        mut out: MatMut<'_, T>,
-        x: MatRef<'_, T>,
-        weight: f64,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        for rows in chunks(x.nrows(), x.ncols()) {
-            cancel.check()?;
-            let part = x.subrows(rows.start, rows.len());
-            syrk::add_lower(self.cpu, out.as_mut(), part, weight, cancel)?;
-        }
-        Ok(())
-    }
-
     /// Squares the units, centred, one packed chunk after the other.
-    fn add_packed<T: Real>(
+    fn add_units<T: Real>(
         &self,
-        mut out: MatMut<'_, T>,
+        out: MatMut<'_, T>,
         weight: f64,
         centre: &Centre<T>,
         cancel: &Cancel,
     ) -> Result<()> {
-        let features = self.features();
-        for rows in chunks(self.units(), features) {
-            cancel.check()?;
-            let scratch = self.cpu.scratch.of::<T>();
-            scratch.with(rows.len() * features, |packed| {
-                let matrix = MatMut::from_row_major_slice_mut(packed, rows.len(), features);
-                let pieces = self.cpu.pieces(4.0 * (rows.len() * features) as f64);
-                self.cpu.run(split_rows(matrix, pieces), |(start, block)| {
-                    self.pack(rows.start + start, block, centre);
+        self.add_chunks(
+            self.units(),
+            out,
+            weight,
+            cancel,
+            |units, features, block| {
+                simd::run(Pack {
+                    batch: self,
+                    units,
+                    features,
+                    lines: block,
+                    centre,
                 });
-                let packed = MatRef::from_row_major_slice(packed, rows.len(), features);
-                syrk::add_lower(self.cpu, out.as_mut(), packed, weight, cancel)
-            })?;
+            },
+        )
+    }
+
+    /// Squares the units where they lie.
+    fn add_in_place<T: Real>(
+        &self,
+        mut out: MatMut<'_, T>,
+        weight: f64,
+        units: MatRef<'_, T>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        for rows in chunks(units.nrows(), units.ncols()) {
+            cancel.check()?;
+            let part = units.subrows(rows.start, rows.len()).transpose();
+            syrk::add_lower(self.cpu, out.as_mut(), part, weight, cancel)?;
         }
         Ok(())
     }
@@ -265,68 +253,77 @@ impl<'a, S: Element> Batch<'a, S> {
     /// Squares the sums of the examples minus `means`.
     fn add_examples<T: Real>(
         &self,
-        mut out: MatMut<'_, T>,
+        out: MatMut<'_, T>,
         weight: f64,
         means: &[f64],
         cancel: &Cancel,
     ) -> Result<()> {
-        let features = self.features();
-        for rows in chunks(self.x.dim().0, features) {
-            cancel.check()?;
-            let sums = &self.example_sums[rows.start * features..rows.end * features];
-            let scratch = self.cpu.scratch.of::<T>();
-            scratch.with(rows.len() * features, |packed| {
-                for (row, sums) in packed
-                    .chunks_exact_mut(features)
-                    .zip(sums.chunks_exact(features))
-                {
-                    for ((value, &sum), &mean) in row.iter_mut().zip(sums).zip(means) {
-                        *value = T::from_f64(sum - mean);
+        let examples = self.x.dim().0;
+        self.add_chunks(
+            examples,
+            out,
+            weight,
+            cancel,
+            |rows, features, mut block| {
+                for feature in features.clone() {
+                    let line = block.line(feature - features.start, 0);
+                    for (value, row) in line.iter_mut().zip(rows.clone()) {
+                        let sum = self.example_sums[row * self.features() + feature];
+                        *value = T::from_f64(sum - means[feature]);
                     }
                 }
-                let packed = MatRef::from_row_major_slice(packed, rows.len(), features);
+            },
+        )
+    }
+
+    /// Adds the squares of `count` rows that `pack` writes, chunk by chunk: its arguments are the
+    /// rows and features wanted and where to put them. Long contiguous lines, one per feature, are
+    /// what the products read fastest.
+    fn add_chunks<T: Real>(
+        &self,
+        count: usize,
+        mut out: MatMut<'_, T>,
+        weight: f64,
+        cancel: &Cancel,
+        pack: impl Fn(Range<usize>, Range<usize>, Lines<'_, T>) + Sync,
+    ) -> Result<()> {
+        let features = self.features();
+        for rows in chunks(count, features) {
+            cancel.check()?;
+            // A cache line more than a round number keeps neighbouring features out of the same
+            // cache set.
+            let stride = rows.len().next_multiple_of(16) + 16;
+            let scratch = self.cpu.scratch.of::<T>();
+            scratch.with(features * stride, |packed| {
+                let work = COST_OF_READING * (rows.len() * features) as f64;
+                let share = features.div_ceil(self.cpu.pieces(work));
+                let tasks = packed.chunks_mut(share * stride).enumerate().collect();
+                self.cpu.run(tasks, |(piece, data)| {
+                    let first = piece * share;
+                    let part = first..(first + share).min(features);
+                    pack(rows.clone(), part, Lines { data, stride });
+                });
+                let packed = MatRef::from_row_major_slice(packed, features, stride);
+                let packed = packed.subcols(0, rows.len());
                 syrk::add_lower(self.cpu, out.as_mut(), packed, weight, cancel)
             })?;
         }
         Ok(())
     }
 
-    /// Writes units `first..` into the rows of `block`.
-    fn pack<T: Real>(&self, first: usize, mut block: MatMut<'_, T>, centre: &Centre<T>) {
-        let locations = self.locations();
-        let mut row = 0;
-        while row < block.nrows() {
-            let (example, location) = ((first + row) / locations, (first + row) % locations);
-            let count = if locations == 1 && !matches!(centre, Centre::Example) {
-                block.nrows() - row
-            } else {
-                (locations - location).min(block.nrows() - row)
-            };
-            let own;
-            let means = match centre {
-                Centre::Nothing => None,
-                Centre::Batch(means) => Some(means),
-                Centre::Example => {
-                    own = self.example_means(example);
-                    Some(&own)
-                }
-            };
-            let part = if locations == 1 {
-                self.x.slice(s![example..example + count, 0, ..])
-            } else {
-                self.x.slice(s![example, location..location + count, ..])
-            };
-            pack_rows(part, block.as_mut().subrows_mut(row, count), means);
-            row += count;
-        }
-    }
-
-    fn example_means<T: Real>(&self, example: usize) -> Means<T> {
-        let (locations, features) = (self.locations() as f64, self.features());
-        let sums = &self.example_sums[example * features..(example + 1) * features];
-        split_means(sums.iter().map(|sum| sum / locations))
+    #[inline(always)]
+    fn example_means<T: Real>(&self, example: usize, features: Range<usize>) -> Means<T> {
+        let start = example * self.features();
+        let sums = &self.example_sums[start + features.start..start + features.end];
+        split_means(sums.iter().map(|sum| sum / self.locations() as f64))
     }
 }
+
+/// Number of features up to which packing costs more than the product gains from it.
+const WIDEST_IN_PLACE: usize = 256;
+
+/// What reading an element, converting it and writing it costs, in flops of a product.
+const COST_OF_READING: f64 = 30.0;
 
 /// What is subtracted from a unit before it is squared.
 enum Centre<T> {
@@ -342,6 +339,12 @@ struct Means<T> {
     rest: Vec<T>,
 }
 
+impl<T> Means<T> {
+    fn part(&self, features: Range<usize>) -> (&[T], &[T]) {
+        (&self.rounded[features.clone()], &self.rest[features])
+    }
+}
+
 fn split_means<T: Real>(means: impl Iterator<Item = f64>) -> Means<T> {
     let (rounded, rest) = means
         .map(|mean| {
@@ -352,50 +355,174 @@ fn split_means<T: Real>(means: impl Iterator<Item = f64>) -> Means<T> {
     Means { rounded, rest }
 }
 
-fn pack_rows<S: Element, T: Real>(
-    x: ndarray::ArrayView2<'_, S>,
-    mut block: MatMut<'_, T>,
-    means: Option<&Means<T>>,
+/// Writes these features of these units, minus their centre.
+struct Pack<'a, 'x, 'b, S, T> {
+    batch: &'a Batch<'x, S>,
+    units: Range<usize>,
+    features: Range<usize>,
+    lines: Lines<'b, T>,
+    centre: &'a Centre<T>,
+}
+
+impl<S: Element, T: Real> Loop for Pack<'_, '_, '_, S, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self {
+            batch,
+            units,
+            features,
+            mut lines,
+            centre,
+        } = self;
+        let nothing;
+        let common = match centre {
+            Centre::Batch(means) => means.part(features.clone()),
+            _ => {
+                nothing = vec![T::default(); features.len()];
+                (&nothing[..], &nothing[..])
+            }
+        };
+        if let (Some(flat), Centre::Nothing | Centre::Batch(_)) = (&batch.flat, centre) {
+            pack_run(flat.slice(s![units, features]), &mut lines, 0, common);
+            return;
+        }
+        let locations = batch.locations();
+        let mut unit = units.start;
+        while unit < units.end {
+            let (example, location) = (unit / locations, unit % locations);
+            let count = (locations - location).min(units.end - unit);
+            let run = s![example, location..location + count, features.clone()];
+            let own;
+            let means = match centre {
+                Centre::Example => {
+                    own = batch.example_means(example, features.clone());
+                    own.part(0..features.len())
+                }
+                _ => common,
+            };
+            pack_run(batch.x.slice(run), &mut lines, unit - units.start, means);
+            unit += count;
+        }
+    }
+}
+
+/// Packed units: one line per feature, one column per unit.
+struct Lines<'a, T> {
+    data: &'a mut [T],
+    stride: usize,
+}
+
+impl<T> Lines<'_, T> {
+    /// The line of a feature from this unit on.
+    #[inline(always)]
+    fn line(&mut self, feature: usize, unit: usize) -> &mut [T] {
+        &mut self.data[feature * self.stride + unit..(feature + 1) * self.stride]
+    }
+}
+
+/// Writes the transpose of `x` (units by features) minus the means, from column `first` on.
+#[inline(always)]
+fn pack_run<S: Element, T: Real>(
+    x: ArrayView2<'_, S>,
+    lines: &mut Lines<'_, T>,
+    first: usize,
+    (rounded, rest): (&[T], &[T]),
 ) {
-    const TILE: usize = 32;
-    let (rows, features) = x.dim();
-    if x.strides()[1] == 1 || features == 1 {
-        for (i, source) in x.rows().into_iter().enumerate() {
-            let target = block.as_mut().row_mut(i).try_as_row_major_mut();
-            if let (Some(target), Some(source)) = (target, source.to_slice()) {
-                pack_row(source, target.as_slice_mut(), means);
+    let (units, features) = x.dim();
+    if x.strides()[1] != 1 {
+        for (feature, source) in x.columns().into_iter().enumerate() {
+            let (rounded, rest) = (rounded[feature], rest[feature]);
+            let target = lines.line(feature, first).iter_mut();
+            match source.to_slice() {
+                Some(source) => {
+                    for (target, &value) in target.zip(source) {
+                        *target = T::from_element(value) - rounded - rest;
+                    }
+                }
+                None => {
+                    for (target, &value) in target.zip(source) {
+                        *target = T::from_element(value) - rounded - rest;
+                    }
+                }
             }
         }
         return;
     }
-    // Transpose in tiles, so that neither side strides through memory for long.
-    for row in (0..rows).step_by(TILE) {
+    // Centre along the rows and transpose in small tiles, so that both sides are read and written
+    // a cache line at a time.
+    let rows: Vec<&[S]> = x
+        .rows()
+        .into_iter()
+        .filter_map(|row| row.to_slice())
+        .collect();
+    let mut tile = [[T::default(); TILE]; TILE];
+    for unit in (0..units).step_by(TILE) {
+        let rows = &rows[unit..(unit + TILE).min(units)];
         for feature in (0..features).step_by(TILE) {
-            for k in feature..(feature + TILE).min(features) {
-                for u in row..(row + TILE).min(rows) {
-                    let value = T::from_element(x[(u, k)]);
-                    block[(u, k)] = match means {
-                        Some(means) => value - means.rounded[k] - means.rest[k],
-                        None => value,
-                    };
+            let width = TILE.min(features - feature);
+            let part = feature..feature + width;
+            for (centred, row) in tile.iter_mut().zip(rows) {
+                centre_row(
+                    centred,
+                    &row[part.clone()],
+                    &rounded[part.clone()],
+                    &rest[part.clone()],
+                );
+            }
+            for offset in 0..width {
+                let target = lines.line(feature + offset, first + unit);
+                if let (Some(target), TILE) = (target.first_chunk_mut::<TILE>(), rows.len()) {
+                    for unit in 0..TILE {
+                        target[unit] = tile[unit][offset];
+                    }
+                } else {
+                    for (target, centred) in target.iter_mut().zip(&tile[..rows.len()]) {
+                        *target = centred[offset];
+                    }
                 }
             }
         }
     }
 }
 
-fn pack_row<S: Element, T: Real>(source: &[S], target: &mut [T], means: Option<&Means<T>>) {
-    match means {
-        None => {
-            for (target, &source) in target.iter_mut().zip(source) {
-                *target = T::from_element(source);
-            }
+/// Units and features of a tile: one cache line of single-precision numbers each.
+const TILE: usize = 16;
+
+#[inline(always)]
+fn centre_row<S: Element, T: Real>(centred: &mut [T; TILE], row: &[S], rounded: &[T], rest: &[T]) {
+    // The fixed length is what lets the compiler keep a whole row in one register.
+    if let (Ok(row), Ok(rounded), Ok(rest)) = (
+        <&[S; TILE]>::try_from(row),
+        <&[T; TILE]>::try_from(rounded),
+        <&[T; TILE]>::try_from(rest),
+    ) {
+        for i in 0..TILE {
+            centred[i] = T::from_element(row[i]) - rounded[i] - rest[i];
         }
-        Some(Means { rounded, rest }) => {
-            let means = rounded.iter().zip(rest);
-            for ((target, &source), (&rounded, &rest)) in target.iter_mut().zip(source).zip(means) {
-                *target = T::from_element(source) - rounded - rest;
-            }
+    } else {
+        for (i, &value) in row.iter().enumerate() {
+            centred[i] = T::from_element(value) - rounded[i] - rest[i];
+        }
+    }
+}
+
+/// Adds every unit (row) to `sums`.
+fn add_units<S: Element>(units: ArrayView2<'_, S>, sums: &mut [f64]) {
+    if units.strides()[1] == 1 {
+        let rows: Vec<&[S]> = units
+            .axis_iter(Axis(0))
+            .filter_map(|row| row.to_slice())
+            .collect();
+        simd::run(AddRows { rows: &rows, sums });
+    } else {
+        // Feature by feature: then the inner loop runs along whatever is contiguous.
+        for (sum, values) in sums.iter_mut().zip(units.axis_iter(Axis(1))) {
+            *sum += match values.to_slice() {
+                Some(values) => simd::run(simd::Sum(values)),
+                None => values.fold(0.0, |sum, value| sum + value.to_f64()),
+            };
         }
     }
 }
@@ -416,18 +543,28 @@ fn add(sums: &mut [f64], values: &[f64]) {
     }
 }
 
-/// Adds rows four at a time: the sums are read and written once per group.
-fn add_rows<S: Element>(rows: &[&[S]], sums: &mut [f64]) {
-    let (groups, rest) = rows.as_chunks::<4>();
-    for &[a, b, c, d] in groups {
-        let values = a.iter().zip(b).zip(c.iter().zip(d));
-        for (sum, ((a, b), (c, d))) in sums.iter_mut().zip(values) {
-            *sum += (a.to_f64() + b.to_f64()) + (c.to_f64() + d.to_f64());
+/// Adds rows to the sums, four at a time: the sums are read and written once per group.
+struct AddRows<'a, S> {
+    rows: &'a [&'a [S]],
+    sums: &'a mut [f64],
+}
+
+impl<S: Element> Loop for AddRows<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let (groups, rest) = self.rows.as_chunks::<4>();
+        for &[a, b, c, d] in groups {
+            let values = a.iter().zip(b).zip(c.iter().zip(d));
+            for (sum, ((a, b), (c, d))) in self.sums.iter_mut().zip(values) {
+                *sum += (a.to_f64() + b.to_f64()) + (c.to_f64() + d.to_f64());
+            }
         }
-    }
-    for row in rest {
-        for (sum, value) in sums.iter_mut().zip(*row) {
-            *sum += value.to_f64();
+        for row in rest {
+            for (sum, value) in self.sums.iter_mut().zip(*row) {
+                *sum += value.to_f64();
+            }
         }
     }
 }

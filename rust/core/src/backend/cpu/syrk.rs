@@ -9,110 +9,141 @@ use crate::cancel::Cancel;
 use crate::error::Result;
 use crate::view::Real;
 
-/// Adds `weight * x^T x` to the lower triangle of `out`.
+/// Adds `weight * p p^T` to the lower triangle of `out`.
 pub(super) fn add_lower<T: Real>(
     cpu: &Cpu,
     out: MatMut<'_, T>,
-    x: MatRef<'_, T>,
+    p: MatRef<'_, T>,
     weight: f64,
     cancel: &Cancel,
 ) -> Result<()> {
-    let (rows, size) = (x.nrows(), x.ncols());
+    let (size, depth) = (p.nrows(), p.ncols());
     let weight = T::from_f64(weight);
-    let pieces = cpu.pieces(rows as f64 * (size as f64).powi(2));
+    let pieces = cpu.pieces(depth as f64 * (size as f64).powi(2));
     if pieces == 1 {
-        add_triangle(out, x, weight);
-    } else if rows >= 4 * size {
-        add_split_over_rows(cpu, out, x, weight, pieces, cancel);
+        add_triangle(out, p, weight);
+    } else if depth >= 4 * size {
+        add_split_over_depth(cpu, out, p, weight, pieces, cancel);
     } else {
-        add_tiles(cpu, out, x, weight, cancel);
+        add_tiles(cpu, out, p, weight, cancel);
     }
     cancel.check()
 }
 
-/// Each thread squares its own rows into an accumulator of its own: no part of `x` is packed
-/// twice, which pays as soon as `x` is much taller than the result.
-fn add_split_over_rows<T: Real>(
+/// Each thread squares its own columns into an accumulator of its own: no part of `p` is read
+/// twice, which pays as soon as `p` is much longer than the result is wide.
+fn add_split_over_depth<T: Real>(
     cpu: &Cpu,
     mut out: MatMut<'_, T>,
-    x: MatRef<'_, T>,
+    p: MatRef<'_, T>,
     weight: T,
     pieces: usize,
     cancel: &Cancel,
 ) {
-    let (rows, size) = (x.nrows(), x.ncols());
-    cpu.scratch
-        .of::<T>()
-        .with((pieces - 1) * size * size, |accumulators| {
-            let own = accumulators.chunks_exact_mut(size * size).map(|own| {
-                own.fill(T::default());
-                MatMut::from_row_major_slice_mut(own, size, size)
-            });
-            let mut tasks: Vec<_> = own.enumerate().collect();
-            tasks.push((pieces - 1, out.as_mut()));
-            cpu.run(tasks, |(piece, target)| {
-                if !cancel.is_cancelled() {
-                    let (start, end) = (rows * piece / pieces, rows * (piece + 1) / pieces);
-                    add_triangle(target, x.subrows(start, end - start), weight);
-                }
-            });
-            cpu.run(split_rows(out, pieces), |(start, mut block)| {
-                for own in accumulators.chunks_exact(size * size) {
-                    for i in 0..block.nrows() {
-                        let row = start + i;
-                        let values = &own[row * size..=row * size + row];
-                        for (j, &value) in values.iter().enumerate() {
-                            block[(i, j)] += value;
-                        }
+    let (size, depth) = (p.nrows(), p.ncols());
+    let scratch = cpu.scratch.of::<T>();
+    scratch.with((pieces - 1) * size * size, |accumulators| {
+        let own = accumulators.chunks_exact_mut(size * size).map(|own| {
+            own.fill(T::default());
+            MatMut::from_row_major_slice_mut(own, size, size)
+        });
+        let mut tasks: Vec<_> = own.enumerate().collect();
+        tasks.push((pieces - 1, out.as_mut()));
+        cpu.run(tasks, |(piece, target)| {
+            if !cancel.is_cancelled() {
+                let (start, end) = (depth * piece / pieces, depth * (piece + 1) / pieces);
+                add_triangle(target, p.subcols(start, end - start), weight);
+            }
+        });
+        cpu.run(split_rows(out, pieces), |(start, mut block)| {
+            for own in accumulators.chunks_exact(size * size) {
+                for i in 0..block.nrows() {
+                    let row = start + i;
+                    let values = &own[row * size..=row * size + row];
+                    for (j, &value) in values.iter().enumerate() {
+                        block[(i, j)] += value;
                     }
                 }
-            });
+            }
         });
-}
-
-/// Strips of rows of the lower triangle, largest first, taken by whichever thread is free.
-fn add_tiles<T: Real>(cpu: &Cpu, out: MatMut<'_, T>, x: MatRef<'_, T>, weight: T, cancel: &Cancel) {
-    let size = x.ncols();
-    let height = size
-        .div_ceil(4 * cpu.threads)
-        .next_multiple_of(16)
-        .clamp(64, 256);
-    let mut strips = Vec::new();
-    let (mut rest, mut start) = (out, 0);
-    while start < size {
-        let (strip, below) = rest.split_at_row_mut(height.min(size - start));
-        let end = start + strip.nrows();
-        let (left, diagonal) = strip.split_at_col_mut(start);
-        let diagonal = diagonal.subcols_mut(0, end - start);
-        strips.push((start, left, diagonal));
-        (rest, start) = (below, end);
-    }
-    strips.reverse();
-    cpu.run(strips, |(start, left, diagonal)| {
-        if cancel.is_cancelled() {
-            return;
-        }
-        let own = x.subcols(start, diagonal.nrows());
-        matmul(
-            left,
-            Accum::Add,
-            own.transpose(),
-            x.subcols(0, start),
-            weight,
-            Par::Seq,
-        );
-        add_triangle(diagonal, own, weight);
     });
 }
 
-fn add_triangle<T: Real>(out: MatMut<'_, T>, x: MatRef<'_, T>, weight: T) {
+/// A piece of the lower triangle: a triangle on the diagonal, or a rectangle below it.
+enum Tile<'a, T> {
+    Triangle {
+        start: usize,
+        out: MatMut<'a, T>,
+    },
+    Rectangle {
+        row: usize,
+        column: usize,
+        out: MatMut<'a, T>,
+    },
+}
+
+/// Halves the triangle again and again until there are a few pieces of equal area per thread;
+/// halving reads each part of `p` less often than strips do.
+fn add_tiles<T: Real>(cpu: &Cpu, out: MatMut<'_, T>, p: MatRef<'_, T>, weight: T, cancel: &Cancel) {
+    let area = p.nrows() * p.nrows() / 2;
+    let mut tiles = Vec::new();
+    cut_triangle(
+        &mut tiles,
+        out,
+        0,
+        area.div_ceil(TILES_PER_THREAD * cpu.threads),
+    );
+    cpu.run(tiles, |tile| {
+        if cancel.is_cancelled() {
+            return;
+        }
+        match tile {
+            Tile::Triangle { start, out } => {
+                let own = p.subrows(start, out.nrows());
+                add_triangle(out, own, weight);
+            }
+            Tile::Rectangle { row, column, out } => {
+                let left = p.subrows(row, out.nrows());
+                let right = p.subrows(column, out.ncols());
+                matmul(out, Accum::Add, left, right.transpose(), weight, Par::Seq);
+            }
+        }
+    });
+}
+
+/// Pieces per thread: more even out a thread that starts late, fewer read less.
+const TILES_PER_THREAD: usize = 2;
+
+fn cut_triangle<'a, T>(
+    tiles: &mut Vec<Tile<'a, T>>,
+    out: MatMut<'a, T>,
+    start: usize,
+    area: usize,
+) {
+    let size = out.nrows();
+    if size * size / 2 <= area || size < 32 {
+        tiles.push(Tile::Triangle { start, out });
+        return;
+    }
+    let half = (size / 2).next_multiple_of(16);
+    let (upper, _, square, lower) = out.split_at_mut(half, half);
+    let pieces = (square.nrows() * square.ncols()).div_ceil(area.max(1));
+    for (offset, out) in split_rows(square, pieces) {
+        let (row, column) = (start + half + offset, start);
+        tiles.push(Tile::Rectangle { row, column, out });
+    }
+    cut_triangle(tiles, upper, start, area);
+    cut_triangle(tiles, lower, start + half, area);
+}
+
+fn add_triangle<T: Real>(out: MatMut<'_, T>, p: MatRef<'_, T>, weight: T) {
     triangular::matmul(
         out,
         BlockStructure::TriangularLower,
         Accum::Add,
-        x.transpose(),
+        p,
         BlockStructure::Rectangular,
-        x,
+        p.transpose(),
         BlockStructure::Rectangular,
         weight,
         Par::Seq,
