@@ -30,7 +30,7 @@ def mlp(
     """Linear-BN-ReLU blocks with a Linear head, in a random state."""
     generator = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(widths):
+    for fan_in, fan_out in itertools.pairwise(widths[:-1]):
         layers += [
             nn.Linear(fan_in, fan_out, bias=bias),
             nn.BatchNorm1d(fan_out, affine=affine),

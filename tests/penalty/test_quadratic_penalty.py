@@ -211,9 +211,9 @@ def test_check_lr_warns_only_above_the_bound():
 def test_calling_before_a_forward_pass_in_train_mode_is_an_error():
     model, curvatures, anchor = consolidated()
     model.train()
-    with ek.QuadraticPenalty(model, curvatures, anchor) as penalty:
-        with pytest.raises(ModelChangedError, match=r"'1'.*forward pass"):
-            penalty()
+    penalty = ek.QuadraticPenalty(model, curvatures, anchor)
+    with pytest.raises(ModelChangedError, match=r"'1'.*forward pass"):
+        penalty()
 
 
 def test_calling_after_a_step_without_a_new_forward_pass_is_an_error():
