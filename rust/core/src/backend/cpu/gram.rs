@@ -288,11 +288,13 @@ impl<'a, S: Element> Batch<'a, S> {
         pack: impl Fn(Range<usize>, Range<usize>, Lines<'_, T>) + Sync,
     ) -> Result<()> {
         let features = self.features();
+        if syrk::is_tall(features, count) {
+            self.add_own_chunks(count, out, weight, cancel, pack);
+            return cancel.check();
+        }
         for rows in chunks(count, features) {
             cancel.check()?;
-            // A cache line more than a round number keeps neighbouring features out of the same
-            // cache set.
-            let stride = rows.len().next_multiple_of(16) + 16;
+            let stride = stride_of(rows.len());
             let scratch = self.cpu.scratch.of::<T>();
             scratch.with(features * stride, |packed| {
                 let work = COST_OF_READING * (rows.len() * features) as f64;
@@ -309,6 +311,38 @@ impl<'a, S: Element> Batch<'a, S> {
             })?;
         }
         Ok(())
+    }
+
+    /// As [`Self::add_chunks`], each thread packing and squaring chunks of its own that stay in its
+    /// cache.
+    fn add_own_chunks<T: Real>(
+        &self,
+        count: usize,
+        out: MatMut<'_, T>,
+        weight: f64,
+        cancel: &Cancel,
+        pack: impl Fn(Range<usize>, Range<usize>, Lines<'_, T>) + Sync,
+    ) {
+        const ELEMENTS: usize = 1 << 18;
+        let features = self.features();
+        let height = (ELEMENTS / features).max(features / 2).min(count);
+        let stride = stride_of(height);
+        syrk::add_split_over_depth(self.cpu, out, count, |part, mut target| {
+            let scratch = self.cpu.scratch.of::<T>();
+            scratch.with(features * stride, |packed| {
+                for start in part.clone().step_by(height) {
+                    if cancel.is_cancelled() {
+                        return;
+                    }
+                    let rows = start..(start + height).min(part.end);
+                    let data = &mut *packed;
+                    pack(rows.clone(), 0..features, Lines { data, stride });
+                    let lines = MatRef::from_row_major_slice(packed, features, stride);
+                    let lines = lines.subcols(0, rows.len());
+                    syrk::add_triangle(target.as_mut(), lines, T::from_f64(weight));
+                }
+            });
+        });
     }
 
     #[inline(always)]
@@ -525,6 +559,12 @@ fn add_units<S: Element>(units: ArrayView2<'_, S>, sums: &mut [f64]) {
             };
         }
     }
+}
+
+/// The length of a line with room for this many units: a cache line more than a round number keeps
+/// neighbouring features out of the same cache set.
+fn stride_of(units: usize) -> usize {
+    units.next_multiple_of(16) + 16
 }
 
 /// Ranges of rows that keep the packed buffer within a few megabytes, tall enough that writing the

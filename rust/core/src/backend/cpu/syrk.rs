@@ -1,5 +1,7 @@
 //! Symmetric rank-k updates: only the lower triangle is computed.
 
+use std::ops::Range;
+
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, MatMut, MatRef, Par};
@@ -19,28 +21,39 @@ pub(super) fn add_lower<T: Real>(
 ) -> Result<()> {
     let (size, depth) = (p.nrows(), p.ncols());
     let weight = T::from_f64(weight);
-    let pieces = cpu.pieces(depth as f64 * (size as f64).powi(2));
-    if pieces == 1 {
+    if cpu.pieces(flops(size, depth)) == 1 {
         add_triangle(out, p, weight);
-    } else if depth >= 4 * size {
-        add_split_over_depth(cpu, out, p, weight, pieces, cancel);
+    } else if is_tall(size, depth) {
+        add_split_over_depth(cpu, out, depth, |part, target| {
+            if !cancel.is_cancelled() {
+                add_triangle(target, p.subcols(part.start, part.len()), weight);
+            }
+        });
     } else {
         add_tiles(cpu, out, p, weight, cancel);
     }
     cancel.check()
 }
 
-/// Each thread squares its own columns into an accumulator of its own: no part of `p` is read
-/// twice, which pays as soon as `p` is much longer than the result is wide.
-fn add_split_over_depth<T: Real>(
+fn flops(size: usize, depth: usize) -> f64 {
+    depth as f64 * (size as f64).powi(2)
+}
+
+/// Whether an accumulator per thread costs little beside the work.
+pub(super) fn is_tall(size: usize, depth: usize) -> bool {
+    depth >= 4 * size
+}
+
+/// Each thread adds the squares of its own range of the depth to an accumulator of its own, and
+/// the accumulators to `out` in the end: nothing is read by two threads.
+pub(super) fn add_split_over_depth<T: Real>(
     cpu: &Cpu,
     mut out: MatMut<'_, T>,
-    p: MatRef<'_, T>,
-    weight: T,
-    pieces: usize,
-    cancel: &Cancel,
+    depth: usize,
+    add: impl Fn(Range<usize>, MatMut<'_, T>) + Sync,
 ) {
-    let (size, depth) = (p.nrows(), p.ncols());
+    let size = out.nrows();
+    let pieces = cpu.pieces(flops(size, depth));
     let scratch = cpu.scratch.of::<T>();
     scratch.with((pieces - 1) * size * size, |accumulators| {
         let own = accumulators.chunks_exact_mut(size * size).map(|own| {
@@ -50,10 +63,8 @@ fn add_split_over_depth<T: Real>(
         let mut tasks: Vec<_> = own.enumerate().collect();
         tasks.push((pieces - 1, out.as_mut()));
         cpu.run(tasks, |(piece, target)| {
-            if !cancel.is_cancelled() {
-                let (start, end) = (depth * piece / pieces, depth * (piece + 1) / pieces);
-                add_triangle(target, p.subcols(start, end - start), weight);
-            }
+            let part = depth * piece / pieces..depth * (piece + 1) / pieces;
+            add(part, target);
         });
         cpu.run(split_rows(out, pieces), |(start, mut block)| {
             for own in accumulators.chunks_exact(size * size) {
@@ -136,7 +147,8 @@ fn cut_triangle<'a, T>(
     cut_triangle(tiles, lower, start + half, area);
 }
 
-fn add_triangle<T: Real>(out: MatMut<'_, T>, p: MatRef<'_, T>, weight: T) {
+/// Adds `weight * p p^T` to the lower triangle on this thread.
+pub(super) fn add_triangle<T: Real>(out: MatMut<'_, T>, p: MatRef<'_, T>, weight: T) {
     triangular::matmul(
         out,
         BlockStructure::TriangularLower,
