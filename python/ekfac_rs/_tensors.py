@@ -1,5 +1,7 @@
 """Torch tensors as the Rust core sees them, and the checks every entry point shares."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,9 +66,15 @@ def require_like(argument: str, tensor: Tensor, shape: tuple[int, ...], referenc
         raise DeviceError(f"{argument}: expected device {reference.device}, got {tensor.device}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is free of NaN and infinity."""
+    # One pass without a temporary; only a sum that overflows needs the second look.
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
+
+
 def require_finite(argument: str, tensor: Tensor) -> None:
     """Raise `NonFiniteError` if ``tensor`` holds NaN or infinity."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
             f"{argument}: expected finite values, got {bad} NaN or infinite of {tensor.numel()}"

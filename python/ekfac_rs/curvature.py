@@ -19,6 +19,7 @@ from ekfac_rs import _core
 from ekfac_rs._tensors import (
     accumulation_dtype,
     borrow,
+    is_finite,
     require_choice,
     require_count,
     require_finite,
@@ -365,7 +366,9 @@ def estimate_curvature(
         first = next(batches, None)
         if first is None:
             raise EmptyLoaderError("loader: expected at least one batch of examples, got none")
-        found = find_layers(model, coordinates=coordinates, layers=layers, example=first[0])
+        # Two examples show the data flow as well as a whole mini-batch does.
+        example = first[0][:2]
+        found = find_layers(model, coordinates=coordinates, layers=layers, example=example)
         _refuse_merged(found, batchnorm)
         accumulators = {
             layer.name: _accumulator(layer, approximation, coordinates) for layer in found
@@ -596,7 +599,7 @@ def _forward(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> 
         raise ShapeError(
             f"model: expected outputs with {len(x)} examples on axis 0, got {tuple(outputs.shape)}"
         )
-    if not bool(torch.isfinite(outputs.detach()).all()):
+    if not is_finite(outputs):
         raise NonFiniteError("model: expected finite outputs, got NaN or infinity")
     likelihood.validate(outputs, y)
     return outputs

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ekfac_rs import _core
-from ekfac_rs._tensors import borrow, require_choice, require_like, require_nonnegative
+from ekfac_rs._tensors import (
+    borrow,
+    is_finite,
+    require_choice,
+    require_finite,
+    require_like,
+    require_nonnegative,
+)
 from ekfac_rs.batchnorm import Anchor
 from ekfac_rs.curvature import Curvature, Signature
 from ekfac_rs.errors import (
@@ -125,7 +132,7 @@ class QuadraticPenalty:
         deviations = [self._deviation(layer) for layer in self._layers]
         operators = [self._operators[layer.name] for layer in self._layers]
         value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, *deviations)
-        if not bool(torch.isfinite(value.detach())):
+        if not is_finite(value):
             self._raise_non_finite(deviations)
         return value
 
@@ -218,8 +225,7 @@ class QuadraticPenalty:
             weight = anchor[layer.name]
             place = f"layer {layer.name!r}: anchor"
             require_like(place, weight, layer.shape(self.coordinates), layer.linear.weight)
-            if not bool(torch.isfinite(weight).all()):
-                raise NonFiniteError(f"{place}: expected finite values, got NaN or infinity")
+            require_finite(place, weight)
             checked[layer.name] = weight.detach().clone()
         return checked
 
@@ -237,7 +243,7 @@ class QuadraticPenalty:
 
     def _raise_non_finite(self, deviations: Sequence[Tensor]) -> None:
         for layer, deviation in zip(self._layers, deviations, strict=True):
-            if not bool(torch.isfinite(deviation.detach()).all()):
+            if not is_finite(deviation):
                 raise NonFiniteError(
                     f"layer {layer.name!r}: expected finite weights, got NaN or infinity"
                 )
