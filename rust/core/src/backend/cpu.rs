@@ -14,11 +14,13 @@ use crate::gram::StratumWeight;
 use crate::view::{Dtype, Real, TensorView};
 
 mod gram;
+mod operator;
 mod pool;
 mod product;
 mod simd;
 mod syrk;
 
+pub(crate) use self::operator::Packed;
 pub use self::pool::{num_threads, set_num_threads};
 
 /// Below this many flops a second thread costs more to wake than it saves.
@@ -281,21 +283,7 @@ impl Backend for Cpu {
     }
 
     fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> f64 {
-        let (a, b) = row_major_if_possible(a, b);
-        (0..a.nrows())
-            .map(|i| {
-                let (left, right) = (a.row(i), b.row(i));
-                match (
-                    left.try_as_row_major().map(|row| row.as_slice()),
-                    right.try_as_row_major().map(|row| row.as_slice()),
-                ) {
-                    (Some(left), Some(right)) => simd::run(simd::Dot(left, right)),
-                    _ => (0..a.ncols())
-                        .map(|j| left[j].to_f64() * right[j].to_f64())
-                        .sum(),
-                }
-            })
-            .sum()
+        dot(a, b)
     }
 
     fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) {
@@ -386,6 +374,24 @@ fn split_columns<T>(matrix: MatMut<'_, T>, pieces: usize) -> Vec<(usize, MatMut<
         .into_iter()
         .map(|(start, block)| (start, block.transpose_mut()))
         .collect()
+}
+
+fn dot<T: Real>(a: MatRef<'_, T>, b: MatRef<'_, T>) -> f64 {
+    let (a, b) = row_major_if_possible(a, b);
+    (0..a.nrows())
+        .map(|i| {
+            let (left, right) = (a.row(i), b.row(i));
+            match (
+                left.try_as_row_major().map(|row| row.as_slice()),
+                right.try_as_row_major().map(|row| row.as_slice()),
+            ) {
+                (Some(left), Some(right)) => simd::run(simd::Dot(left, right)),
+                _ => (0..a.ncols())
+                    .map(|j| left[j].to_f64() * right[j].to_f64())
+                    .sum(),
+            }
+        })
+        .sum()
 }
 
 /// Transposes both views if that makes the rows of the first one contiguous.

@@ -1,79 +1,67 @@
 //! A sum of Kronecker products packed for many products with it.
 
-use faer::{Mat, MatRef};
+use faer::MatRef;
 
-use super::{KroneckerSum, Pair};
-use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
-use crate::cancel::Cancel;
-use crate::error::Result;
+use super::KroneckerSum;
+use crate::backend::cpu::{Cpu, Packed};
+use crate::error::{Error, Result};
 use crate::view::{Dtype, Real, TensorView, TensorViewMut};
 
-/// A packed sum; holds copies of the factors.
+/// A packed sum, for the thousands of products of a training loop; holds copies of the factors.
+///
+/// Factors of low numerical rank (the mean stratum has at most one dimension per mini-batch) are
+/// kept as thin roots, exact up to rounding, and rows that are zero in all factors are left out.
+/// Products allocate nothing; concurrent ones wait for one another.
 pub struct KroneckerOperator {
-    inputs: usize,
-    outputs: usize,
-    packed: Packed,
+    terms: Terms,
 }
 
-enum Packed {
-    Single(Terms<f32>),
-    Double(Terms<f64>),
-}
-
-struct Terms<T> {
-    factors: Vec<(Mat<T>, Mat<T>)>,
+enum Terms {
+    Single(Packed<f32>),
+    Double(Packed<f64>),
 }
 
 impl KroneckerOperator {
     /// Packs the terms.
     pub fn new(sum: &KroneckerSum<'_>) -> Result<Self> {
-        let packed = match sum.dtype {
-            Dtype::Float32 => Packed::Single(Terms::new(&sum.pairs()?)),
-            _ => Packed::Double(Terms::new(&sum.pairs()?)),
+        let cpu = Cpu::current();
+        let terms = match sum.dtype {
+            Dtype::Float32 => Terms::Single(Packed::new(&cpu, &sum.finite_pairs(&cpu)?)),
+            _ => Terms::Double(Packed::new(&cpu, &sum.finite_pairs(&cpu)?)),
         };
-        Ok(Self {
-            inputs: sum.inputs,
-            outputs: sum.outputs,
-            packed,
-        })
+        Ok(Self { terms })
     }
 
-    /// Writes `sum_k G_k V A_k` and returns its inner product with V.
+    /// Writes `sum_k G_k V A_k` for V of shape `[D, K]` and returns its inner product with V.
     pub fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<f64> {
-        match &self.packed {
-            Packed::Single(terms) => terms.apply(v.matrix()?, out),
-            Packed::Double(terms) => terms.apply(v.matrix()?, out),
+        match &self.terms {
+            Terms::Single(packed) => apply(packed, v, out),
+            Terms::Double(packed) => apply(packed, v, out),
         }
     }
 
     /// Floating-point operations of one product.
     pub fn flops(&self) -> usize {
-        let count = match &self.packed {
-            Packed::Single(t) => t.factors.len(),
-            Packed::Double(t) => t.factors.len(),
-        };
-        2 * self.inputs * self.outputs * (self.inputs + self.outputs) * count
+        match &self.terms {
+            Terms::Single(packed) => packed.flops(),
+            Terms::Double(packed) => packed.flops(),
+        }
     }
 }
 
-impl<T: Real> Terms<T> {
-    fn new(pairs: &[Pair<'_, T>]) -> Self {
-        Self {
-            factors: pairs
-                .iter()
-                .map(|(a, g)| (a.to_owned(), g.to_owned()))
-                .collect(),
+fn apply<T: Real>(
+    packed: &Packed<T>,
+    v: &TensorView<'_>,
+    out: &mut TensorViewMut<'_>,
+) -> Result<f64> {
+    let (outputs, inputs) = packed.size();
+    for (name, shape) in [("v", v.shape()), ("out", out.shape())] {
+        if shape != [outputs, inputs] {
+            return Err(Error::Shape(format!(
+                "{name} must be [{outputs}, {inputs}], got shape {shape:?}"
+            )));
         }
     }
-    fn apply(&self, v: MatRef<'_, T>, out: &mut TensorViewMut<'_>) -> Result<f64> {
-        let cpu = Cpu::current();
-        let pairs: Vec<_> = self
-            .factors
-            .iter()
-            .map(|(a, g)| (a.as_ref(), g.as_ref()))
-            .collect();
-        cpu.kronecker_product(&pairs, &[v], vec![out.matrix::<T>()?], 0.0, &Cancel::new())?;
-        Ok(cpu.dot(v, out.matrix::<T>()?.as_ref()))
-    }
+    let v: MatRef<'_, T> = v.matrix()?;
+    Ok(packed.apply(&Cpu::current(), v, out.matrix()?))
 }

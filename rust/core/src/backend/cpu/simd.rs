@@ -67,3 +67,17 @@ fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
     let rest: f64 = rest.map(|(x, y)| x.to_f64() * y.to_f64()).sum();
     sums.iter().sum::<f64>() + rest
 }
+
+/// `x -= factor * y`.
+pub(super) struct SubtractScaled<'a, 'b>(pub &'a mut [f64], pub f64, pub &'b [f64]);
+
+impl Loop for SubtractScaled<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        for (x, y) in self.0.iter_mut().zip(self.2) {
+            *x -= self.1 * y;
+        }
+    }
+}
