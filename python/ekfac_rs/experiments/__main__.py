@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def _permuted_mnist(options: argparse.Namespace, command: str) -> None:
     preset = dataclasses.replace(PRESETS[options.preset], **changes)
     mnist = load_mnist_subset() if preset.dataset == "subset" else load_mnist(options.data_dir)
     output = options.output or Path("results", f"permuted-mnist-{options.preset}")
-    print(study(preset, mnist, output, options.methods, command))
+    print(study(preset, mnist, output, options.methods, command, options.workers))
     print(f"written to {output}")
 
 
@@ -80,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="METHOD",
         help=f"some of: {', '.join(METHODS)}",
     )
+    permuted.add_argument(
+        "--workers",
+        type=_positive,
+        default=_processors(),
+        metavar="N",
+        help="runs made at the same time, one thread and about 1 GB (full) each",
+    )
     changes = permuted.add_argument_group("changes to the preset")
     changes.add_argument("--tasks", type=_positive, metavar="N", help="tasks in a stream")
     changes.add_argument("--epochs", type=_positive, metavar="N", help="epochs per task")
@@ -97,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     changes.add_argument("--batch-size", type=_batch_size, metavar="N", help="at least 2, for BN")
     changes.add_argument("--examples", type=_batch_size, metavar="N", help="training images used")
     return parser
+
+
+def _processors() -> int:
+    """Return the number of processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Tuple(argparse.Action):

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -24,7 +24,15 @@ import ekfac_rs as ek
 from ekfac_rs.data import Mnist, TensorLoader, image_features, task_permutation
 from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
 from ekfac_rs.experiments.report import GridPoint, MethodResult, write_report
-from ekfac_rs.experiments.runs import PlannedRun, RunRecord, RunStore, complete, recorded
+from ekfac_rs.experiments.runs import (
+    PlannedRun,
+    RunRecord,
+    RunStore,
+    Workers,
+    complete,
+    recorded,
+    single_thread,
+)
 
 __all__ = ["METHODS", "PRESETS", "Method", "Preset", "RunConfig", "learn_stream", "study"]
 
@@ -122,9 +130,12 @@ def _grid(**axes: Sequence[float | str]) -> list[Setting]:
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
+_RATES = (0.01, 0.03, 0.1)
+_LOW_RATES = (0.003, 0.01, 0.03)
+
 _KRONECKER = {
-    "quick": _grid(lr=(0.02, 0.05), scale=(1.0, 3.0, 10.0), damping=(0.01,)),
-    "full": _grid(lr=(0.01, 0.03, 0.1), scale=(1.0, 3.0, 10.0, 30.0), damping=(0.0, 0.01)),
+    "quick": _grid(lr=_RATES, scale=(1.0, 3.0, 10.0), damping=(0.01,)),
+    "full": _grid(lr=_RATES, scale=(1.0, 3.0, 10.0, 30.0), damping=(0.0, 0.01)),
 }
 
 METHODS: dict[str, Method] = {
@@ -132,7 +143,7 @@ METHODS: dict[str, Method] = {
         "fine-tuning",
         {"curvature": "none"},
         {
-            "quick": _grid(lr=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1)),
+            "quick": _grid(lr=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)),
             "full": _grid(
                 lr=(
                     *(0.0003, 0.0005, 0.0007, 0.001, 0.0015, 0.002, 0.0025, 0.003),
@@ -146,20 +157,16 @@ METHODS: dict[str, Method] = {
         "L2 to anchor",
         {"curvature": "none"},
         {
-            "quick": _grid(lr=(0.02, 0.05), damping=(0.01, 0.1, 1.0)),
-            "full": _grid(
-                lr=(0.01, 0.03, 0.1), damping=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-            ),
+            "quick": _grid(lr=_LOW_RATES, damping=(0.1, 0.3, 1.0)),
+            "full": _grid(lr=_LOW_RATES, damping=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)),
         },
     ),
     "ewc": Method(
         "diagonal Fisher (EWC)",
         {"curvature": "diagonal"},
         {
-            "quick": _grid(lr=(0.02, 0.05), scale=(1.0, 10.0, 100.0), damping=(0.01,)),
-            "full": _grid(
-                lr=(0.01, 0.03, 0.1), scale=(1.0, 10.0, 100.0, 1000.0), damping=(0.0, 0.01)
-            ),
+            "quick": _grid(lr=_LOW_RATES, scale=(10.0, 30.0, 100.0), damping=(0.01,)),
+            "full": _grid(lr=_LOW_RATES, scale=(3.0, 10.0, 30.0, 100.0), damping=(0.0, 0.01)),
         },
     ),
     "kfac-frozen": Method(
@@ -171,14 +178,15 @@ METHODS: dict[str, Method] = {
     "kfac-train": Method("K-FAC, train factors", {"curvature": "kfac-train"}, _KRONECKER),
     "xkfac": Method("XK-FAC", {"curvature": "xkfac"}, _KRONECKER),
     "xkfac-raw": Method("XK-FAC, raw coordinates", {"curvature": "xkfac-raw"}, _KRONECKER),
+    # Which curvature suits the schedule is one more thing to choose.
     "scheduled": Method(
         "BN 20 %, then frozen",
         {"freeze_bn_after": 0.2},
         {
             "quick": _grid(
                 curvature=("kfac-eval", "kfac-train", "xkfac"),
-                lr=(0.02,),
-                scale=(1.0, 3.0),
+                lr=(0.03,),
+                scale=(1.0, 3.0, 10.0),
                 damping=(0.01,),
             ),
             "full": _grid(
@@ -208,6 +216,11 @@ class Preset:
         Of the final runs; `epochs` per task.
     grid_tasks, grid_epochs, grid_seed
         Of the grid; its seed is none of `seeds`.
+    finalists
+        Best settings of each method's grid that are tried again on a stream as long as the final
+        ones (same seed, validation images) before one of them is chosen: the penalties add up
+        over the tasks, so a setting that is best, or stable, for few need not be for many.
+        0 to choose from the grid itself.
     hidden
         Widths of the hidden layers.
     """
@@ -219,6 +232,7 @@ class Preset:
     seeds: tuple[int, ...]
     grid_tasks: int
     grid_epochs: int
+    finalists: int = 0
     hidden: tuple[int, ...] = (100, 100)
     batch_size: int = 256
     factor_examples: int = 10_000
@@ -230,10 +244,11 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
         "quick", "subset", tasks=5, epochs=2, seeds=(0, 1), grid_tasks=3, grid_epochs=1,
-        batch_size=128, factor_examples=2000,
+        finalists=2, batch_size=128, factor_examples=2000,
     ),
     "full": Preset(
-        "full", "mnist", tasks=10, epochs=2, seeds=(0, 1, 2), grid_tasks=5, grid_epochs=1,
+        "full", "mnist", tasks=10, epochs=2, seeds=(0, 1, 2), grid_tasks=4, grid_epochs=1,
+        finalists=4,
     ),
 }  # fmt: skip
 
@@ -244,6 +259,7 @@ def study(
     output: Path,
     methods: Sequence[str] = tuple(METHODS),
     command: str = "",
+    workers: int = 1,
     progress: bool = True,
 ) -> str:
     """Make the whole comparison: grid, choice, final runs, report.
@@ -262,6 +278,8 @@ def study(
         Keys of `METHODS`.
     command
         The command line, for the report.
+    workers
+        Runs made at the same time.
     progress
         Print the plan and show progress bars.
 
@@ -282,36 +300,44 @@ def study(
         raise OptionError(f"seeds: {preset.grid_seed} is the seed of the grid")
     started = time.perf_counter()
     store = RunStore(output / "runs")
-    features = _Features.of(mnist, preset)
-
-    def execute(config: Mapping[str, Any]) -> RunRecord:
-        return learn_stream(RunConfig.from_dict(config), features)
-
-    grid_runs = {key: _grid_runs(key, preset, features) for key in methods}
+    plan = _Plan(preset, mnist.digest())
+    grid_runs = {key: plan.grid_runs(key) for key in methods}
     if progress:
-        print(_plan(preset, grid_runs, store, features), flush=True)
-    grid_records = complete(grid_runs, store, execute, "grid", progress)
-    grids = {key: _grid_points(key, preset, grid_records[key]) for key in methods}
-    chosen = {key: max(grid, key=_score).setting for key, grid in grids.items()}
-    final_runs = {key: _final_runs(key, chosen[key], preset, features) for key in methods}
-    final_records = complete(final_runs, store, execute, "final", progress)
+        print(_announcement(plan, grid_runs, store, mnist, workers), flush=True)
+    with Workers(workers, _executor, mnist, preset.examples) as pool:
+        grid_records = complete(grid_runs, store, pool, "grid", progress)
+        finalists = {key: plan.finalists(grid_records[key]) for key in methods}
+        finalist_runs = {key: plan.finalist_runs(key, finalists[key]) for key in methods}
+        finalist_records = complete(finalist_runs, store, pool, "finalists", progress)
+        grids = {
+            key: plan.grid_points(
+                key,
+                grid_records[key],
+                dict(zip(finalists[key], finalist_records[key], strict=True)),
+            )
+            for key in methods
+        }
+        chosen = {key: max(grid, key=_choice).setting for key, grid in grids.items()}
+        final_runs = {key: plan.final_runs(key, chosen[key]) for key in methods}
+        final_records = complete(final_runs, store, pool, "final", progress)
     results = [
         MethodResult(key, METHODS[key].label, chosen[key], grids[key], final_records[key])
         for key in methods
     ]
-    all_records = [*grid_records.values(), *final_records.values()]
+    all_records = [*grid_records.values(), *finalist_records.values(), *final_records.values()]
     about = {
         "experiment": "permuted-mnist",
         "command": command,
         "preset": dataclasses.asdict(preset),
-        "dataset": {"name": mnist.name, "digest": features.digest},
+        "dataset": {"name": mnist.name, "digest": plan.dataset},
         "seeds": list(preset.seeds),
+        "workers": workers,
         "seconds": {
             "all_runs": sum(run.seconds["total"] for runs in all_records for run in runs),
             "this_call": time.perf_counter() - started,
         },
     }
-    return write_report(output, _title(preset), results, about, _notes(preset, features))
+    return write_report(output, _title(preset), results, about, _notes(preset, mnist))
 
 
 def learn_stream(config: RunConfig, features: "_Features") -> RunRecord:
@@ -347,6 +373,12 @@ def learn_stream(config: RunConfig, features: "_Features") -> RunRecord:
     return RunRecord(config.as_dict(), rows, history, diverged, dict(counts), seconds)
 
 
+def _executor(mnist: Mnist, examples: int | None) -> Callable[[Mapping[str, Any]], RunRecord]:
+    """Prepare a process for making runs."""
+    features = _Features.of(mnist, examples)
+    return lambda config: learn_stream(RunConfig.from_dict(config), features)
+
+
 class _Clock:
     """Wall-clock by part."""
 
@@ -368,17 +400,15 @@ class _Features:
     train_y: Tensor
     test_x: Tensor
     test_y: Tensor
-    digest: str
 
     @classmethod
-    def of(cls, mnist: Mnist, preset: Preset) -> "_Features":
-        count = preset.examples
+    def of(cls, mnist: Mnist, count: int | None) -> "_Features":
+        """Take the first `count` training images, or all."""
         return cls(
             image_features(mnist.train_images[:count]),
             torch.from_numpy(mnist.train_labels[:count]).long(),
             image_features(mnist.test_images),
             torch.from_numpy(mnist.test_labels).long(),
-            mnist.digest(),
         )
 
 
@@ -460,68 +490,109 @@ def _finite_or_none(epoch: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in epoch.items()}
 
 
-def _grid_runs(key: str, preset: Preset, features: _Features) -> list[PlannedRun]:
-    tasks = min(preset.grid_tasks, preset.tasks)
-    epochs = min(preset.grid_epochs, preset.epochs)
-    seed = preset.grid_seed
-    runs = []
-    for setting in METHODS[key].grids[preset.grid]:
-        config = _config(key, setting, preset, features, "validation", tasks, epochs, seed)
-        name = "-".join(
+@dataclass(frozen=True)
+class _Plan:
+    """The runs that a preset consists of."""
+
+    preset: Preset
+    dataset: str
+
+    def grid_runs(self, key: str) -> list[PlannedRun]:
+        """Few tasks, validation images, all settings."""
+        tasks = min(self.preset.grid_tasks, self.preset.tasks)
+        epochs = min(self.preset.grid_epochs, self.preset.epochs)
+        seed = self.preset.grid_seed
+        return [
+            self._run("grid", key, setting, "validation", tasks, epochs, seed)
+            for setting in self._settings(key)
+        ]
+
+    def finalists(self, grid_records: Sequence[RunRecord]) -> list[int]:
+        """Return which settings scored best in the grid, best first."""
+        scores = [record.matrix.average() for record in grid_records]
+        ranked = sorted(range(len(scores)), key=lambda point: -scores[point])
+        return ranked[: self.preset.finalists]
+
+    def finalist_runs(self, key: str, finalists: Sequence[int]) -> list[PlannedRun]:
+        """All tasks, validation images, the settings numbered `finalists`."""
+        preset = self.preset
+        settings = self._settings(key)
+        return [
+            self._run(
+                *("finalist", key, settings[point], "validation"),
+                *(preset.tasks, preset.epochs, preset.grid_seed),
+            )
+            for point in finalists
+        ]
+
+    def grid_points(
+        self, key: str, grid_records: Sequence[RunRecord], finalists: Mapping[int, RunRecord]
+    ) -> list[GridPoint]:
+        """Put together what is known about each setting."""
+        points = []
+        for number, (setting, record) in enumerate(
+            zip(self._settings(key), grid_records, strict=True)
+        ):
+            longer = finalists.get(number)
+            runs = [record] if longer is None else [record, longer]
+            points.append(
+                GridPoint(
+                    setting,
+                    score=record.matrix.average(),
+                    full_length_score=None if longer is None else longer.matrix.average(),
+                    diverged=next((run.diverged for run in runs if run.diverged), None),
+                    seconds=sum(run.seconds["total"] for run in runs),
+                )
+            )
+        return points
+
+    def final_runs(self, key: str, setting: Mapping[str, float | str]) -> list[PlannedRun]:
+        """All tasks, test images, every seed."""
+        tasks, epochs = self.preset.tasks, self.preset.epochs
+        return [
+            self._run("final", key, setting, "test", tasks, epochs, seed)
+            for seed in self.preset.seeds
+        ]
+
+    def _settings(self, key: str) -> Sequence[Setting]:
+        return METHODS[key].grids[self.preset.grid]
+
+    def _run(
+        self,
+        part: str,
+        key: str,
+        setting: Mapping[str, float | str],
+        split: str,
+        tasks: int,
+        epochs: int,
+        seed: int,
+    ) -> PlannedRun:
+        options: dict[str, Any] = {**METHODS[key].fixed, **setting}
+        config = RunConfig(
+            version=ek.__version__,
+            dataset=self.dataset,
+            examples=self.preset.examples,
+            split=split,
+            tasks=tasks,
+            epochs=epochs,
+            hidden=self.preset.hidden,
+            batch_size=self.preset.batch_size,
+            seed=seed,
+            factor_examples=self.preset.factor_examples,
+            momentum=self.preset.momentum,
+            **options,
+        )
+        words = (
             value if isinstance(value, str) else f"{axis}{value:g}"
             for axis, value in setting.items()
         )
-        runs.append(PlannedRun(f"grid-{key}-{name}", config.as_dict()))
-    return runs
+        return PlannedRun("-".join((part, key, *words, f"seed{seed}")), config.as_dict())
 
 
-def _grid_points(key: str, preset: Preset, records: Sequence[RunRecord]) -> list[GridPoint]:
-    settings = METHODS[key].grids[preset.grid]
-    return [
-        GridPoint(setting, record.matrix.average(), record.diverged, record.seconds["total"])
-        for setting, record in zip(settings, records, strict=True)
-    ]
-
-
-def _final_runs(
-    key: str, setting: Mapping[str, float | str], preset: Preset, features: _Features
-) -> list[PlannedRun]:
-    runs = []
-    for seed in preset.seeds:
-        config = _config(key, setting, preset, features, "test", preset.tasks, preset.epochs, seed)
-        runs.append(PlannedRun(f"final-{key}-seed{seed}", config.as_dict()))
-    return runs
-
-
-def _config(
-    key: str,
-    setting: Mapping[str, float | str],
-    preset: Preset,
-    features: _Features,
-    split: str,
-    tasks: int,
-    epochs: int,
-    seed: int,
-) -> RunConfig:
-    options: dict[str, Any] = {**METHODS[key].fixed, **setting}
-    return RunConfig(
-        version=ek.__version__,
-        dataset=features.digest,
-        examples=preset.examples,
-        split=split,
-        tasks=tasks,
-        epochs=epochs,
-        hidden=preset.hidden,
-        batch_size=preset.batch_size,
-        seed=seed,
-        factor_examples=preset.factor_examples,
-        momentum=preset.momentum,
-        **options,
-    )
-
-
-def _score(point: GridPoint) -> float:
-    return point.score
+def _choice(point: GridPoint) -> tuple[bool, float]:
+    """Finalists come before the others, and are compared by their longer runs."""
+    longer = point.full_length_score
+    return (True, longer) if longer is not None else (False, point.score)
 
 
 def _title(preset: Preset) -> str:
@@ -529,76 +600,108 @@ def _title(preset: Preset) -> str:
     return f"Permuted {images}, {preset.tasks} tasks"
 
 
-def _notes(preset: Preset, features: _Features) -> list[str]:
+def _notes(preset: Preset, mnist: Mnist) -> list[str]:
     widths = "-".join(str(width) for width in (28 * 28, *preset.hidden, CLASSES))
+    examples = min(preset.examples or len(mnist.train_labels), len(mnist.train_labels))
+    choice = (
+        f"Each method at the best of {len(METHODS['xkfac'].grids[preset.grid])} settings, tried "
+        f"on {_count(min(preset.grid_tasks, preset.tasks), 'task')} with "
+        f"{_count(min(preset.grid_epochs, preset.epochs), 'epoch')}"
+    )
+    if preset.finalists:
+        choice += f", the best {preset.finalists} of them again on all {preset.tasks}"
     return [
-        f"{len(features.train_x):,} training and {len(features.test_x):,} test images per task, "
-        f"{preset.epochs} epochs per task, batches of {preset.batch_size}, network {widths} with "
-        f"BatchNorm, one output layer, evaluated with merged weights; seeds "
+        f"{examples:,} training and {len(mnist.test_labels):,} test images per task, "
+        f"{_count(preset.epochs, 'epoch')} per task, batches of {preset.batch_size}, network "
+        f"{widths} with BatchNorm, one output layer, evaluated with merged weights; seeds "
         f"{', '.join(map(str, preset.seeds))}.",
-        "All figures in per cent unless said otherwise, on test images; ± is the sample standard "
-        "deviation over the seeds. Forgetting and backward transfer: points, see "
-        "`ekfac_rs.metrics`.",
-        f"Each method at the best of {len(METHODS['xkfac'].grids[preset.grid])} settings, chosen "
-        f"on validation images of all of {min(preset.grid_tasks, preset.tasks)} tasks (seed "
-        f"{preset.grid_seed}, {min(preset.grid_epochs, preset.epochs)} epochs): an oracle's "
-        "choice, as it looks at old tasks.",
+        "Figures in per cent on test images, ± the sample standard deviation over the seeds; "
+        "forgetting and backward transfer in points, as defined in `ekfac_rs.metrics`.",
+        f"{choice}: seed {preset.grid_seed}, judged on held-out training images of all tasks, the "
+        "old ones included, an oracle's choice.",
     ]
 
 
-def _plan(
-    preset: Preset,
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _announcement(
+    plan: _Plan,
     grid_runs: Mapping[str, Sequence[PlannedRun]],
     store: RunStore,
-    features: _Features,
+    mnist: Mnist,
+    workers: int,
 ) -> str:
     """Say what there is to do and about how long it takes."""
     planned = [run for runs in grid_runs.values() for run in runs]
     missing = [RunConfig.from_dict(run.config) for run in planned if store.find(run) is None]
     if not missing:
         return f"grid: all {len(planned)} runs are there"
-    # Which settings the final runs get is open; their size is not.
-    final = dataclasses.replace(missing[0], split="test", tasks=preset.tasks, epochs=preset.epochs)
-    finals = [final] * (len(grid_runs) * len(preset.seeds))
-    speed = _Speed.measured(final, features)
-    grid_minutes, final_minutes = (
-        math.ceil(sum(speed.seconds(run, features) for run in runs) / 60)
-        for runs in (missing, finals)
-    )
-    return (
-        f"grid: {len(planned)} runs, {len(missing)} to make, about {grid_minutes} minutes; "
-        f"final: {len(finals)} runs, about {final_minutes} minutes"
-    )
+    preset = plan.preset
+    # Which settings the later runs get is open; their size is not.
+    longer = [
+        dataclasses.replace(
+            RunConfig.from_dict(runs[-1].config), tasks=preset.tasks, epochs=preset.epochs
+        )
+        for runs in grid_runs.values()
+    ]
+    parts = {
+        "grid": missing,
+        "finalists": longer * preset.finalists,
+        "final": longer * len(preset.seeds),
+    }
+    features = _Features.of(mnist, preset.examples)
+    speed = {
+        curvature: _Speed.measured(dataclasses.replace(missing[0], curvature=curvature), features)
+        for curvature in sorted({run.curvature for run in (*missing, *longer)})
+    }
+    texts = []
+    for part, runs in parts.items():
+        seconds = sum(speed[run.curvature].seconds(run, features) for run in runs)
+        texts.append(f"{part} {len(runs)} ({seconds / 60 / workers:.1f} minutes)")
+    return f"runs to make, {workers} at a time: {', '.join(texts)}"
 
 
 @dataclass(frozen=True)
 class _Speed:
-    """What a mini-batch costs on this machine, in seconds."""
+    """What a mini-batch costs on this machine with one curvature, in seconds."""
 
     training_step: float
+    penalty_of_a_task: float
     factor_batch: float
 
     @classmethod
     def measured(cls, like: RunConfig, features: _Features) -> "_Speed":
-        """Time two tasks of a few mini-batches with XK-FAC."""
-        batches = 16
-        count = batches * like.batch_size
-        probe = dataclasses.replace(
-            like, tasks=2, epochs=1, curvature="xkfac", lr=0.01, factor_examples=count
-        )
+        """Time two tasks of a few mini-batches, the second one with the penalty of the first."""
+        count = min(40 * like.batch_size, len(features.train_x))
+        batches = math.ceil(count / like.batch_size)
         few = dataclasses.replace(
-            features, train_x=features.train_x[:count], train_y=features.train_y[:count]
+            features,
+            train_x=features.train_x[:count],
+            train_y=features.train_y[:count],
+            test_x=features.test_x[:1],
+            test_y=features.test_y[:1],
         )
-        learn_stream(dataclasses.replace(probe, factor_examples=like.batch_size), few)  # warms up
-        seconds = learn_stream(probe, few).seconds
-        done = probe.tasks * math.ceil(len(few.train_x) / like.batch_size)
-        return cls(seconds["fit"] / done, seconds["consolidate"] / done)
+        probe = dataclasses.replace(
+            like, split="test", epochs=1, lr=0.01, scale=1.0, factor_examples=count
+        )
+        with single_thread():
+            learn_stream(dataclasses.replace(probe, tasks=1), few)  # The first time takes longer.
+            one = learn_stream(dataclasses.replace(probe, tasks=1), few).seconds
+            two = learn_stream(dataclasses.replace(probe, tasks=2), few).seconds
+        return cls(
+            training_step=one["fit"] / batches,
+            penalty_of_a_task=max(two["fit"] - 2 * one["fit"], 0.0) / batches,
+            factor_batch=two["consolidate"] / (2 * batches),
+        )
 
     def seconds(self, run: RunConfig, features: _Features) -> float:
         """Estimate what `run` takes."""
         count = len(features.train_x)
-        per_task = (
-            run.epochs * count * self.training_step
-            + min(run.factor_examples, count) * self.factor_batch
+        steps = run.epochs * count / run.batch_size
+        factor_batches = min(run.factor_examples, count) / run.batch_size
+        return run.tasks * (
+            steps * (self.training_step + (run.tasks - 1) / 2 * self.penalty_of_a_task)
+            + factor_batches * self.factor_batch
         )
-        return run.tasks * per_task / run.batch_size

@@ -38,10 +38,25 @@ _MARKERS = "ovs^DPX<>"
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One setting that was tried: its `score` is what the choice went by."""
+    """One setting that was tried.
+
+    Attributes
+    ----------
+    setting
+        By name.
+    score
+        Validation accuracy in the grid, over all its tasks.
+    full_length_score
+        The same over a stream as long as the final ones; None where that was not tried.
+    diverged
+        What happened in any of its runs, if one diverged.
+    seconds
+        Wall-clock of its runs.
+    """
 
     setting: Setting
     score: float
+    full_length_score: float | None
     diverged: str | None
     seconds: float
 

@@ -3,22 +3,37 @@
 import hashlib
 import json
 import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from tqdm import tqdm
 
+import ekfac_rs as ek
 from ekfac_rs.errors import FileFormatError
 from ekfac_rs.metrics import AccuracyMatrix
 
-__all__ = ["PlannedRun", "RunRecord", "RunStore", "complete", "recorded", "write_json"]
+__all__ = [
+    "PlannedRun",
+    "RunRecord",
+    "RunStore",
+    "Workers",
+    "complete",
+    "recorded",
+    "single_thread",
+    "write_json",
+]
 
 Config = Mapping[str, Any]
+Execute = Callable[[Config], "RunRecord"]
 
 
 @dataclass(frozen=True)
@@ -115,10 +130,84 @@ class RunStore:
         write_json(self.path(run), asdict(record))
 
 
+class Workers:
+    """Processes that make runs, each on a single thread.
+
+    Networks as small as those of the experiments gain nothing from a second thread, so runs side
+    by side use the processors better, and results do not depend on their number. With one worker
+    everything stays in this process. The others start with the first run.
+
+    Parameters
+    ----------
+    count
+        Number of processes.
+    prepare
+        Called once in each process with `arguments`; returns what makes a run from its config.
+        Has to be importable, and its arguments picklable.
+    """
+
+    def __init__(self, count: int, prepare: Callable[..., Execute], *arguments: Any) -> None:
+        self.count = count
+        self._prepare = prepare
+        self._arguments = arguments
+        self._others = set(active_children())
+        self._pool: ProcessPoolExecutor | None = None
+        self._execute: Execute | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        if error is not None:  # Do not wait for the runs under way.
+            for process in set(active_children()) - self._others:
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+
+    def make(self, runs: Sequence[PlannedRun]) -> Iterator[tuple[PlannedRun, RunRecord]]:
+        """Make the runs; each is yielded when it is finished, in any order.
+
+        Raises
+        ------
+        concurrent.futures.process.BrokenProcessPool
+            If a worker was killed, for want of memory perhaps.
+        """
+        if not runs:
+            return
+        if self.count == 1:
+            execute = self._execute = self._execute or self._prepare(*self._arguments)
+            for run in runs:
+                with single_thread():
+                    record = execute(run.config)
+                yield run, record
+            return
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.count, get_context("spawn"), _start_worker, (self._prepare, self._arguments)
+            )
+        futures = {self._pool.submit(_make_in_worker, run.config): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Compute on one thread within the block."""
+    before = torch.get_num_threads(), ek.num_threads()
+    torch.set_num_threads(1)
+    ek.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        ek.set_num_threads(before[1])
+
+
 def complete(
     planned: Mapping[str, Sequence[PlannedRun]],
     store: RunStore,
-    execute: Callable[[Config], RunRecord],
+    workers: Workers,
     title: str,
     progress: bool = True,
 ) -> dict[str, list[RunRecord]]:
@@ -127,21 +216,24 @@ def complete(
     Parameters
     ----------
     planned
-        Runs by method; made in this order.
+        Runs by method.
     store
         Finished runs; each new one is saved at once.
-    execute
-        Makes a run from its config.
+    workers
+        Make the missing ones.
     title
         What the progress bar counts.
     progress
-        Show a progress bar.
+        Show a progress bar, with the name of the run finished last.
     """
     missing = [run for runs in planned.values() for run in runs if store.find(run) is None]
-    with tqdm(missing, desc=title, unit="run", disable=not progress or not missing) as bar:
-        for run in bar:
+    with tqdm(
+        total=len(missing), desc=title, unit="run", disable=not progress or not missing
+    ) as bar:
+        for run, record in workers.make(missing):
+            store.save(run, record)
             bar.set_postfix_str(run.name)
-            store.save(run, execute(run.config))
+            bar.update()
     return {method: [store.load(run) for run in runs] for method, runs in planned.items()}
 
 
@@ -184,3 +276,21 @@ def _canonical(config: Config) -> str:
 
 def _digest(config: Config) -> str:
     return hashlib.sha256(_canonical(config).encode()).hexdigest()[:12]
+
+
+# What makes runs in this process, if it is a worker.
+_execute_in_worker: Execute | None = None
+
+
+def _start_worker(prepare: Callable[..., Execute], arguments: Sequence[Any]) -> None:
+    global _execute_in_worker
+    # Ctrl-C reaches all processes of a terminal: end quietly, the parent has the word.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    ek.set_num_threads(1)
+    _execute_in_worker = prepare(*arguments)
+
+
+def _make_in_worker(config: Config) -> RunRecord:
+    assert _execute_in_worker is not None
+    return _execute_in_worker(config)
