@@ -17,19 +17,6 @@ TINY = [
     *("--tasks", "2", "--epochs", "1", "--hidden", "8"),
     *("--examples", "200", "--batch-size", "50", "--workers", "1"),
 ]
-    "--tasks",
-    "2",
-    "--epochs",
-    "1",
-    "--hidden",
-    "8",
-    "--examples",
-    "200",
-    "--batch-size",
-    "50",
-    "--workers",
-    "1",
-]
 
 
 def result(label, *last_rows, setting=None, diverged=None, warnings=None):
