@@ -1,0 +1,235 @@
+"""Case tables shared by the tests: networks, losses, data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ekfac_rs as ek
+from oracle import Batch, ExampleLoss, dense, example_loss
+
+Builder = Callable[[], nn.Sequential]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of float64 layers and the shape of one example."""
+
+    build: Builder
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def make(self, seed: int = 0) -> nn.Sequential:
+        """Random weights, and BN parameters and statistics away from their defaults."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.build().double()
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm1d):
+                    for tensor in (module.running_var, module.weight):
+                        if tensor is not None:
+                            nn.init.uniform_(tensor, 0.5, 1.5)
+                    for tensor in (module.running_mean, module.bias):
+                        if tensor is not None:
+                            nn.init.normal_(tensor, std=0.3)
+        return model
+
+    def batches(self, loss: str, sizes: tuple[int, ...], seed: int = 1) -> list[Batch]:
+        """Mini-batches of the given sizes with targets that fit the loss."""
+        generator = torch.Generator().manual_seed(seed)
+        return [self._batch(loss, size, generator) for size in sizes]
+
+    def _batch(self, loss: str, size: int, generator: torch.Generator) -> Batch:
+        shift = torch.randn(self.input_shape, generator=generator, dtype=torch.float64)
+        x = torch.randn(size, *self.input_shape, generator=generator, dtype=torch.float64) + shift
+        return x, LOSSES[loss].targets((size, *self.output_shape), generator)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss by name, its definition for one example and a source of targets."""
+
+    name: str
+    targets: Callable[[tuple[int, ...], torch.Generator], Tensor]
+    reduction: str = "mean"
+
+    @property
+    def of_example(self) -> ExampleLoss:
+        return example_loss(self.name, self.reduction)
+
+    @property
+    def argument(self) -> str | ek.likelihood.Likelihood:
+        """The loss as `estimate_curvature` takes it."""
+        if self.reduction == "mean":
+            return self.name
+        kinds = {
+            "cross_entropy": ek.likelihood.CrossEntropy,
+            "mse": ek.likelihood.MSE,
+            "bce": ek.likelihood.BCE,
+        }
+        return kinds[self.name](reduction=self.reduction)
+
+
+def _classes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+
+
+def _reals(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _bits(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(2, shape, generator=generator).double()
+
+
+LOSSES = {
+    "cross_entropy": Loss("cross_entropy", _classes),
+    "mse": Loss("mse", _reals),
+    "bce": Loss("bce", _bits),
+    "cross_entropy-sum": Loss("cross_entropy", _classes, "sum"),
+    "mse-sum": Loss("mse", _reals, "sum"),
+    "bce-sum": Loss("bce", _bits, "sum"),
+}
+
+
+class OverPositions(nn.Module):
+    """Applies a BatchNorm over the last axis of ``[N, T, features]``."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Residual(nn.Module):
+    """A layer beside the identity."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)
+
+
+class ClassesFirst(nn.Module):
+    """``[N, T, C]`` to ``[N, C, T]``, as torch's cross-entropy wants it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class MeanOverPositions(nn.Module):
+    """Mean pooling over T of ``[N, T, features]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def _mlp_bn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(),
+        nn.Linear(6, 5, bias=False),
+        nn.BatchNorm1d(5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    )
+
+
+def _mlp_bn_plain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        nn.ReLU(),
+        nn.Linear(6, 5),
+        nn.BatchNorm1d(5, affine=False),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+        nn.BatchNorm1d(3),
+    )
+
+
+def _linear_stack() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5, bias=False), nn.Linear(5, 3))
+
+
+def _linear_stack_bn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 5, bias=False),
+        nn.BatchNorm1d(5),
+        nn.Linear(5, 3),
+    )
+
+
+def _linear_residual() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6), Residual(nn.Linear(6, 6)), nn.AvgPool1d(2), nn.Linear(3, 3)
+    )
+
+
+def _positions_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), ClassesFirst())
+
+
+def _positions_pooled_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), MeanOverPositions())
+
+
+def _positions_bn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 4),
+        OverPositions(4),
+        nn.ReLU(),
+        nn.Linear(4, 3),
+        OverPositions(3),
+        nn.ReLU(),
+        MeanOverPositions(),
+        nn.Linear(3, 3),
+    )
+
+
+NETWORKS = {
+    "mlp": Network(_mlp, (4,), (3,)),
+    "mlp-bn": Network(_mlp_bn, (4,), (3,)),
+    "mlp-bn-plain": Network(_mlp_bn_plain, (4,), (3,)),
+    "linear-stack": Network(_linear_stack, (4,), (3,)),
+    "linear-stack-bn": Network(_linear_stack_bn, (4,), (3,)),
+    "linear-residual": Network(_linear_residual, (4,), (3,)),
+    "positions-linear": Network(_positions_linear, (3, 4), (3, 3)),
+    "positions-pooled-linear": Network(_positions_pooled_linear, (3, 4), (3,)),
+    "positions-bn": Network(_positions_bn, (3, 4), (3,)),
+}
+
+APPROXIMATIONS = ("kfac-expand", "kfac-reduce", "xkfac", "xkfac-nested")
+COORDINATES = ("raw", "merged")
+
+
+def estimate(
+    model: nn.Module, batches: Iterable[Batch], loss: str, device: str = "cpu", **options: Any
+) -> ek.Curvature:
+    """A curvature pass of the package over a copy of the model on ``device``.
+
+    Labels are summed over exactly and coordinates are raw unless the options say otherwise.
+    """
+    options = {"labels": "exact", "coordinates": "raw", **options}
+    model = copy.deepcopy(model).to(device)
+    return ek.estimate_curvature(model, batches, loss=LOSSES[loss].argument, **options)
+
+
+def dense_block(block: ek.KroneckerSum) -> Tensor:
+    """The block as a matrix, built here from its factors."""
+    return dense(block.to(device="cpu").terms)
