@@ -1,0 +1,358 @@
+//! Sums of squares and products against their definitions.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Noise, error, mirrored, view, view_mut};
+use ekfac_core::gram::{GramOptions, accumulate};
+use ekfac_core::strata::{Approximation, Role};
+use ekfac_core::view::TensorView;
+use ekfac_core::{Cancel, Error, Result};
+use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, s};
+use proptest::prelude::*;
+
+fn options(approximation: Approximation, role: Role, append_one: bool, scale: f64) -> GramOptions {
+    GramOptions {
+        approximation,
+        role,
+        append_one,
+        scale,
+    }
+}
+
+/// The lower triangles in double precision, starting from zero.
+fn factors(x: &TensorView<'_>, size: usize, options: GramOptions) -> Result<Vec<Array2<f64>>> {
+    let mut out = vec![Array2::zeros((size, size)); options.approximation.strata().len()];
+    let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+    accumulate(x, &mut views, options, &Cancel::new())?;
+    Ok(out)
+}
+
+fn with_one(x: ArrayView3<'_, f64>) -> Array3<f64> {
+    let (examples, locations, _) = x.dim();
+    let ones = Array3::ones((examples, locations, 1));
+    ndarray::concatenate(Axis(2), &[x, ones.view()]).unwrap()
+}
+
+/// One row per unit.
+fn flattened(x: &Array3<f64>) -> Array2<f64> {
+    let (examples, locations, features) = x.dim();
+    let rows = x.to_shape((examples * locations, features)).unwrap();
+    rows.into_owned()
+}
+
+/// Method, section 2: each stratum by its projector, divided as its role asks.
+fn expected(x: ArrayView3<'_, f64>, options: GramOptions) -> Vec<Array2<f64>> {
+    let x = if options.append_one {
+        with_one(x)
+    } else {
+        x.to_owned()
+    };
+    let (examples, locations, _) = x.dim();
+    let units = flattened(&x);
+    let square = |rows: &Array2<f64>| rows.t().dot(rows);
+    let mean = units.mean_axis(Axis(0)).unwrap();
+    let example_means = x.mean_axis(Axis(1)).unwrap();
+    let within_example = flattened(&(&x - &example_means.view().insert_axis(Axis(1))));
+    let outer = |v: &Array1<f64>| square(&v.view().insert_axis(Axis(0)).to_owned());
+    let count = (examples * locations) as f64;
+    let mean_square = outer(&mean) * count;
+    let between = square(&(&example_means - &mean)) * locations as f64;
+    let strata = match options.approximation {
+        Approximation::KfacExpand => vec![(square(&units), count)],
+        Approximation::KfacReduce => match options.role {
+            Role::Input => vec![(square(&example_means), examples as f64)],
+            Role::Gradient => vec![(square(&x.sum_axis(Axis(1))), examples as f64)],
+        },
+        Approximation::Xkfac => vec![(square(&(&units - &mean)), count - 1.0), (mean_square, 1.0)],
+        Approximation::XkfacNested => vec![
+            (square(&within_example), count - examples as f64),
+            (between, examples as f64 - 1.0),
+            (mean_square, 1.0),
+        ],
+    };
+    let weigh = |(square, dof): (Array2<f64>, f64)| match options.role {
+        Role::Gradient => square * options.scale,
+        Role::Input if dof == 0.0 => square * 0.0,
+        Role::Input => square * (options.scale * examples as f64 / dof),
+    };
+    strata.into_iter().map(weigh).collect()
+}
+
+/// Where the elements of a `[N, T, K]` array lie in memory.
+#[derive(Debug, Clone, Copy)]
+enum Memory {
+    RowMajor,
+    FeaturesOutside,
+    EveryOther,
+    Reversed,
+}
+
+fn laid_out(noise: &mut Noise, memory: Memory, shape: (usize, usize, usize)) -> Array3<f64> {
+    let (n, t, k) = shape;
+    match memory {
+        Memory::RowMajor => noise.array((n, t, k)),
+        Memory::FeaturesOutside => noise.array((n, k, t)).permuted_axes([0, 2, 1]),
+        Memory::EveryOther => {
+            let mut wide: Array3<f64> = noise.array((n, t, 2 * k));
+            wide.slice_collapse(s![.., .., ..;2]);
+            wide
+        }
+        Memory::Reversed => noise.array((k, t, n)).permuted_axes([2, 1, 0]),
+    }
+}
+
+fn memory() -> impl Strategy<Value = Memory> {
+    prop_oneof![
+        Just(Memory::RowMajor),
+        Just(Memory::FeaturesOutside),
+        Just(Memory::EveryOther),
+        Just(Memory::Reversed)
+    ]
+}
+
+fn approximation() -> impl Strategy<Value = Approximation> {
+    proptest::sample::select(Approximation::ALL.to_vec())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_stratum_matches_its_definition(
+        seed: u64, n in 1usize..12, t in 1usize..6, k in 1usize..40,
+        memory in memory(), approximation in approximation(), input: bool, append_one: bool,
+    ) {
+        let mut noise = Noise::new(seed);
+        let x = laid_out(&mut noise, memory, (n, t, k)) + 0.5;
+        let role = if input { Role::Input } else { Role::Gradient };
+        let options = options(approximation, role, append_one && input, 0.3);
+        let size = k + usize::from(options.append_one);
+        let got = factors(&view(x.view()), size, options).unwrap();
+        for (got, expected) in got.iter().zip(expected(x.view(), options)) {
+            prop_assert!(error(&mirrored(got), &expected) < 1e-12);
+        }
+    }
+
+    #[test]
+    fn pair_form_and_strata_form_agree(seed: u64, n in 1usize..8, t in 1usize..5, k in 1usize..6, d in 1usize..6) {
+        prop_assume!(n * t > 1);
+        let mut noise = Noise::new(seed);
+        let (a, g): (Array3<f64>, Array3<f64>) = (noise.array((n, t, k)), noise.array((n, t, d)));
+        let run = |x: &Array3<f64>, role| {
+            let size = x.dim().2;
+            let out = factors(&view(x.view()), size, options(Approximation::Xkfac, role, false, 1.0 / n as f64));
+            out.unwrap().iter().map(mirrored).collect::<Vec<_>>()
+        };
+        let (a_strata, g_strata) = (run(&a, Role::Input), run(&g, Role::Gradient));
+        let strata = common::kronecker(&g_strata[0], &a_strata[0])
+            + common::kronecker(&g_strata[1], &a_strata[1]);
+
+        let units = (n * t) as f64;
+        let moments = |x: &Array3<f64>| {
+            let flat = flattened(x);
+            let sum = flat.sum_axis(Axis(0)).insert_axis(Axis(0));
+            (flat.t().dot(&flat), sum.t().dot(&sum))
+        };
+        let ((a_square, a_sum), (g_square, g_sum)) = (moments(&a), moments(&g));
+        let same = common::kronecker(&(&g_square / n as f64), &(&a_square / units));
+        let different = common::kronecker(
+            &((&g_sum - &g_square) / n as f64),
+            &((&a_sum - &a_square) / (units * (units - 1.0))),
+        );
+        prop_assert!(error(&strata, &(same + different)) < 1e-10);
+    }
+
+    #[test]
+    fn two_batches_add_up(seed: u64, n in 1usize..6, t in 1usize..4, k in 1usize..6, approximation in approximation()) {
+        let mut noise = Noise::new(seed);
+        let (x, y): (Array3<f64>, Array3<f64>) = (noise.array((n, t, k)), noise.array((n, t, k)));
+        let options = options(approximation, Role::Input, true, 0.5);
+        let mut out = factors(&view(x.view()), k + 1, options).unwrap();
+        let alone = factors(&view(y.view()), k + 1, options).unwrap();
+        let sums: Vec<_> = out.iter().zip(&alone).map(|(first, second)| first + second).collect();
+        let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+        accumulate(&view(y.view()), &mut views, options, &Cancel::new()).unwrap();
+        for (got, sum) in out.iter().zip(&sums) {
+            prop_assert!(error(got, sum) < 1e-13);
+        }
+    }
+
+    #[test]
+    fn one_location_makes_nested_and_plain_coincide(seed: u64, n in 1usize..9, k in 1usize..6) {
+        let x: Array2<f64> = Noise::new(seed).array((n, k));
+        let run = |approximation| {
+            factors(&view(x.view()), k, options(approximation, Role::Input, false, 1.0)).unwrap()
+        };
+        let (plain, nested) = (run(Approximation::Xkfac), run(Approximation::XkfacNested));
+        prop_assert_eq!(common::norm(&nested[0]), 0.0);
+        prop_assert!(error(&nested[1], &plain[0]) < 1e-14);
+        prop_assert!(error(&nested[2], &plain[1]) < 1e-14);
+    }
+}
+
+/// Large enough for every way of cutting the work, for both element types.
+#[test]
+fn large_batches_match_their_definition() {
+    for (seed, shape) in [
+        (1, (40, 9, 333)),
+        (2, (3000, 1, 130)),
+        (3, (5000, 2, 20)),
+        (4, (700, 1, 300)),
+    ] {
+        let mut noise = Noise::new(seed);
+        let x = laid_out(&mut noise, Memory::RowMajor, shape) + 1.0;
+        let single = x.mapv(|value| value as f32);
+        for approximation in Approximation::ALL {
+            let options = options(approximation, Role::Input, true, 1.0);
+            let got = factors(&view(x.view()), shape.2 + 1, options).unwrap();
+            let count = got.len();
+            let mut narrow = vec![Array2::<f32>::zeros((shape.2 + 1, shape.2 + 1)); count];
+            let mut views: Vec<_> = narrow
+                .iter_mut()
+                .map(|out| view_mut(out.view_mut()))
+                .collect();
+            accumulate(&view(single.view()), &mut views, options, &Cancel::new()).unwrap();
+            let expected = expected(x.view(), options);
+            for ((got, narrow), expected) in got.iter().zip(&narrow).zip(&expected) {
+                assert!(error(&mirrored(got), expected) < 1e-12);
+                assert!(error(&mirrored(&narrow.mapv(f64::from)), expected) < 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn single_precision_survives_a_mean_of_a_thousand_spreads() {
+    let mut noise = Noise::new(5);
+    let x: Array3<f64> = laid_out(&mut noise, Memory::RowMajor, (300, 4, 50)) + 1000.0;
+    let single = x.mapv(|value| value as f32);
+    let exact = single.mapv(f64::from);
+    for approximation in [Approximation::Xkfac, Approximation::XkfacNested] {
+        let options = options(approximation, Role::Input, true, 1.0);
+        let mut out = vec![Array2::<f32>::zeros((51, 51)); approximation.strata().len()];
+        let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+        accumulate(&view(single.view()), &mut views, options, &Cancel::new()).unwrap();
+        for (got, expected) in out.iter().zip(expected(exact.view(), options)) {
+            let lost = error(&mirrored(&got.mapv(f64::from)), &expected);
+            assert!(lost < 1e-5, "{approximation:?}: {lost}");
+        }
+    }
+}
+
+#[test]
+fn half_precision_is_read_exactly() {
+    let x: Array2<f64> = Noise::new(6).array((30, 7));
+    let half = x.mapv(half::bf16::from_f64);
+    let exact = half.mapv(f64::from).insert_axis(Axis(1));
+    let options = options(Approximation::Xkfac, Role::Input, true, 1.0);
+    let got = factors(&view(half.view()), 8, options).unwrap();
+    for (got, expected) in got.iter().zip(expected(exact.view(), options)) {
+        assert!(error(&mirrored(got), &expected) < 1e-12);
+    }
+}
+
+#[test]
+fn expanded_input_is_welcome_and_expanded_output_is_not() {
+    let row: Array1<f64> = Noise::new(7).array(5);
+    let expanded = row.broadcast((6, 5)).unwrap();
+    let options = options(Approximation::KfacExpand, Role::Input, false, 1.0);
+    let got = factors(&view(expanded), 5, options).unwrap();
+    let owned = expanded.to_owned().insert_axis(Axis(1));
+    assert!(error(&mirrored(&got[0]), &expected(owned.view(), options)[0]) < 1e-14);
+
+    let layout = ekfac_core::view::Layout {
+        shape: vec![5, 5],
+        strides: vec![0, 1],
+        dtype: ekfac_core::view::Dtype::Float64,
+        device: ekfac_core::view::Device::Cpu,
+        stream: 0,
+    };
+    let mut memory = vec![0.0f64; 5];
+    // SAFETY: the five elements the layout reaches are those of `memory`.
+    let refused = unsafe {
+        ekfac_core::view::TensorViewMut::from_raw_parts(
+            memory.as_mut_ptr().expose_provenance(),
+            layout,
+        )
+    };
+    assert!(matches!(refused, Err(Error::Shape(_))));
+}
+
+#[test]
+fn non_finite_input_leaves_the_outputs_as_they_were() {
+    for (bad, shape) in [
+        (f32::NAN, (3, 2, 4)),
+        (f32::INFINITY, (5, 1, 4)),
+        (f32::NEG_INFINITY, (2, 3, 4)),
+    ] {
+        let mut x = Array3::<f32>::ones(shape);
+        x[(1, 0, 2)] = bad;
+        let mut out = vec![Array2::<f32>::from_elem((4, 4), 7.0); 2];
+        let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+        let options = options(Approximation::Xkfac, Role::Gradient, false, 1.0);
+        let result = accumulate(&view(x.view()), &mut views, options, &Cancel::new());
+        assert!(matches!(result, Err(Error::NonFinite(message)) if message.contains("feature 2")));
+        assert!(out.iter().all(|out| out.iter().all(|&value| value == 7.0)));
+    }
+}
+
+#[test]
+fn wrong_arguments_are_named() {
+    let x: Array2<f64> = Noise::new(8).array((4, 3));
+    let fine = options(Approximation::Xkfac, Role::Input, false, 1.0);
+    let run = |x: &TensorView<'_>, sizes: &[usize], options: GramOptions| {
+        let mut out: Vec<_> = sizes
+            .iter()
+            .map(|&size| Array2::<f64>::zeros((size, size)))
+            .collect();
+        let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+        accumulate(x, &mut views, options, &Cancel::new())
+    };
+    let x_view = view(x.view());
+    assert!(run(&x_view, &[3, 3], fine).is_ok());
+    assert!(matches!(run(&x_view, &[3], fine), Err(Error::Shape(_))));
+    assert!(matches!(run(&x_view, &[3, 4], fine), Err(Error::Shape(_))));
+    let empty = Array2::<f64>::zeros((0, 3));
+    assert!(matches!(
+        run(&view(empty.view()), &[3, 3], fine),
+        Err(Error::Shape(_))
+    ));
+    let row = Array1::<f64>::zeros(3);
+    assert!(matches!(
+        run(&view(row.view()), &[3, 3], fine),
+        Err(Error::Shape(_))
+    ));
+    let gradient = options(Approximation::Xkfac, Role::Gradient, true, 1.0);
+    assert!(matches!(
+        run(&x_view, &[4, 4], gradient),
+        Err(Error::Option(_))
+    ));
+    let endless = options(Approximation::Xkfac, Role::Input, false, f64::NAN);
+    assert!(matches!(
+        run(&x_view, &[3, 3], endless),
+        Err(Error::Option(_))
+    ));
+    assert!(matches!(
+        Approximation::from_name("ekfac"),
+        Err(Error::Option(_))
+    ));
+    assert!(matches!(Role::from_name("output"), Err(Error::Option(_))));
+}
+
+#[test]
+fn cancelling_stops_a_long_gram() {
+    let x = Array2::<f32>::ones((60_000, 900));
+    let mut out = [Array2::<f32>::zeros((900, 900))];
+    let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+    let options = options(Approximation::KfacExpand, Role::Input, false, 1.0);
+    let cancel = Cancel::new();
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            cancel.cancel();
+        });
+        accumulate(&view(x.view()), &mut views, options, &cancel)
+    });
+    assert_eq!(result, Err(Error::Interrupted));
+}

@@ -1,0 +1,389 @@
+//! Sums of Kronecker products against the dense matrices they stand for.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{Noise, error, kronecker, norm, view, view_mut};
+use ekfac_core::kronecker::{
+    KroneckerInverse, KroneckerOperator, KroneckerRoot, KroneckerSum, Stopping,
+};
+use ekfac_core::{Cancel, Error, linalg};
+use ndarray::{Array1, Array2, Array3, Array4, Axis};
+use proptest::prelude::*;
+
+type Terms = Vec<(Array2<f64>, Array2<f64>)>;
+
+fn sum(terms: &Terms) -> KroneckerSum<'_> {
+    let views = terms.iter().map(|(a, g)| (view(a.view()), view(g.view())));
+    KroneckerSum::new(views.collect()).unwrap()
+}
+
+fn dense(terms: &Terms) -> Array2<f64> {
+    let (a, g) = &terms[0];
+    let size = a.nrows() * g.nrows();
+    let products = terms.iter().map(|(a, g)| kronecker(g, a));
+    products.fold(Array2::zeros((size, size)), |sum, product| sum + product)
+}
+
+/// Terms of the given ranks, relative to the sizes: 0 for zero factors, 100 for full rank.
+fn terms(noise: &mut Noise, count: usize, d: usize, k: usize, percent: usize) -> Terms {
+    let rank = |size: usize| (size * percent).div_ceil(100);
+    let mut term = || (noise.psd(k, rank(k)), noise.psd(d, rank(d)));
+    (0..count).map(|_| term()).collect()
+}
+
+fn flat(v: &Array2<f64>) -> Array1<f64> {
+    v.flatten().to_owned()
+}
+
+fn go() -> Cancel {
+    Cancel::new()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn products_and_scalars_match_the_dense_matrix(
+        seed: u64, count in 1usize..4, d in 1usize..7, k in 1usize..7, s in 1usize..4,
+        percent in 0usize..101, damping in 0.0f64..2.0,
+    ) {
+        let mut noise = Noise::new(seed);
+        let (first, second) = (terms(&mut noise, count, d, k, percent), terms(&mut noise, 2, d, k, 100));
+        let (h, other) = (dense(&first), dense(&second));
+        let h_sum = sum(&first);
+        let v: Array3<f64> = noise.array((s, d, k));
+        let mut out = Array3::zeros((s, d, k));
+        h_sum.product(&view(v.view()), &mut view_mut(out.view_mut()), damping, &go()).unwrap();
+        let mut quadratic = 0.0;
+        for (v, out) in v.outer_iter().zip(out.outer_iter()) {
+            let v = v.flatten().to_owned();
+            quadratic += v.dot(&h.dot(&v));
+            prop_assert!(error(&out.flatten().to_owned(), &(h.dot(&v) + damping * &v)) < 1e-12);
+        }
+        let close = |got: f64, expected: f64| (got - expected).abs() <= 1e-11 * (1.0 + expected.abs());
+        prop_assert!(close(h_sum.quadratic(&view(v.view()), &go()).unwrap(), quadratic));
+        prop_assert!(close(h_sum.inner(&sum(&second)).unwrap(), (&h * &other).sum()));
+        prop_assert!(close(h_sum.trace().unwrap(), h.diag().sum()));
+        let mut diagonal = Array2::zeros((d, k));
+        h_sum.diagonal(&mut view_mut(diagonal.view_mut())).unwrap();
+        prop_assert!(error(&flat(&diagonal), &h.diag().to_owned()) < 1e-13);
+        let mut whole = Array2::zeros((d * k, d * k));
+        h_sum.dense(&mut view_mut(whole.view_mut())).unwrap();
+        prop_assert!(error(&whole, &h) < 1e-14);
+    }
+
+    #[test]
+    fn packed_operator_matches_the_product(
+        seed: u64, count in 1usize..5, d in 1usize..24, k in 1usize..24, percent in 0usize..101, dead: bool,
+    ) {
+        let mut noise = Noise::new(seed);
+        let mut terms = terms(&mut noise, count, d, k, percent);
+        // A full-rank term among deficient ones, so that all ways of packing meet.
+        terms.push((noise.psd(k, 2 * k), noise.psd(d, 1)));
+        terms.push((noise.psd(k, 1), noise.psd(d, 2 * d)));
+        if dead {
+            for (a, _) in &mut terms {
+                a.slice_mut(ndarray::s![..k / 2, ..]).fill(0.0);
+                a.slice_mut(ndarray::s![.., ..k / 2]).fill(0.0);
+            }
+        }
+        let operator = KroneckerOperator::new(&sum(&terms)).unwrap();
+        for _ in 0..2 {
+            let v: Array2<f64> = noise.array((d, k));
+            let (mut got, mut expected) = (Array2::zeros((d, k)), Array2::zeros((d, k)));
+            let inner = operator.apply(&view(v.view()), &mut view_mut(got.view_mut())).unwrap();
+            sum(&terms).product(&view(v.view()), &mut view_mut(expected.view_mut()), 0.0, &go()).unwrap();
+            prop_assert!(error(&got, &expected) < 1e-11);
+            prop_assert!((inner - (&v * &expected).sum()).abs() < 1e-10 * (1.0 + norm(&v) * norm(&expected)));
+        }
+    }
+
+    #[test]
+    fn inverses_are_exact(seed: u64, two: bool, d in 1usize..6, k in 1usize..6, damping in 0.01f64..1.0) {
+        let mut noise = Noise::new(seed);
+        let mut terms = terms(&mut noise, 1 + usize::from(two), d, k, 300);
+        let damping = if two { 0.0 } else { damping };
+        if two && k > 1 {
+            // The within-batch stratum has no bias: a zero row and column.
+            terms[0].0.row_mut(k - 1).fill(0.0);
+            terms[0].0.column_mut(k - 1).fill(0.0);
+        }
+        let h = dense(&terms) + Array2::<f64>::eye(d * k) * damping;
+        let inverse = KroneckerInverse::new(&sum(&terms), damping, &go()).unwrap();
+        let v: Array2<f64> = noise.array((d, k));
+        let mut out = Array2::zeros((d, k));
+        inverse.solve(&view(v.view()), &mut view_mut(out.view_mut()), &go()).unwrap();
+        let (expected, logdet) = common::solve(&h, &flat(&v));
+        prop_assert!(norm(&(h.dot(&flat(&out)) - flat(&v))) < 1e-7 * norm(&v));
+        prop_assert!(error(&flat(&out), &expected) < 1e-5);
+        prop_assert!((inverse.logdet() - logdet).abs() < 1e-7 * (1.0 + logdet.abs()));
+
+        // The sampler is linear: its matrix R must satisfy H R R^T = I.
+        let size = d * k;
+        let basis = Array2::<f64>::eye(size).into_shape_with_order((size, d, k)).unwrap();
+        let mut samples = Array3::zeros((size, d, k));
+        inverse.sample(&view(basis.view()), &mut view_mut(samples.view_mut()), &go()).unwrap();
+        let r = samples.into_shape_with_order((size, size)).unwrap().reversed_axes();
+        prop_assert!(error(&h.dot(&r.dot(&r.t())), &Array2::eye(size)) < 1e-5);
+    }
+
+    #[test]
+    fn roots_have_the_sum_as_covariance(seed: u64, count in 1usize..4, d in 1usize..5, k in 1usize..5, percent in 0usize..101) {
+        let mut noise = Noise::new(seed);
+        let terms = terms(&mut noise, count, d, k, percent);
+        let size = d * k;
+        let basis = Array2::<f64>::eye(count * size).into_shape_with_order((count * size, count, d, k)).unwrap();
+        let mut samples = Array3::zeros((count * size, d, k));
+        let root = KroneckerRoot::new(&sum(&terms), &go()).unwrap();
+        root.apply(&view(basis.view()), &mut view_mut(samples.view_mut()), &go()).unwrap();
+        let r = samples.into_shape_with_order((count * size, size)).unwrap();
+        prop_assert!(norm(&(r.t().dot(&r) - dense(&terms))) < 1e-7 * (1e-7 + norm(&dense(&terms))));
+    }
+
+    #[test]
+    fn conjugate_gradients_solve(seed: u64, count in 1usize..5, d in 1usize..6, k in 1usize..6, percent in 0usize..101) {
+        let mut noise = Noise::new(seed);
+        let terms = terms(&mut noise, count, d, k, percent);
+        let (damping, v) = (0.05, noise.array((2, d, k)));
+        let mut out: Array3<f64> = Array3::zeros((2, d, k));
+        let stopping = Stopping { tolerance: 1e-9, max_iterations: 500 };
+        let convergence = sum(&terms)
+            .conjugate_gradients(damping, &view(v.view()), &mut view_mut(out.view_mut()), stopping, &go())
+            .unwrap();
+        prop_assert!(convergence.residual <= 1e-9);
+        prop_assert!(count > 1 || convergence.iterations == 1);
+        let h = dense(&terms) + Array2::<f64>::eye(d * k) * damping;
+        for (v, x) in v.outer_iter().zip(out.outer_iter()) {
+            let (v, x) = (v.flatten().to_owned(), x.flatten().to_owned());
+            prop_assert!(error(&h.dot(&x), &v) < 1e-8);
+        }
+    }
+
+    #[test]
+    fn top_eigenvalue_matches_power_iteration(seed: u64, count in 1usize..4, d in 1usize..6, k in 1usize..6, damping in 0.0f64..1.0) {
+        let mut noise = Noise::new(seed);
+        let terms = terms(&mut noise, count, d, k, 200);
+        let h = dense(&terms);
+        let mut vector: Array1<f64> = noise.array(d * k);
+        for _ in 0..3000 {
+            vector = h.dot(&vector);
+            vector /= norm(&vector);
+        }
+        let expected = vector.dot(&h.dot(&vector)) + damping;
+        let got = sum(&terms).top_eigenvalue(damping, &go()).unwrap();
+        prop_assert!((got - expected).abs() < 1e-4 * expected);
+    }
+
+    #[test]
+    fn compression_is_the_truncated_singular_value_decomposition(
+        seed: u64, count in 1usize..5, kept in 1usize..6, d in 1usize..5, k in 1usize..5,
+    ) {
+        let mut noise = Noise::new(seed);
+        let terms = terms(&mut noise, count, d, k, 100);
+        let (compressed, error) = compress(&terms, kept);
+        let (h, nearest) = (dense(&terms), dense(&compressed));
+        prop_assert!((norm(&(&h - &nearest)) / norm(&h) - error).abs() < 1e-7);
+        // Optimal and orthogonal: what is left is orthogonal to what was kept.
+        let overlap = (&nearest * &(&h - &nearest)).sum();
+        prop_assert!(overlap.abs() < 1e-7 * norm(&h).powi(2));
+        prop_assert!(kept < count || error < 1e-7);
+        // Each kept product is a fixed point of the power step, so none could be exchanged.
+        let (a, g) = &compressed[0];
+        let step = terms.iter().fold(Array2::<f64>::zeros((k, k)), |sum, (term_a, term_g)| {
+            sum + term_a * (g * term_g).sum()
+        });
+        prop_assert!(common::error(&(step / (g * g).sum()), a) < 1e-6);
+    }
+
+    #[test]
+    fn eigendecomposition_reproduces_the_matrix(seed: u64, size in 1usize..40) {
+        let mut noise = Noise::new(seed);
+        let x: Array2<f64> = noise.array((size, size));
+        let mut symmetric = x.clone();
+        linalg::symmetrize(&mut view_mut(symmetric.view_mut())).unwrap();
+        prop_assert_eq!(&symmetric, &common::mirrored(&x));
+        let (mut values, mut vectors) = (Array1::<f64>::zeros(size), Array2::<f64>::zeros((size, size)));
+        linalg::eigh(&view(x.view()), &mut view_mut(values.view_mut()), &mut view_mut(vectors.view_mut())).unwrap();
+        prop_assert!(values.windows(2).into_iter().all(|pair| pair[0] <= pair[1]));
+        prop_assert!(error(&vectors.dot(&Array2::from_diag(&values)).dot(&vectors.t()), &symmetric) < 1e-12);
+        prop_assert!(error(&vectors.t().dot(&vectors), &Array2::eye(size)) < 1e-12);
+    }
+}
+
+fn compress(terms: &Terms, kept: usize) -> (Terms, f64) {
+    let (a, g) = &terms[0];
+    let mut out: Terms = vec![(Array2::ones(a.dim()), Array2::ones(g.dim())); kept];
+    let mut views: Vec<_> = out
+        .iter_mut()
+        .map(|(a, g)| (view_mut(a.view_mut()), view_mut(g.view_mut())))
+        .collect();
+    let error = sum(terms).compress(&mut views).unwrap();
+    (out, error)
+}
+
+#[test]
+fn large_sums_agree_in_single_precision() {
+    let mut noise = Noise::new(1);
+    for (d, k) in [(30, 300), (300, 30), (64, 64)] {
+        let mut terms = terms(&mut noise, 2, d, k, 10);
+        terms.extend(self::terms(&mut noise, 2, d, k, 100));
+        let narrow: Vec<_> = terms
+            .iter()
+            .map(|(a, g)| (a.mapv(|x| x as f32), g.mapv(|x| x as f32)))
+            .collect();
+        let views = narrow.iter().map(|(a, g)| (view(a.view()), view(g.view())));
+        let operator =
+            KroneckerOperator::new(&KroneckerSum::new(views.collect()).unwrap()).unwrap();
+        assert!((operator.flops() as f64) < 0.8 * sum(&terms).flops());
+        let v: Array2<f64> = noise.array((d, k));
+        let v_narrow = v.mapv(|x| x as f32);
+        let (mut got, mut expected) = (Array2::<f32>::zeros((d, k)), Array2::zeros((d, k)));
+        operator
+            .apply(&view(v_narrow.view()), &mut view_mut(got.view_mut()))
+            .unwrap();
+        sum(&terms)
+            .product(
+                &view(v.view()),
+                &mut view_mut(expected.view_mut()),
+                0.0,
+                &go(),
+            )
+            .unwrap();
+        assert!(error(&got.mapv(f64::from), &expected) < 1e-5);
+    }
+}
+
+#[test]
+fn the_first_compressed_term_is_positive_semi_definite() {
+    let terms = terms(&mut Noise::new(2), 4, 4, 5, 100);
+    let (compressed, _) = compress(&terms, 1);
+    for factor in [&compressed[0].0, &compressed[0].1] {
+        let size = factor.nrows();
+        let (mut values, mut vectors) = (
+            Array1::<f64>::zeros(size),
+            Array2::<f64>::zeros((size, size)),
+        );
+        linalg::eigh(
+            &view(factor.view()),
+            &mut view_mut(values.view_mut()),
+            &mut view_mut(vectors.view_mut()),
+        )
+        .unwrap();
+        assert!(values[0] > -1e-12 * values[size - 1]);
+    }
+}
+
+#[test]
+fn what_has_no_inverse_says_so() {
+    let mut noise = Noise::new(3);
+    let singular = terms(&mut noise, 1, 4, 4, 50);
+    let three = terms(&mut noise, 3, 4, 4, 100);
+    let build = |terms: &Terms, damping| KroneckerInverse::new(&sum(terms), damping, &go()).err();
+    assert!(
+        matches!(build(&singular, 0.0), Some(Error::Numerical(message)) if message.contains("add damping"))
+    );
+    assert!(build(&singular, 0.1).is_none());
+    assert!(matches!(build(&three, 0.0), Some(Error::Option(_))));
+    assert!(matches!(
+        build(&three[..2].to_vec(), 0.1),
+        Some(Error::Option(_))
+    ));
+    assert!(matches!(build(&singular, -1.0), Some(Error::Option(_))));
+    let twice = vec![singular[0].clone(), singular[0].clone()];
+    assert!(matches!(build(&twice, 0.0), Some(Error::Numerical(_))));
+}
+
+#[test]
+fn indefinite_and_non_finite_factors_are_refused() {
+    let mut noise = Noise::new(4);
+    let (a, g) = (noise.psd(3, 3), noise.psd(2, 2));
+    let negative = vec![(-a.clone(), g.clone())];
+    assert!(matches!(
+        KroneckerRoot::new(&sum(&negative), &go()).err(),
+        Some(Error::Numerical(_))
+    ));
+    let mut broken = a;
+    broken[(1, 2)] = f64::NAN;
+    let broken = vec![(broken, g)];
+    assert!(matches!(
+        KroneckerRoot::new(&sum(&broken), &go()).err(),
+        Some(Error::NonFinite(_))
+    ));
+    assert!(matches!(
+        KroneckerOperator::new(&sum(&broken)).err(),
+        Some(Error::NonFinite(_))
+    ));
+    assert!(matches!(
+        sum(&broken).top_eigenvalue(0.0, &go()),
+        Err(Error::NonFinite(_))
+    ));
+}
+
+#[test]
+fn an_indefinite_factor_is_packed_in_full() {
+    // A zero diagonal hides everything from a pivoted Cholesky factorisation.
+    let a = ndarray::array![[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]];
+    let terms = vec![(a.clone(), Array2::eye(2))];
+    let v: Array2<f64> = Noise::new(5).array((2, 3));
+    let mut out = Array2::zeros((2, 3));
+    let operator = KroneckerOperator::new(&sum(&terms)).unwrap();
+    operator
+        .apply(&view(v.view()), &mut view_mut(out.view_mut()))
+        .unwrap();
+    assert!(error(&out, &v.dot(&a)) < 1e-14);
+}
+
+#[test]
+fn conjugate_gradients_report_failure() {
+    let mut noise = Noise::new(6);
+    let terms = terms(&mut noise, 3, 5, 6, 100);
+    let v: Array2<f64> = noise.array((5, 6));
+    let mut out = Array2::<f64>::zeros((5, 6));
+    let stopping = Stopping {
+        tolerance: 1e-12,
+        max_iterations: 1,
+    };
+    let result = sum(&terms).conjugate_gradients(
+        1e-6,
+        &view(v.view()),
+        &mut view_mut(out.view_mut()),
+        stopping,
+        &go(),
+    );
+    assert!(matches!(result, Err(Error::Numerical(_))));
+}
+
+#[test]
+fn shapes_and_dtypes_must_agree() {
+    let mut noise = Noise::new(7);
+    let terms = terms(&mut noise, 2, 3, 4, 100);
+    let h = sum(&terms);
+    let (v, mut out) = (Array2::<f64>::ones((4, 3)), Array2::<f64>::ones((4, 3)));
+    let product = h.product(&view(v.view()), &mut view_mut(out.view_mut()), 0.0, &go());
+    assert!(matches!(product, Err(Error::Shape(_))));
+    let (v, mut out) = (Array2::<f32>::ones((3, 4)), Array2::<f32>::ones((3, 4)));
+    let product = h.product(&view(v.view()), &mut view_mut(out.view_mut()), 0.0, &go());
+    assert!(matches!(product, Err(Error::Dtype(_))));
+    assert!(matches!(KroneckerSum::new(vec![]), Err(Error::Option(_))));
+    let noise = Array4::<f64>::ones((1, 3, 3, 4));
+    let mut samples = Array2::<f64>::ones((3, 4)).insert_axis(Axis(0));
+    let root = KroneckerRoot::new(&h, &go()).unwrap();
+    let applied = root.apply(
+        &view(noise.view()),
+        &mut view_mut(samples.view_mut()),
+        &go(),
+    );
+    assert!(matches!(applied, Err(Error::Shape(_))));
+}
+
+#[test]
+fn an_already_cancelled_product_does_nothing() {
+    let terms = terms(&mut Noise::new(8), 2, 3, 4, 100);
+    let (v, mut out) = (Array2::<f64>::ones((3, 4)), Array2::<f64>::ones((3, 4)));
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let product = sum(&terms).product(&view(v.view()), &mut view_mut(out.view_mut()), 0.0, &cancel);
+    assert_eq!(product, Err(Error::Interrupted));
+    assert_eq!(out, Array2::<f64>::ones((3, 4)));
+}
