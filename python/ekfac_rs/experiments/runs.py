@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import ekfac_rs as ek
-from ekfac_rs.errors import FileFormatError
+from ekfac_rs.errors import EkfacError, FileFormatError
 from ekfac_rs.metrics import AccuracyMatrix
 
 __all__ = [
@@ -170,8 +171,8 @@ class Workers:
 
         Raises
         ------
-        concurrent.futures.process.BrokenProcessPool
-            If a worker was killed, for want of memory perhaps.
+        EkfacError
+            If a worker was killed.
         """
         if not runs:
             return
@@ -188,7 +189,14 @@ class Workers:
             )
         futures = {self._pool.submit(_make_in_worker, run.config): run for run in runs}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            try:
+                record = future.result()
+            except BrokenProcessPool as error:
+                raise EkfacError(
+                    "a worker process was killed, for want of memory perhaps (then use fewer "
+                    "workers); finished runs are kept"
+                ) from error
+            yield futures[future], record
 
 
 @contextmanager
@@ -284,8 +292,9 @@ _execute_in_worker: Execute | None = None
 
 def _start_worker(prepare: Callable[..., Execute], arguments: Sequence[Any]) -> None:
     global _execute_in_worker
-    # Ctrl-C reaches all processes of a terminal: end quietly, the parent has the word.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        # Ctrl-C reaches all processes of a terminal: end quietly, the parent has the word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     ek.set_num_threads(1)
     _execute_in_worker = prepare(*arguments)
