@@ -1,0 +1,232 @@
+"""Side by side with torch, in one run: curvature passes and training steps with the penalty.
+
+Every comparison interleaves its candidates and reports medians and the ratio of medians, so that
+a noisy machine disturbs all of them alike.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ekfac_rs as ek
+
+Work = Callable[[], object]
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear-BN-ReLU blocks and a Linear head."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(fan_in, fan_out), nn.BatchNorm1d(fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+def images(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Digit-like inputs: the embedded MNIST images, repeated where more are asked for."""
+    from ekfac_rs.data import image_features, load_mnist_subset
+
+    mnist = load_mnist_subset()
+    order = torch.randperm(len(mnist.train_labels), generator=torch.Generator().manual_seed(seed))
+    rows = order.repeat(-(-examples // len(order)))[:examples]
+    labels = torch.from_numpy(mnist.train_labels).long()
+    return image_features(mnist.train_images)[rows], labels[rows]
+
+
+def medians(candidates: dict[str, Work], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each candidate, taken in turns after one warm-up each."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for work in candidates.values():
+        work()
+    for _ in range(rounds):
+        for name, work in candidates.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in times.items()}
+
+
+def report(title: str, results: dict[str, float], base: str, goals: dict[str, float]) -> None:
+    """Print medians and their ratios to one of them."""
+    print(f"\n{title}")
+    for name, milliseconds in results.items():
+        ratio = milliseconds / results[base]
+        goal = f"   (goal <= {goals[name]})" if name in goals else ""
+        print(f"  {name:<44} {milliseconds:9.2f} ms   {ratio:6.2f} x{goal}")
+
+
+# --- curvature pass ------------------------------------------------------------------------------
+
+
+def torch_factors(model: nn.Sequential, x: Tensor, centred: bool) -> None:
+    """The same factors written directly in torch: full Gram matrices, hooks, sampled labels."""
+    inputs: list[Tensor] = []
+    points: list[Tensor] = []
+    h = x
+    modules = list(model)
+    for i, module in enumerate(modules):
+        if isinstance(module, nn.Linear):
+            inputs.append(h.detach())
+        h = module(h)
+        last_of_block = isinstance(module, nn.BatchNorm1d) or i == len(modules) - 1
+        if last_of_block:
+            points.append(h)
+    drawn = torch.multinomial(h.detach().softmax(1), 1)[:, 0]
+    gradients = torch.autograd.grad(F.cross_entropy(h, drawn, reduction="sum"), points)
+    for a, g in zip(inputs, gradients, strict=True):
+        a = torch.cat([a, a.new_ones(len(a), 1)], 1)
+        if centred:
+            mean_a, sum_g = a.mean(0), g.sum(0)
+            a, g = a - mean_a, g - sum_g / len(g)
+            torch.outer(mean_a, mean_a).mul_(len(a))
+            torch.outer(sum_g, sum_g).div_(len(g) ** 2)
+        (a.T @ a).div_(len(a))
+        (g.T @ g).div_(len(g))
+
+
+def bench_pass(batches: int, rounds: int) -> None:
+    """Factor pass against bare forward and backward, MLP 784-1024x3-10, batch 512."""
+    model = mlp(784, 1024, 1024, 1024, 10)
+    x, y = images(512 * batches)
+    loader = list(zip(x.split(512), y.split(512), strict=True))
+
+    def bare() -> None:
+        for a, b in loader:
+            F.cross_entropy(model(a), b).backward()
+            model.zero_grad()
+
+    def ours(approximation: str) -> Work:
+        return lambda: ek.estimate_curvature(model, loader, approximation=approximation)
+
+    def theirs(centred: bool) -> Work:
+        return lambda: [torch_factors(model, a, centred) for a, _ in loader]
+
+    candidates = {
+        "bare forward + backward": bare,
+        "ekfac_rs, xkfac": ours("xkfac"),
+        "ekfac_rs, kfac-expand": ours("kfac-expand"),
+        "torch, the factors of xkfac": theirs(True),
+        "torch, the factors of kfac-expand": theirs(False),
+    }
+    report(
+        f"Curvature pass, MLP 784-1024x3-10 with BN, {batches} mini-batches of 512",
+        medians(candidates, rounds),
+        "bare forward + backward",
+        {"ekfac_rs, xkfac": 1.4, "ekfac_rs, kfac-expand": 1.4},
+    )
+
+
+# --- training step -------------------------------------------------------------------------------
+
+
+def torch_penalty(
+    model: nn.Sequential,
+    blocks: dict[str, list[tuple[Tensor, Tensor]]],
+    anchor: dict[str, Tensor],
+    batch: dict[str, Tensor],
+) -> Tensor:
+    """The same penalty written directly in torch: autograd through ``G D A``."""
+    total = torch.zeros(())
+    for name, terms in blocks.items():
+        linear = model[int(name)]
+        weight = torch.cat([linear.weight, linear.bias[:, None]], 1)
+        if name in batch:
+            batchnorm = model[int(name) + 1]
+            variance, mean = torch.var_mean(batch[name], 0, correction=0)
+            gain = batchnorm.weight * torch.rsqrt(variance + batchnorm.eps)
+            shift = batchnorm.bias + gain * (linear.bias - mean)
+            weight = torch.cat([gain[:, None] * linear.weight, shift[:, None]], 1)
+        deviation = weight - anchor[name]
+        with torch.no_grad():
+            product = sum((G @ deviation @ A for A, G in terms), torch.zeros_like(deviation))
+        # value and gradient of a quadratic form from one product
+        total = total + (product * deviation).sum() - 0.5 * (product * deviation.detach()).sum()
+    return total
+
+
+def bench_step(widths: Sequence[int], rounds: int, tasks: int = 3, batch_size: int = 256) -> None:
+    """A training step with and without the penalty of several tasks."""
+    model = mlp(*widths)
+    x, y = images(10_000)
+    loader = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    permutations = [torch.randperm(784) for _ in range(tasks)]
+    curvatures = [
+        ek.estimate_curvature(model, [(a[:, order], b) for a, b in loader])
+        for order in permutations
+    ]
+    anchor = ek.merged_weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    a, b = loader[0]
+    penalty = ek.QuadraticPenalty(model, curvatures, anchor, scale=1e-3)
+    blocks = {name: [t for c in curvatures for t in c[name].terms] for name in curvatures[0]}
+
+    def step(extra: Callable[[], Tensor] | None) -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(a), b)
+        if extra is not None:
+            loss = loss + extra()
+        loss.backward()
+        optimizer.step()
+
+    seen: dict[str, Tensor] = {}
+    for name, block_name in ((n, curvatures[0].batchnorms[n]) for n in blocks):
+        if block_name is not None:
+            model.get_submodule(block_name).register_forward_pre_hook(
+                lambda module, args, name=name: seen.__setitem__(name, args[0])
+            )
+    candidates = {
+        "step without penalty": lambda: step(None),
+        "step with ekfac_rs' penalty": lambda: step(penalty),
+        "step with the same penalty in torch": lambda: step(
+            lambda: 1e-3 * torch_penalty(model, blocks, anchor, seen)
+        ),
+    }
+    report(
+        f"Training step, {'-'.join(map(str, widths))} with BN, batch {batch_size}, "
+        f"XK-FAC penalty of {tasks} tasks",
+        medians(candidates, rounds),
+        "step without penalty",
+        {"step with ekfac_rs' penalty": 1.15},
+    )
+
+
+def bench_gram(rounds: int) -> None:
+    """One Gram matrix (lower triangle) against torch's full product."""
+    from ekfac_rs import _core
+    from ekfac_rs._tensors import borrow
+
+    for rows, columns in ((512, 785), (512, 1025), (4096, 577)):
+        x = torch.randn(rows, columns)
+        out = torch.zeros(columns, columns)
+
+        def ours(x: Tensor = x, out: Tensor = out) -> None:
+            _core.accumulate_gram(borrow(x), [borrow(out)], "kfac-expand", "gradient", False, 1.0)
+
+        def theirs(x: Tensor = x, out: Tensor = out) -> None:
+            torch.addmm(out, x.T, x, out=out)
+
+        results = medians({"torch, full x.T @ x": theirs, "ekfac_rs, lower triangle": ours}, rounds)
+        report(f"Gram matrix of [{rows}, {columns}]", results, "torch, full x.T @ x", {})
+
+
+def main() -> None:
+    """Print all comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="repetitions behind each median")
+    rounds = parser.parse_args().rounds
+    print(
+        f"ekfac_rs {ek.__version__}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} torch threads, {ek.num_threads()} ekfac_rs threads"
+    )
+    bench_pass(batches=8, rounds=rounds)
+    bench_step((784, 100, 100, 10), rounds=20 * rounds)
+    bench_step((784, 1024, 1024, 1024, 10), rounds=2 * rounds)
+    bench_gram(rounds=10 * rounds)
+
+
+if __name__ == "__main__":
+    main()
