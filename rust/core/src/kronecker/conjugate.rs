@@ -70,10 +70,13 @@ impl KroneckerSum<'_> {
     }
 }
 
+/// A term (A, G) in double precision.
+type OwnedTerm<B> = (<B as Backend>::Matrix<f64>, <B as Backend>::Matrix<f64>);
+
 /// The damped sum in double precision, with its preconditioner.
 struct Solver<'b, B: Backend> {
     backend: &'b B,
-    terms: Vec<(B::Matrix<f64>, B::Matrix<f64>)>,
+    terms: Vec<OwnedTerm<B>>,
     damping: f64,
     preconditioner: DiagonalInBasis<B>,
 }
@@ -169,28 +172,33 @@ impl<'b, B: Backend> Solver<'b, B> {
 /// always a valid preconditioner; it is exact where the factors commute.
 fn diagonal_of_sum<B: Backend>(
     backend: &B,
-    terms: &[(B::Matrix<f64>, B::Matrix<f64>)],
+    terms: &[OwnedTerm<B>],
     damping: f64,
 ) -> Result<DiagonalInBasis<B>> {
     let factors_a: Vec<_> = terms.iter().map(|(a, _)| a).collect();
     let factors_g: Vec<_> = terms.iter().map(|(_, g)| g).collect();
-    let (basis_a, diagonals_a) = common_basis(backend, &factors_a)?;
-    let (basis_g, diagonals_g) = common_basis(backend, &factors_g)?;
+    let a = common_basis(backend, &factors_a)?;
+    let g = common_basis(backend, &factors_g)?;
     let spectrum = Spectrum {
         constant: damping,
-        pairs: diagonals_g.into_iter().zip(diagonals_a).collect(),
+        pairs: g.diagonals.into_iter().zip(a.diagonals).collect(),
     };
-    let diagonal = DiagonalInBasis::orthonormal(basis_a, basis_g, spectrum);
+    let diagonal = DiagonalInBasis::orthonormal(a.vectors, g.vectors, spectrum);
     diagonal.expect_positive()?;
     Ok(diagonal)
 }
 
-/// The eigenvectors of the sum of the factors, each divided by its trace, and the diagonals of the
-/// factors in that basis.
+/// Orthonormal vectors, as columns, and the diagonal of each factor in their basis.
+struct CommonBasis<M> {
+    vectors: M,
+    diagonals: Vec<Vec<f64>>,
+}
+
+/// The eigenvectors of the sum of the factors, each divided by its trace.
 fn common_basis<B: Backend>(
     backend: &B,
     factors: &[&B::Matrix<f64>],
-) -> Result<(B::Matrix<f64>, Vec<Vec<f64>>)> {
+) -> Result<CommonBasis<B::Matrix<f64>>> {
     let size = factors[0].view().nrows();
     let mut sum = backend.zeros::<f64>(size, size);
     for factor in factors {
@@ -208,5 +216,8 @@ fn common_basis<B: Backend>(
         (0..size).map(column).collect()
     });
     let diagonals = diagonals.collect();
-    Ok((basis, diagonals))
+    Ok(CommonBasis {
+        vectors: basis,
+        diagonals,
+    })
 }

@@ -32,8 +32,8 @@ impl KroneckerRoot {
     pub fn new(sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Self> {
         let cpu = Cpu::current();
         let roots = match sum.dtype {
-            Dtype::Float32 => Roots::Single(roots(&*cpu, &sum.finite_pairs(&cpu)?, cancel)?),
-            _ => Roots::Double(roots(&*cpu, &sum.finite_pairs(&cpu)?, cancel)?),
+            Dtype::Float32 => Roots::Single(roots(&cpu, &sum.finite_pairs(&cpu)?, cancel)?),
+            _ => Roots::Double(roots(&cpu, &sum.finite_pairs(&cpu)?, cancel)?),
         };
         Ok(Self {
             inputs: sum.inputs,
@@ -77,8 +77,8 @@ impl KroneckerRoot {
             )));
         }
         match &self.roots {
-            Roots::Single(roots) => apply(&*Cpu::current(), roots, noise, out, cancel),
-            Roots::Double(roots) => apply(&*Cpu::current(), roots, noise, out, cancel),
+            Roots::Single(roots) => apply(&Cpu::current(), roots, noise, out, cancel),
+            Roots::Double(roots) => apply(&Cpu::current(), roots, noise, out, cancel),
         }
     }
 }
