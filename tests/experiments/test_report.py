@@ -1,9 +1,12 @@
 """The report: table, JSON, pictures; and the command line from end to end."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -120,6 +123,44 @@ def test_the_command_line_makes_the_whole_study(tmp_path, capsys):
         assert [len(row) for row in entry["runs"][0]["accuracy"]] == [1, 2]
     for name in FILES:
         assert (tmp_path / name).is_file()
+
+
+def processes_left(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no interrupts to other processes on Windows")
+def test_an_interrupt_ends_all_processes_and_keeps_the_finished_runs(tmp_path):
+    options = ["--methods", "xkfac", "--examples", "2000", "--workers", "2", "--tasks", "5"]
+    arguments = [sys.executable, "-m", "ekfac_rs.experiments", "permuted-mnist", *options]
+    process = subprocess.Popen(
+        [*arguments, "--output", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell may have left it ignored for background jobs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "goes on after the runs finished" in errors
+    assert "Traceback" not in errors
+    assert "leaked" not in errors
+    assert {path.suffix for path in (tmp_path / "runs").iterdir()} == {".json"}
+    deadline = time.monotonic() + 10
+    while processes_left(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes_left(process.pid)
 
 
 def test_help_names_every_method_and_option():

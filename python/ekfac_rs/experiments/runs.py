@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from threading import RLock
 from typing import Any, Self
 
 import torch
@@ -187,7 +188,8 @@ class Workers:
             self._pool = ProcessPoolExecutor(
                 self.count, get_context("spawn"), _start_worker, (self._prepare, self._arguments)
             )
-        futures = {self._pool.submit(_make_in_worker, run.config): run for run in runs}
+        with _interrupts_held_back():  # Workers start here.
+            futures = {self._pool.submit(_make_in_worker, run.config): run for run in runs}
         for future in as_completed(futures):
             try:
                 record = future.result()
@@ -286,15 +288,30 @@ def _digest(config: Config) -> str:
     return hashlib.sha256(_canonical(config).encode()).hexdigest()[:12]
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Answer Ctrl-C after the block; processes started there never do.
+
+    Ctrl-C reaches all processes of a terminal; the parent alone answers, and ends its workers.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Not on Windows.
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # What makes runs in this process, if it is a worker.
 _execute_in_worker: Execute | None = None
 
 
 def _start_worker(prepare: Callable[..., Execute], arguments: Sequence[Any]) -> None:
     global _execute_in_worker
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        # Ctrl-C reaches all processes of a terminal: end quietly, the parent has the word.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The default lock, shared between processes, would be reported as leaked when workers end.
+    tqdm.set_lock(RLock())
     torch.set_num_threads(1)
     ek.set_num_threads(1)
     _execute_in_worker = prepare(*arguments)
