@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _permuted_mnist(options: argparse.Namespace, command: str) -> None:
     changes = {
         name: value
-        for name in ("tasks", "epochs", "seeds", "hidden", "batch_size", "examples")
+        for name in ("tasks", "epochs", "seeds", "hidden", "batch_size", "examples", "finalists")
         if (value := getattr(options, name)) is not None
     }
     preset = dataclasses.replace(PRESETS[options.preset], **changes)
@@ -103,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         help="widths of the hidden layers",
     )
     changes.add_argument("--batch-size", type=_batch_size, metavar="N", help="at least 2, for BN")
+    changes.add_argument(
+        "--finalists",
+        type=_natural,
+        metavar="N",
+        help="best settings of each method's grid that are tried again on all tasks",
+    )
     changes.add_argument("--examples", type=_batch_size, metavar="N", help="training images used")
     return parser
 
