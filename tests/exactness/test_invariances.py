@@ -69,10 +69,19 @@ def test_splitting_a_batch_that_interacts_does_change_it():
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
-@pytest.mark.parametrize("name", ["mlp-bn", "positions-bn"])
-def test_merging_disjoint_passes_is_one_pass_over_both(name, approximation):
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("mlp-bn", (6, 3, 4)),
+        ("positions-bn", (6, 3, 4)),
+        ("mlp", (1, 4, 8)),
+        ("mlp", (8, 1, 4)),
+        ("positions-linear", (1, 4, 8)),
+    ],
+)
+def test_merging_disjoint_passes_is_one_pass_over_both(name, sizes, approximation):
     network = NETWORKS[name]
-    model, batches = network.make(), network.batches("mse", (6, 3, 4))
+    model, batches = network.make(), network.batches("mse", sizes)
     both = estimate(model, batches, "mse", approximation=approximation)
     first = estimate(model, batches[:1], "mse", approximation=approximation)
     rest = estimate(model, batches[1:], "mse", approximation=approximation)
