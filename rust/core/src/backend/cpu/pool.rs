@@ -3,7 +3,7 @@
 //! Rayon's global pool dies in a forked child (a DataLoader worker), so each process makes its own
 //! on first use; nothing happens at import.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::Cpu;
 use crate::error::{Error, Result};
@@ -60,8 +60,11 @@ pub fn num_threads() -> usize {
     lock(&STATE).threads.unwrap_or_else(default_threads)
 }
 
+/// Asked once: the answer comes from files of the control group, which take longer to read than a
+/// small product to compute.
 fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    static AVAILABLE: OnceLock<usize> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// A panic while the lock was held cannot leave the data half-changed anywhere it is used here.

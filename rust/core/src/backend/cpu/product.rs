@@ -11,6 +11,9 @@ use crate::view::Real;
 /// A term as (A, G).
 type Term<'a, T> = (MatRef<'a, T>, MatRef<'a, T>);
 
+/// A block is not interrupted; this many flops take some tens of milliseconds.
+const FLOPS_BETWEEN_CHECKS: f64 = 4e9;
+
 /// Writes `sum_k G_k V_s A_k + damping * V_s` for every matrix of the stack.
 pub(super) fn kronecker_product<T: Real>(
     cpu: &Cpu,
@@ -28,7 +31,8 @@ pub(super) fn kronecker_product<T: Real>(
     // transposed problem is the same one with the factors exchanged.
     let transposed = rows > columns;
     let flops = 2.0 * rows * columns * (rows + columns) * terms.len() as f64;
-    let pieces = cpu.pieces(flops * v.len() as f64).div_ceil(v.len());
+    let for_threads = cpu.pieces(flops * v.len() as f64).div_ceil(v.len());
+    let pieces = for_threads.max((flops / FLOPS_BETWEEN_CHECKS) as usize);
     let mut blocks = Vec::with_capacity(pieces * v.len());
     for (v, out) in v.iter().zip(out) {
         let (v, out) = if transposed {
