@@ -342,20 +342,28 @@ def strata(approximation: str, examples: int, locations: int) -> dict[str, int]:
 
 
 def strata_terms(approximation: str, batches: Sequence[Units]) -> list[Term]:
-    """Factors ``(A_k, G_k)`` per stratum, averaged over mini-batches weighted by examples."""
+    """Factors ``(A_k, G_k)`` per stratum, averaged over mini-batches weighted by examples.
+
+    In a mini-batch their product is ``SS(a) / dof`` times ``SS(g) / N``. The number of rows is
+    shared so that neither factor grows with the mini-batch, and a mini-batch without degrees of
+    freedom in a stratum is left out of the mean of its G.
+    """
     total = sum(units.examples for units in batches)
     averages: dict[str, Term] = {}
+    counted: dict[str, int] = {}
     for units in batches:
         a, g = units.a, units.g
         if approximation == "kfac-reduce":
             a, g = a.mean(1, keepdim=True), g.sum(2, keepdim=True)
         weight = units.examples / total
         for name, dof in strata(approximation, *a.shape[:2]).items():
-            factor_a = weight * _same_pair(_project(a, name)) / dof
-            factor_g = weight * _same_pair(_project(g, name)) / units.examples
+            rows = a.shape[0] * a.shape[1]
+            factor_a = weight * _same_pair(_project(a, name)) / rows
+            factor_g = _same_pair(_project(g, name)) * rows / dof
             sum_a, sum_g = averages.get(name, (0, 0))
             averages[name] = (sum_a + factor_a, sum_g + factor_g)
-    return list(averages.values())
+            counted[name] = counted.get(name, 0) + units.examples
+    return [(A, G / counted[name]) for name, (A, G) in averages.items()]
 
 
 def pair_terms(units: Units) -> list[Term]:

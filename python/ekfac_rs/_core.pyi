@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import TypeAlias, final
 
-# (data pointer, shape, strides in elements, dtype, device, stream): dtype is "float32",
+# (data pointer, shape, strides in elements, dtype, device, stream, owner): dtype is "float32",
 # "float64", "float16" or "bfloat16"; device is "cpu" or "cuda:<index>"; stream is 0 on the CPU.
-# The caller keeps the tensor alive and unchanged during the call.
-Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int]
+# The owner is the tensor itself, which a descriptor so keeps alive; the caller leaves it unchanged
+# during the call.
+Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int, object]
 Term: TypeAlias = tuple[Tensor, Tensor]  # (A [K, K], G [D, D]), both symmetric, full storage
 
 def build_info() -> dict[str, str]: ...
@@ -20,7 +21,7 @@ def accumulate_gram(
     role: str,
     append_one: bool,
     scale: float,
-) -> None: ...
+) -> list[int]: ...
 def symmetrize(x: Tensor) -> None: ...
 def eigh(x: Tensor, values: Tensor, vectors: Tensor) -> None: ...
 def kronecker_product(terms: Sequence[Term], v: Tensor, out: Tensor, damping: float) -> None: ...

@@ -17,7 +17,10 @@ _DTYPE_NAMES = {
 
 
 def borrow(tensor: Tensor) -> _core.Tensor:
-    """Describe a tensor to the Rust core, which borrows its memory for the length of one call."""
+    """Describe a tensor to the Rust core, which borrows its memory for the length of one call.
+
+    The descriptor holds the tensor, so that even a temporary lives until the call returns.
+    """
     dtype = _DTYPE_NAMES.get(tensor.dtype)
     if dtype is None:
         expected = ", ".join(_DTYPE_NAMES.values())
@@ -27,7 +30,7 @@ def borrow(tensor: Tensor) -> _core.Tensor:
         stream = torch.cuda.current_stream(tensor.device).cuda_stream
     else:
         device, stream = str(tensor.device), 0
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device, stream
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device, stream, tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

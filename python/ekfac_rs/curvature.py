@@ -1,5 +1,6 @@
 """Passes over a loader that accumulate curvature, and the `Curvature` they return."""
 
+import errno
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -56,7 +57,15 @@ _FORMAT = 1
 _METADATA_KEY = "ekfac_rs"
 
 # What two passes must share to be parts of one.
-_PASS_SETTINGS = ("approximation", "coordinates", "batchnorm", "labels", "draws", "batchnorms")
+_PASS_SETTINGS = (
+    "likelihood",
+    "approximation",
+    "coordinates",
+    "batchnorm",
+    "labels",
+    "draws",
+    "batchnorms",
+)
 
 
 class Signature(NamedTuple):
@@ -73,8 +82,8 @@ class Signature(NamedTuple):
         phases = torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device).mul_(0.7390851)
         return cls(float(flat.norm()), float(flat @ phases.cos_()))
 
-    def agrees(self, other: "Signature", tolerance: float = 1e-3) -> bool:
-        """Whether both belong to the same weights up to rounding."""
+    def agrees(self, other: "Signature", tolerance: float = 1e-4) -> bool:
+        """Whether both belong to the same weights up to the rounding of merging them."""
         scale = tolerance * max(self.norm, other.norm)
         return abs(self.norm - other.norm) <= scale and (
             abs(self.projection - other.projection) <= scale
@@ -91,10 +100,15 @@ class Curvature(Mapping[str, Block]):
     ----------
     blocks : dict of str to block
         In the model's order.
+    likelihood : str
+        The loss, with its reduction.
     approximation, coordinates, batchnorm, labels, draws
         As given to `estimate_curvature`.
     examples, batches : int
         How many were seen.
+    gradient_examples : dict of str to list of int
+        For each layer and stratum, how many of the examples were in mini-batches where the
+        stratum has degrees of freedom: the others say nothing about its gradients.
     loss : float
         Mean loss per example at the weights the curvature was taken at.
     batchnorms : dict of str to str or None
@@ -108,12 +122,14 @@ class Curvature(Mapping[str, Block]):
     """
 
     blocks: dict[str, Block]
+    likelihood: str
     approximation: str
     coordinates: str
     batchnorm: str
     labels: str
     draws: int
     examples: int
+    gradient_examples: dict[str, list[int]]
     batches: int
     loss: float
     batchnorms: dict[str, str | None]
@@ -172,10 +188,18 @@ class Curvature(Mapping[str, Block]):
         self._require_same_pass(other)
         examples = self.examples + other.examples
         share = self.examples / examples
+        mine, theirs = self.gradient_examples, other.gradient_examples
         return replace(
             self,
-            blocks={name: _mix(self[name], other[name], share) for name in self},
+            blocks={
+                name: _mix(self[name], other[name], share, mine[name], theirs[name])
+                for name in self
+            },
             examples=examples,
+            gradient_examples={
+                name: [a + b for a, b in zip(mine[name], theirs[name], strict=True)]
+                for name in self
+            },
             batches=self.batches + other.batches,
             loss=share * self.loss + (1.0 - share) * other.loss,
         )
@@ -189,6 +213,10 @@ class Curvature(Mapping[str, Block]):
             if block.shape != other[name].shape:
                 raise IncompatibleError(
                     f"layer {name!r}: expected shape {block.shape}, got {other[name].shape}"
+                )
+            if block.dtype != other[name].dtype:
+                raise IncompatibleError(
+                    f"layer {name!r}: expected dtype {block.dtype} in both, got {other[name].dtype}"
                 )
             if not self.signatures[name].agrees(other.signatures[name]):
                 raise IncompatibleError(
@@ -206,9 +234,16 @@ class Curvature(Mapping[str, Block]):
         Parameters
         ----------
         path : path-like
+
+        Raises
+        ------
+        FileNotFoundError
+            The directory does not exist.
         """
         metadata = {"format": _FORMAT, "layers": self.layers, **self.metadata()}
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             save_file(self.tensors(), partial, metadata={_METADATA_KEY: json.dumps(metadata)})
@@ -385,7 +420,6 @@ def estimate_curvature(
                     labels=labels,
                     draws=draws,
                     generator=generator,
-                    interacting=batchnorm == "batch",
                 )
                 for score, weight in scores:
                     capture.hand_over_gradients(accumulators, outputs, score, weight)
@@ -394,13 +428,15 @@ def estimate_curvature(
                 total_loss += len(x) * float(likelihood.loss(outputs.detach(), y))
                 bar.update(len(x))
         return Curvature(
-            blocks={name: a.block(examples) for name, a in accumulators.items()},
+            blocks={name: a.block() for name, a in accumulators.items()},
+            likelihood=repr(likelihood),
             approximation=approximation,
             coordinates=coordinates,
             batchnorm=batchnorm,
             labels=labels,
             draws=draws,
             examples=examples,
+            gradient_examples={n: a.gradient_examples for n, a in accumulators.items()},
             batches=count,
             loss=total_loss / examples,
             batchnorms={layer.name: layer.batchnorm_name for layer in found},
@@ -429,21 +465,30 @@ class _Accumulator:
         terms = len(_core.strata()[approximation])
         self.approximation = approximation
         self.append_one = layer.has_shift(coordinates)
+        self.examples = 0
+        # A stratum without degrees of freedom in a mini-batch (one example, say) has no gradient
+        # factor there, and the mini-batch is left out of that factor's mean.
+        self.gradient_examples = [0] * terms
         self.A = [like.new_zeros(K, K) for _ in range(terms)]
         self.G = [like.new_zeros(D, D) for _ in range(terms)]
 
     def add_inputs(self, a: Tensor) -> None:
         out = [borrow(A) for A in self.A]
-        _core.accumulate_gram(borrow(a), out, self.approximation, "input", self.append_one, 1.0)
+        degrees_of_freedom = _core.accumulate_gram(
+            borrow(a), out, self.approximation, "input", self.append_one, 1.0
+        )
+        self.examples += len(a)
+        for k, dof in enumerate(degrees_of_freedom):
+            self.gradient_examples[k] += len(a) if dof else 0
 
     def add_gradients(self, g: Tensor, weight: float) -> None:
         out = [borrow(G) for G in self.G]
         _core.accumulate_gram(borrow(g), out, self.approximation, "gradient", False, weight)
 
-    def block(self, examples: int) -> KroneckerSum:
-        for factor in (*self.A, *self.G):
-            factor.div_(examples)
-            _core.symmetrize(borrow(factor))
+    def block(self) -> KroneckerSum:
+        for A, G, gradient_examples in zip(self.A, self.G, self.gradient_examples, strict=True):
+            _core.symmetrize(borrow(A.div_(self.examples)))
+            _core.symmetrize(borrow(G.div_(max(gradient_examples, 1))))
         return KroneckerSum(list(zip(self.A, self.G, strict=True)))
 
 
@@ -456,11 +501,13 @@ class _DiagonalAccumulator:
         self.append_one = layer.has_shift(coordinates)
         self.values = torch.zeros(layer.shape(coordinates), dtype=dtype, device=weight.device)
         self.a: Tensor | None = None
+        self.gradient_examples = [0]
 
     def add_inputs(self, a: Tensor) -> None:
         if self.append_one:
             a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
         self.a = a.to(self.values.dtype)
+        self.gradient_examples[0] += len(a)
 
     def add_gradients(self, g: Tensor, weight: float) -> None:
         assert self.a is not None
@@ -471,8 +518,8 @@ class _DiagonalAccumulator:
             per_example = g.transpose(1, 2) @ self.a
             self.values.add_(per_example.square().sum(dim=0), alpha=weight)
 
-    def block(self, examples: int) -> DiagonalBlock:
-        return DiagonalBlock(self.values / examples)
+    def block(self) -> DiagonalBlock:
+        return DiagonalBlock(self.values / self.gradient_examples[0])
 
 
 def _accumulator(
@@ -658,16 +705,19 @@ def _chain(
 # --- merging and files ---------------------------------------------------------------------------
 
 
-def _mix(mine: Block, theirs: Block, share: float) -> Block:
+def _mix(
+    mine: Block, theirs: Block, share: float, my_examples: list[int], their_examples: list[int]
+) -> Block:
     """Blocks of the union, where the first pass saw ``share`` of the examples."""
+    gradient_shares = [a / max(a + b, 1) for a, b in zip(my_examples, their_examples, strict=True)]
     if isinstance(mine, DiagonalBlock) and isinstance(theirs, DiagonalBlock):
-        return DiagonalBlock(share * mine.values + (1.0 - share) * theirs.values)
+        return DiagonalBlock(torch.lerp(theirs.values, mine.values, share))
     if isinstance(mine, KroneckerSum) and isinstance(theirs, KroneckerSum):
-        pairs = zip(mine.terms, theirs.terms, strict=True)
+        pairs = zip(mine.terms, theirs.terms, gradient_shares, strict=True)
         return KroneckerSum(
             [
-                (share * A + (1.0 - share) * B, share * G + (1.0 - share) * H)
-                for (A, G), (B, H) in pairs
+                (torch.lerp(B, A, share), torch.lerp(H, G, gradient_share))
+                for (A, G), (B, H), gradient_share in pairs
             ]
         )
     raise IncompatibleError(f"expected two blocks of one kind, got {mine!r} and {theirs!r}")

@@ -34,6 +34,10 @@ class Likelihood(ABC):
         require_choice("reduction", reduction, ("mean", "sum"))
         self.reduction = reduction
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
+
     @abstractmethod
     def validate(self, outputs: Tensor, targets: Tensor) -> None:
         """Raise `LabelError` unless ``targets`` fit ``outputs``."""
@@ -70,9 +74,13 @@ class Likelihood(ABC):
         labels: str,
         draws: int,
         generator: torch.Generator,
-        interacting: bool,
     ) -> Iterator[tuple[Tensor, float]]:
         """Yield score vectors and weights whose weighted outer products estimate the GGN.
+
+        "type2" multiplies each example's column by an independent random sign: without it the
+        columns of different examples mix, in the backward pass through a train-mode BatchNorm and
+        in every stratum that adds gradients of several examples. Where neither happens, the sign
+        changes nothing.
 
         Parameters
         ----------
@@ -82,10 +90,6 @@ class Likelihood(ABC):
         draws : int
             Number of label draws, for "mc".
         generator : torch.Generator
-        interacting : bool
-            Whether examples influence each other (train-mode BatchNorm). Then "type2" multiplies
-            every example's column by an independent random sign: without it the columns of
-            different examples mix (method: labels).
 
         Yields
         ------
@@ -105,10 +109,8 @@ class Likelihood(ABC):
                 direction = root * self.root_column(outputs, column)
                 if labels == "exact":
                     yield from ((single, 1.0) for single in _example_by_example(direction))
-                elif interacting:
-                    yield direction * _random_signs(direction, generator), 1.0
                 else:
-                    yield direction, 1.0
+                    yield direction * _random_signs(direction, generator), 1.0
 
 
 class CrossEntropy(Likelihood):

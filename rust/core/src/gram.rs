@@ -33,10 +33,15 @@ pub struct GramOptions {
 /// number of examples and `F_k` the stratum's factor of this mini-batch.
 ///
 /// `x` is `[N, K]` or `[N, T, K]`; the outputs are `[K', K']` with K' = K, or K + 1 if a one is
-/// appended. For inputs `F_k` is the sum of squares and products divided by the stratum's degrees
-/// of freedom (0 if it has none), for gradients divided by N. Half-precision input is accumulated
-/// in the outputs' dtype. Strata are centred before they are squared, with means in double
-/// precision.
+/// appended. For inputs `F_k` is the sum of squares and products divided by the number of units U,
+/// for gradients multiplied by `U / (dof_k N)` (0 without degrees of freedom). Their product is
+/// that of the analysis of variance; divided this way both factors keep their size as N varies, so
+/// that they may be averaged separately over mini-batches of different sizes. Half-precision input
+/// is accumulated in the outputs' dtype. Strata are centred before they are squared, with means in
+/// double precision.
+///
+/// Returns the degrees of freedom of each stratum in this mini-batch: one without any says nothing
+/// about its gradients, and counts for nothing in their mean.
 ///
 /// # Errors
 ///
@@ -47,7 +52,7 @@ pub fn accumulate(
     out: &mut [TensorViewMut<'_>],
     options: GramOptions,
     cancel: &Cancel,
-) -> Result<()> {
+) -> Result<Vec<usize>> {
     let x = x.as_examples();
     let &[examples, locations, features] = x.shape() else {
         return Err(Error::Shape(format!(
@@ -76,13 +81,19 @@ pub fn accumulate(
     check_outputs(out, options.approximation, size)?;
     let strata = weights(options, examples, locations);
     match out.first().map(TensorViewMut::dtype) {
-        Some(Dtype::Float32) => run::<f32>(&x, out, &strata, options.append_one, cancel),
-        Some(Dtype::Float64) => run::<f64>(&x, out, &strata, options.append_one, cancel),
-        other => Err(Error::Dtype(format!(
-            "outputs must be float32 or float64, got {}",
-            other.map_or_else(|| "none".to_owned(), |dtype| dtype.to_string())
-        ))),
+        Some(Dtype::Float32) => run::<f32>(&x, out, &strata, options.append_one, cancel)?,
+        Some(Dtype::Float64) => run::<f64>(&x, out, &strata, options.append_one, cancel)?,
+        other => {
+            return Err(Error::Dtype(format!(
+                "outputs must be float32 or float64, got {}",
+                other.map_or_else(|| "none".to_owned(), |dtype| dtype.to_string())
+            )));
+        }
     }
+    let strata = options.approximation.strata().iter();
+    Ok(strata
+        .map(|stratum| stratum.degrees_of_freedom(examples, locations))
+        .collect())
 }
 
 fn run<T: Real>(
@@ -136,15 +147,20 @@ fn check_outputs(
 /// The sums of [`Stratum::ExampleTotals`] are taken over locations for both roles; inputs are
 /// averaged instead, hence the extra division.
 fn weights(options: GramOptions, examples: usize, locations: usize) -> Vec<StratumWeight> {
-    let weigh = |stratum: Stratum| match options.role {
-        Role::Gradient => options.scale,
-        Role::Input => match stratum.degrees_of_freedom(examples, locations) {
-            0 => 0.0,
-            dof if stratum == Stratum::ExampleTotals => {
-                options.scale * examples as f64 / dof as f64 / (locations as f64).powi(2)
-            }
-            dof => options.scale * examples as f64 / dof as f64,
-        },
+    let per_example = options.scale * examples as f64;
+    let weigh = |stratum: Stratum| {
+        let (rows, averaging) = match stratum {
+            Stratum::ExampleTotals => (examples, (locations as f64).powi(2)),
+            _ => (examples * locations, 1.0),
+        };
+        match (
+            options.role,
+            stratum.degrees_of_freedom(examples, locations),
+        ) {
+            (_, 0) => 0.0,
+            (Role::Input, _) => per_example / rows as f64 / averaging,
+            (Role::Gradient, dof) => options.scale * rows as f64 / dof as f64,
+        }
     };
     let strata = options.approximation.strata().iter();
     strata

@@ -125,9 +125,9 @@ impl Approximation {
 /// Which side of the Kronecker product a tensor belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// Inputs of the layer: sums of squares divided by degrees of freedom.
+    /// Inputs of the layer: sums of squares divided by the number of units U.
     Input,
-    /// Gradients at the layer's outputs: sums of squares divided by the number of examples.
+    /// Gradients at the layer's outputs: sums of squares times `U / (degrees of freedom * N)`.
     Gradient,
 }
 

@@ -71,10 +71,14 @@ fn expected(x: ArrayView3<'_, f64>, options: GramOptions) -> Vec<Array2<f64>> {
             (mean_square, 1.0),
         ],
     };
+    let rows = match options.approximation {
+        Approximation::KfacReduce => examples as f64,
+        _ => count,
+    };
     let weigh = |(square, dof): (Array2<f64>, f64)| match options.role {
-        Role::Gradient => square * options.scale,
-        Role::Input if dof == 0.0 => square * 0.0,
-        Role::Input => square * (options.scale * examples as f64 / dof),
+        _ if dof == 0.0 => square * 0.0,
+        Role::Gradient => square * (options.scale * rows / dof),
+        Role::Input => square * (options.scale * examples as f64 / rows),
     };
     strata.into_iter().map(weigh).collect()
 }

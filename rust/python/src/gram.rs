@@ -23,7 +23,8 @@ pub fn strata() -> BTreeMap<&'static str, Vec<&'static str>> {
         .collect()
 }
 
-/// Adds `scale * N * F_k` of this mini-batch to the lower triangle of each output.
+/// Adds `scale * N * F_k` of this mini-batch to the lower triangle of each output; returns the
+/// degrees of freedom of the strata.
 #[pyfunction]
 pub fn accumulate_gram(
     py: Python<'_>,
@@ -33,7 +34,7 @@ pub fn accumulate_gram(
     role: &str,
     append_one: bool,
     scale: f64,
-) -> PyResult<()> {
+) -> PyResult<Vec<usize>> {
     let features = x.shape().last().map_or(0.0, |&features| features as f64);
     let flops = x.elements() * features * out.len() as f64;
     run(py, flops, |cancel| {

@@ -6,8 +6,8 @@ use pyo3::prelude::*;
 
 use crate::error::to_python;
 
-/// `(data pointer, shape, strides, dtype, device, stream)` of a tensor that Python keeps alive and
-/// leaves alone for the duration of the call.
+/// `(data pointer, shape, strides, dtype, device, stream, owner)` of a tensor that Python leaves
+/// alone for the duration of the call; the descriptor itself keeps its owner alive that long.
 pub struct RawTensor {
     address: usize,
     layout: Layout,
@@ -20,8 +20,17 @@ impl<'py> FromPyObject<'_, 'py> for RawTensor {
     type Error = PyErr;
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        type Fields = (usize, Vec<usize>, Vec<usize>, String, String, usize);
-        let (address, shape, strides, dtype, device, stream): Fields = object.extract()?;
+        type Fields<'py> = (
+            usize,
+            Vec<usize>,
+            Vec<usize>,
+            String,
+            String,
+            usize,
+            Bound<'py, PyAny>,
+        );
+        let (address, shape, strides, dtype, device, stream, _owner): Fields<'py> =
+            object.extract()?;
         let layout = || -> Result<Layout> {
             Ok(Layout {
                 shape,
@@ -39,8 +48,9 @@ impl<'py> FromPyObject<'_, 'py> for RawTensor {
 impl RawTensor {
     /// The tensor, to be read.
     pub fn view(&self) -> Result<TensorView<'_>> {
-        // SAFETY: `_core.pyi` asks the caller to keep the tensor alive and unchanged during the
-        // call, and descriptors do not outlive a call. Outputs are checked against inputs in
+        // SAFETY: the descriptor is an argument of the call and holds the tensor, so its memory
+        // outlives the call, which this view does not; `_core.pyi` asks the caller to leave the
+        // tensor unchanged meanwhile. Outputs are checked against inputs in
         // `check_disjoint`.
         unsafe { TensorView::from_raw_parts(self.address, self.layout.clone()) }
     }
