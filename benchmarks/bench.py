@@ -7,6 +7,7 @@ a noisy machine disturbs all of them alike.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -21,7 +22,7 @@ Work = Callable[[], object]
 def mlp(*widths: int) -> nn.Sequential:
     """Linear-BN-ReLU blocks and a Linear head."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True):
+    for fan_in, fan_out in pairwise(widths[:-1]):
         layers += [nn.Linear(fan_in, fan_out), nn.BatchNorm1d(fan_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 

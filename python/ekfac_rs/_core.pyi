@@ -3,6 +3,30 @@
 from collections.abc import Sequence
 from typing import TypeAlias, final
 
+__all__ = [
+    "KroneckerInverse",
+    "KroneckerOperator",
+    "KroneckerRoot",
+    "Tensor",
+    "Term",
+    "accumulate_gram",
+    "build_info",
+    "conjugate_gradients",
+    "eigh",
+    "kronecker_compress",
+    "kronecker_dense",
+    "kronecker_diagonal",
+    "kronecker_inner",
+    "kronecker_product",
+    "kronecker_quadratic",
+    "kronecker_top_eigenvalue",
+    "kronecker_trace",
+    "num_threads",
+    "set_num_threads",
+    "strata",
+    "symmetrize",
+]
+
 # (data pointer, shape, strides in elements, dtype, device, stream, owner): dtype is "float32",
 # "float64", "float16" or "bfloat16"; device is "cpu" or "cuda:<index>"; stream is 0 on the CPU.
 # The owner is the tensor itself, which a descriptor so keeps alive; the caller leaves it unchanged
@@ -40,6 +64,7 @@ def conjugate_gradients(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[int, float]: ...
+
 @final
 class KroneckerInverse:
     """Exact inverse of one damped term, or of a sum of two terms."""
