@@ -379,8 +379,11 @@ def test_a_failing_pass_leaves_everything_as_found(case):
     net[2].eval()
     before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     random_state = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    generator_state = generator.get_state()
     with pytest.raises(error):
-        estimate(make_loader(), net=net)
+        estimate(make_loader(), net=net, generator=generator)
+    assert torch.equal(generator.get_state(), generator_state)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     assert [m.training for m in net.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)

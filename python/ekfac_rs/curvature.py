@@ -4,7 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -394,6 +394,8 @@ def estimate_curvature(
         if generator is None:
             generator = torch.Generator(device_of(model))
             generator.manual_seed(int(torch.randint(2**62, ())))
+        else:
+            cleanup.enter_context(_rewound_on_failure(generator))
         model.eval()
         if batchnorm == "batch":
             cleanup.enter_context(removed_afterwards(use_batch_statistics(model)))
@@ -633,6 +635,16 @@ class naming:  # noqa: N801  (reads as a verb: with naming(...))
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, EkfacError):
             raise type(error)(f"{self.place}: {error}") from error
+
+
+@contextmanager
+def _rewound_on_failure(generator: torch.Generator) -> Iterator[None]:
+    before = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        generator.set_state(before)
+        raise
 
 
 def _forward(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
