@@ -18,7 +18,7 @@ setup:
 
 # Build the Rust core into .venv
 dev: setup
-    VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
+    @PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
 
 # Lint, then all tests: Rust, then Python
 test: lint test-rust test-python

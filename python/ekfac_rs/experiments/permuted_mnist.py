@@ -240,11 +240,11 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
         "quick", "subset", tasks=5, epochs=2, seeds=(0, 1), grid_tasks=3, grid_epochs=1,
-        finalists=2, batch_size=128, factor_examples=2000,
+        finalists=4, batch_size=128, factor_examples=2000,
     ),
     "full": Preset(
         "full", "mnist", tasks=10, epochs=2, seeds=(0, 1, 2), grid_tasks=4, grid_epochs=1,
-        finalists=2,
+        finalists=4,
     ),
 }  # fmt: skip
 
