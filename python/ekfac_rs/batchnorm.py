@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ def reparameterize(
         ]
         with removed_afterwards(handles):
             for x in tqdm(
-                _chain(first, batches), desc="reparameterize", disable=not progress, leave=False
+                chain([first], batches), desc="reparameterize", disable=not progress, leave=False
             ):
                 model(x)
         for layer in found:
@@ -357,8 +358,3 @@ def _inputs(
         yield x.to(device)
         if seen == max_examples:
             return
-
-
-def _chain(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
-    yield first
-    yield from rest

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -413,7 +414,7 @@ def estimate_curvature(
         examples, count, total_loss = 0, 0, 0.0
         bar = tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False)
         with bar, _Capture(found, coordinates) as capture:
-            for x, y in _chain(first, batches):
+            for x, y in chain([first], batches):
                 outputs = _forward(model, x, y, likelihood)
                 capture.hand_over_inputs(accumulators, len(x))
                 scores = likelihood.scores(
@@ -705,13 +706,6 @@ def _batches(
             yield x.to(device), y.to(device)
         if left == 0:
             return
-
-
-def _chain(
-    first: tuple[Tensor, Tensor], rest: Iterator[tuple[Tensor, Tensor]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    yield first
-    yield from rest
 
 
 # --- merging and files ---------------------------------------------------------------------------
