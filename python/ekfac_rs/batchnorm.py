@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ekfac_rs._tensors import require_count, require_finite
+from ekfac_rs.dataflow import removed_afterwards
 from ekfac_rs.errors import BatchNormError, EmptyLoaderError, OptionError
-from ekfac_rs.layers import AffineLayer, find_layers, removed_afterwards
+from ekfac_rs.layers import AffineLayer, find_layers
 
 
 class Anchor(dict[str, Tensor]):
@@ -157,7 +158,8 @@ def reparameterize(
         merged = _merged(found)
         moments = {layer.name: _Moments() for layer in found}
         handles = [
-            layer.linear.register_forward_hook(_recorder(moments[layer.name])) for layer in found
+            layer.batchnorm.register_forward_pre_hook(_recorder(moments[layer.name]))
+            for layer in found
         ]
         with removed_afterwards(handles):
             for x in tqdm(
@@ -175,14 +177,16 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def is_merged(layer: AffineLayer) -> bool:
-    """Whether the layer's BatchNorm is the mere shift that `merge_batchnorm` leaves."""
-    if layer.batchnorm is None or layer.batchnorm.running_var is None:
+    """Whether `merge_batchnorm` has left the layer's BatchNorm without anything to normalise."""
+    batchnorm = layer.batchnorm
+    if batchnorm is None or batchnorm.running_var is None:
         return False
-    unit = torch.full_like(layer.batchnorm.running_var, 1.0 - layer.batchnorm.eps)
-    gamma = layer.batchnorm.weight
-    return bool(torch.equal(layer.batchnorm.running_var, unit)) and (
-        gamma is None or bool((gamma == 1.0).all())
-    )
+    unit = torch.full_like(batchnorm.running_var, 1.0 - batchnorm.eps)
+    if not torch.equal(batchnorm.running_var, unit):
+        return False
+    if not layer.absorbs_scale:
+        return not bool(batchnorm.running_mean.any())
+    return batchnorm.weight is None or bool((batchnorm.weight == 1.0).all())
 
 
 @contextmanager
@@ -251,7 +255,7 @@ def _merged(layers: Iterable[AffineLayer]) -> Anchor:
     weights, batchnorms = {}, {}
     for layer in layers:
         # A detour through float64 costs nothing here and saves a rounding in each layer.
-        weight = _in_double(layer).to(layer.linear.weight.dtype)
+        weight = _in_double(layer).to(layer.module.weight.dtype)
         require_finite(f"layer {layer.name!r}: merged weight", weight)
         weights[layer.name], batchnorms[layer.name] = weight, layer.batchnorm_name
     return Anchor(weights, batchnorms)
@@ -266,15 +270,13 @@ def _in_double(layer: AffineLayer) -> Tensor:
 
 def _install(layer: AffineLayer, merged: Tensor) -> None:
     batchnorm, shift = layer.batchnorm, merged[:, -1]
-    assert batchnorm is not None
     running_mean, running_var = layer.running_statistics()
-    layer.linear.weight.copy_(merged[:, :-1])
-    if layer.linear.bias is not None:
-        layer.linear.bias.zero_()
+    if layer.absorbs_scale:
+        _set_weights(layer, merged)
     running_var.fill_(1.0 - batchnorm.eps)
     if batchnorm.affine:
         running_mean.zero_()
-        batchnorm.weight.fill_(1.0)
+        batchnorm.weight.copy_(1.0 if layer.absorbs_scale else merged[:, 0])
         batchnorm.bias.copy_(shift)
     else:
         running_mean.copy_(-shift)
@@ -282,26 +284,34 @@ def _install(layer: AffineLayer, merged: Tensor) -> None:
 
 def _put_back(layer: AffineLayer, merged: Tensor, moments: "_Moments") -> None:
     batchnorm = layer.batchnorm
-    assert batchnorm is not None
     running_mean, running_var = layer.running_statistics()
-    # The hooks saw h = W a + b under the weights as they were; those of Wm a follow from it.
-    gain = layer.gain(running_var.double())
-    bias = 0.0 if layer.linear.bias is None else layer.linear.bias.double()
-    mean = gain * (moments.mean - bias)
-    variance = gain.square() * moments.variance
+    if layer.absorbs_scale:
+        # The hooks saw h = W a + b under the weights as they were; those of Wm a follow from it.
+        gain = layer.gain(running_var.double())
+        bias = layer.bias()
+        mean = gain * (moments.mean if bias is None else moments.mean - bias.double())
+        variance = gain.square() * moments.variance
+        scale: Tensor | float = 1.0
+        _set_weights(layer, merged)
+    else:
+        mean, variance, scale = moments.mean, moments.variance, merged[:, 0].double()
     running_mean.copy_(mean)
     running_var.copy_(variance)
-    batchnorm.weight.copy_((variance + batchnorm.eps).sqrt())
-    batchnorm.bias.copy_(mean + merged[:, -1])
-    layer.linear.weight.copy_(merged[:, :-1])
-    if layer.linear.bias is not None:
-        layer.linear.bias.zero_()
+    batchnorm.weight.copy_(scale * (variance + batchnorm.eps).sqrt())
+    batchnorm.bias.copy_(scale * mean + merged[:, -1])
     if batchnorm.num_batches_tracked is not None:
         batchnorm.num_batches_tracked.fill_(moments.batches)
 
 
+def _set_weights(layer: AffineLayer, merged: Tensor) -> None:
+    """Write merged weights into the layer; its bias has moved into the BatchNorm."""
+    layer.module.weight.copy_(merged[:, :-1].reshape(layer.module.weight.shape))
+    bias = layer.bias()
+    if bias is not None:
+        bias.zero_()
+
+
 def _require_affine(layer: AffineLayer) -> None:
-    assert layer.batchnorm is not None
     layer.running_statistics()
     if not layer.batchnorm.affine:
         raise BatchNormError(
@@ -337,9 +347,9 @@ class _Moments:
         return self.sum_of_squares / self.count
 
 
-def _recorder(moments: _Moments) -> Callable[[nn.Module, Any, Tensor], None]:
-    def record(module: nn.Module, args: Any, output: Tensor) -> None:
-        moments.add(output.reshape(-1, output.shape[-1]))
+def _recorder(moments: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        moments.add(args[0].transpose(0, 1).flatten(1).T)
 
     return record
 

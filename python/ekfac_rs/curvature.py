@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from ekfac_rs import _core
@@ -27,6 +28,7 @@ from ekfac_rs._tensors import (
     require_finite,
 )
 from ekfac_rs.batchnorm import as_found, device_of, is_merged, use_batch_statistics
+from ekfac_rs.dataflow import AffineCall, AffineCalls, removed_afterwards
 from ekfac_rs.errors import (
     BatchNormError,
     EkfacError,
@@ -44,8 +46,9 @@ from ekfac_rs.kronecker import Block, DiagonalBlock, KroneckerSum
 from ekfac_rs.layers import (
     COORDINATES,
     AffineLayer,
+    Geometry,
+    Units,
     find_layers,
-    removed_afterwards,
     uncovered_parameters,
 )
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
@@ -299,10 +302,14 @@ class Curvature(Mapping[str, Block]):
         layers = values.pop("layers", None) or list(values["batchnorms"])
         values["signatures"] = {name: Signature(*s) for name, s in values["signatures"].items()}
         values["uncovered"] = tuple(values["uncovered"])
-        blocks = {
-            name: _block_from_tensors(_with_prefix(tensors, f"{i}."), values["approximation"])
-            for i, name in enumerate(layers)
-        }
+        blocks: dict[str, Block] = {}
+        for index, name in enumerate(layers):
+            own = _with_prefix(tensors, f"{index}.")
+            if values["approximation"] == DIAGONAL:
+                blocks[name] = DiagonalBlock(own["diagonal"])
+            else:
+                terms = len(_kept_strata(values["gradient_examples"][name]))
+                blocks[name] = KroneckerSum([(own[f"{k}.A"], own[f"{k}.G"]) for k in range(terms)])
         return cls(blocks=blocks, **values)
 
 
@@ -311,7 +318,7 @@ def estimate_curvature(
     loader: Iterable[Any],
     *,
     loss: str | Likelihood = "cross_entropy",
-    approximation: str = "xkfac",
+    approximation: str = "xkfac-nested",
     coordinates: str = "merged",
     batchnorm: str = "batch",
     labels: str = "mc",
@@ -335,11 +342,13 @@ def estimate_curvature(
         means over mini-batches, weighted by their examples.
     loss : {"cross_entropy", "mse", "bce"} or Likelihood
         The mean over examples of the per-example loss (see `ekfac_rs.likelihood`).
-    approximation : {"xkfac", "xkfac-nested", "kfac-expand", "kfac-reduce", "diagonal"}
-        Strata of the analysis of variance (method: section 2), or the plain diagonal.
+    approximation : {"xkfac-nested", "xkfac", "kfac-expand", "kfac-reduce", "diagonal"}
+        Strata of the analysis of variance (method: section 2), or the plain diagonal. Where an
+        example has one location, as for a Linear on ``[N, K]``, "xkfac-nested" is "xkfac".
     coordinates : {"merged", "raw"}
         "merged": the layer and the BatchNorm after it as one affine map; gradients are taken at
-        the BatchNorm's output. "raw": the Linear alone; BatchNorm parameters then have no block
+        the BatchNorm's output. A BatchNorm that no layer feeds is a map of its own, with a 2x2
+        block for each channel. "raw": the layer alone; BatchNorm parameters then have no block
         and are listed in ``uncovered``.
     batchnorm : {"batch", "running"}
         Statistics that BatchNorms use: the mini-batch's (examples interact) or the running ones.
@@ -356,7 +365,7 @@ def estimate_curvature(
     max_examples : int, optional
         Stop after this many.
     layers : collection of str, optional
-        Names of the wanted Linears. Default: all, and every trainable parameter must have a block.
+        Names of the wanted layers. Default: all, and every trainable parameter must have a block.
     progress : bool
         Show a tqdm bar.
 
@@ -413,9 +422,11 @@ def estimate_curvature(
         }
         examples, count, total_loss = 0, 0, 0.0
         bar = tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False)
-        with bar, _Capture(found, coordinates) as capture:
+        capture = _Capture(found, coordinates)
+        with bar:
             for x, y in chain([first], batches):
-                outputs = _forward(model, x, y, likelihood)
+                with capture.watching():
+                    outputs = _forward(model, x, y, likelihood)
                 capture.hand_over_inputs(accumulators, len(x))
                 scores = likelihood.scores(
                     outputs,
@@ -463,23 +474,31 @@ class _Accumulator:
 
     def __init__(self, layer: AffineLayer, approximation: str, coordinates: str) -> None:
         D, K = layer.shape(coordinates)
-        weight = layer.linear.weight
+        weight = layer.module.weight
         like = torch.empty((), dtype=accumulation_dtype(weight.dtype), device=weight.device)
         terms = len(_core.strata()[approximation])
+        groups = () if layer.groups == 1 else (layer.groups,)
         self.approximation = approximation
         self.append_one = layer.has_shift(coordinates)
         self.examples = 0
         # A stratum without degrees of freedom in a mini-batch (one example, say) has no gradient
         # factor there, and the mini-batch is left out of that factor's mean.
         self.gradient_examples = [0] * terms
-        self.A = [like.new_zeros(K, K) for _ in range(terms)]
-        self.G = [like.new_zeros(D, D) for _ in range(terms)]
+        rows = D // layer.groups
+        self.A = [like.new_zeros(*groups, K, K) for _ in range(terms)]
+        self.G = [like.new_zeros(*groups, rows, rows) for _ in range(terms)]
 
-    def add_inputs(self, a: Tensor) -> None:
+    def add_inputs(self, units: Units) -> None:
+        a, geometry = units
         out = [borrow(A) for A in self.A]
-        degrees_of_freedom = _core.accumulate_gram(
-            borrow(a), out, self.approximation, "input", self.append_one, 1.0
-        )
+        if geometry is None:
+            degrees_of_freedom = _core.accumulate_gram(
+                borrow(a), out, self.approximation, "input", self.append_one, 1.0
+            )
+        else:
+            degrees_of_freedom = _core.accumulate_patch_gram(
+                borrow(a), out, self.approximation, *geometry, self.append_one, 1.0
+            )
         self.examples += len(a)
         for k, dof in enumerate(degrees_of_freedom):
             self.gradient_examples[k] += len(a) if dof else 0
@@ -489,40 +508,103 @@ class _Accumulator:
         _core.accumulate_gram(borrow(g), out, self.approximation, "gradient", False, weight)
 
     def block(self) -> KroneckerSum:
-        for A, G, gradient_examples in zip(self.A, self.G, self.gradient_examples, strict=True):
-            _core.symmetrize(borrow(A.div_(self.examples)))
-            _core.symmetrize(borrow(G.div_(max(gradient_examples, 1))))
-        return KroneckerSum(list(zip(self.A, self.G, strict=True)))
+        """Mean over examples; a stratum that never had a degree of freedom is no term."""
+        terms = []
+        for k in _kept_strata(self.gradient_examples):
+            A, G = self.A[k].div_(self.examples), self.G[k].div_(self.gradient_examples[k])
+            _core.symmetrize(borrow(A))
+            _core.symmetrize(borrow(G))
+            terms.append((A, G))
+        return KroneckerSum(terms)
+
+
+def _kept_strata(gradient_examples: list[int]) -> list[int]:
+    return [k for k, examples in enumerate(gradient_examples) if examples]
 
 
 class _DiagonalAccumulator:
     """Sum over examples of squared per-example gradients, ``sum_n (sum_t g_nt a_nt^T)**2``."""
 
     def __init__(self, layer: AffineLayer, coordinates: str) -> None:
-        weight = layer.linear.weight
+        weight = layer.module.weight
         dtype = accumulation_dtype(weight.dtype)
+        self.layer = layer
         self.append_one = layer.has_shift(coordinates)
         self.values = torch.zeros(layer.shape(coordinates), dtype=dtype, device=weight.device)
-        self.a: Tensor | None = None
+        self.units: Units | None = None
         self.gradient_examples = [0]
 
-    def add_inputs(self, a: Tensor) -> None:
-        if self.append_one:
-            a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
-        self.a = a.to(self.values.dtype)
-        self.gradient_examples[0] += len(a)
+    def add_inputs(self, units: Units) -> None:
+        self.units = Units(units.values.to(self.values.dtype), units.geometry)
+        self.gradient_examples[0] += len(units.values)
 
     def add_gradients(self, g: Tensor, weight: float) -> None:
-        assert self.a is not None
+        assert self.units is not None
         g = g.to(self.values.dtype)
-        if g.dim() == 2:
-            self.values.addmm_(g.square().T, self.a.square(), alpha=weight)
-        else:
-            per_example = g.transpose(1, 2) @ self.a
-            self.values.add_(per_example.square().sum(dim=0), alpha=weight)
+        values = self.values[:, :-1] if self.append_one else self.values
+        self._add_squares(values, self.units, g, weight)
+        if self.append_one:
+            totals = g if g.dim() == 2 else g.sum(dim=1)
+            self.values[:, -1].add_(totals.square().sum(dim=0), alpha=weight)
+
+    def _add_squares(self, values: Tensor, units: Units, g: Tensor, weight: float) -> None:
+        a, groups = units.values, self.layer.groups
+        if units.geometry is None and g.dim() == 2 and groups == 1:
+            values.addmm_(g.square().T, a.square(), alpha=weight)
+            return
+        # A slice of examples at a time bounds the memory their gradients take.
+        share = max(1, _DIAGONAL_ELEMENTS // values.numel())
+        for a, g in zip(a.split(share), g.split(share), strict=True):  # noqa: PLR1704, B020
+            if units.geometry is None:
+                per_example = _outer_by_group(a, g, groups)
+            else:
+                per_example = _conv_weight_gradients(a, g, units.geometry, groups)
+            values.add_(per_example.square().sum(dim=0), alpha=weight)
 
     def block(self) -> DiagonalBlock:
         return DiagonalBlock(self.values / self.gradient_examples[0])
+
+
+# Of per-example gradients held at a time: 256 MB in float32.
+_DIAGONAL_ELEMENTS = 1 << 26
+
+
+def _outer_by_group(a: Tensor, g: Tensor, groups: int) -> Tensor:
+    """``sum_t g_nt a_nt^T`` of each example and group, shape (N, D, K)."""
+    a, g = (x[:, None] if x.dim() == 2 else x for x in (a, g))
+    per_group = torch.einsum(
+        "ntgd,ntgk->ngdk", g.unflatten(2, (groups, -1)), a.unflatten(2, (groups, -1))
+    )
+    return per_group.flatten(1, 2)
+
+
+def _conv_weight_gradients(x: Tensor, g: Tensor, geometry: Geometry, groups: int) -> Tensor:
+    """Gradient of a convolution's weights for each example, shape (N, D, K).
+
+    One convolution of all examples at once: each is a group of its own.
+    """
+    N, C, D = len(x), x.shape[1], g.shape[-1]
+    x = F.pad(x, [side for sides in reversed(geometry.padding) for side in sides])
+    sizes = [
+        (length - d * (k - 1) - 1) // s + 1
+        for length, k, s, d in zip(x.shape[2:], *geometry[:3], strict=True)
+    ]
+    weight = x.new_zeros(()).expand(N * D, C // groups, *geometry.kernel)
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        g.transpose(1, 2).reshape(1, N * D, *sizes),
+        x.reshape(1, N * C, *x.shape[2:]),
+        weight,
+        None,
+        geometry.stride,
+        [0] * len(sizes),
+        geometry.dilation,
+        False,
+        [0] * len(sizes),
+        N * groups,
+        [False, True, False],
+    )
+    per_example: Tensor = gradient.reshape(N, D, -1)
+    return per_example
 
 
 def _accumulator(
@@ -536,92 +618,87 @@ def _accumulator(
 Accumulators = Mapping[str, _Accumulator | _DiagonalAccumulator]
 
 
-class _Capture:
-    """Hooks that keep each layer's input and the place where its gradient is wanted."""
+class _Capture(AffineCalls):
+    """Keeps each layer's call and the place where its gradient is wanted."""
 
     def __init__(self, layers: Collection[AffineLayer], coordinates: str) -> None:
-        self.inputs: dict[str, tuple[Tensor, int]] = {}
+        self._layer_of = {layer.module: layer for layer in layers}
+        # Where gradients are wanted: the module whose output is that of the affine map.
+        self._ends = {
+            layer.batchnorm if coordinates == "merged" and layer.batchnorm else layer.module: layer
+            for layer in layers
+        }
+        super().__init__([*self._layer_of, *(m for m in self._ends if m not in self._layer_of)])
+        self.calls: dict[str, tuple[AffineCall, int]] = {}
         self.edges: dict[str, GradientEdge] = {}
-        self._layers = layers
-        self._coordinates = coordinates
-
-    def __enter__(self) -> Self:
-        self._handles: list[Any] = []
-        for layer in self._layers:
-            self._watch(layer)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with removed_afterwards(self._handles):
-            self.clear()
 
     def clear(self) -> None:
-        self.inputs.clear()
+        self.calls.clear()
         self.edges.clear()
 
+    def on_call(self, call: AffineCall, result: Tensor) -> Tensor:
+        layer = self._layer_of.get(call.module)
+        if layer is not None:
+            self._keep_input(layer, call)
+        layer = self._ends.get(call.module)
+        if layer is None:
+            return result
+        if call.module is layer.batchnorm:
+            layer.check_batchnorm_input(call.input)
+        if result.requires_grad:
+            self.edges[layer.name] = get_gradient_edge(result)
+            return result
+        # Everything before is frozen: the graph starts here. A copy goes on, because what
+        # follows may work in place, which a leaf does not allow.
+        result.requires_grad_()
+        self.edges[layer.name] = get_gradient_edge(result)
+        return result.clone()
+
+    def _keep_input(self, layer: AffineLayer, call: AffineCall) -> None:
+        if layer.name in self.calls:
+            raise UnsupportedLayerError(
+                f"layer {layer.name!r}: expected one call in a forward pass, got more"
+            )
+        arguments = call.arguments | {"input": call.input.detach()}
+        self.calls[layer.name] = replace(call, arguments=arguments), call.input._version
+
     def hand_over_inputs(self, accumulators: Accumulators, examples: int) -> None:
-        for layer in self._layers:
+        for layer in self._layer_of.values():
             name = layer.name
-            if name not in self.inputs:
+            if name not in self.calls:
                 raise UnsupportedLayerError(
                     f"layer {name!r}: expected one call in every forward pass, got none"
                 )
-            a, version = self.inputs[name]
-            if a._version != version:
+            call, version = self.calls[name]
+            if call.input._version != version:
                 raise UnsupportedLayerError(
                     f"layer {name!r}: expected its input unchanged during the forward pass, "
                     "got one overwritten in place"
                 )
             with naming(f"layer {name!r}: input"):
-                accumulators[name].add_inputs(_by_example(a, examples))
+                _require_examples(call.input, examples)
+                accumulators[name].add_inputs(layer.units(call))
 
     def hand_over_gradients(
         self, accumulators: Accumulators, outputs: Tensor, score: Tensor, weight: float
     ) -> None:
+        layers = self._layer_of.values()
         gradients = torch.autograd.grad(
             outputs,
-            [self.edges[layer.name] for layer in self._layers],
+            [self.edges[layer.name] for layer in layers],
             grad_outputs=score,
             retain_graph=True,
             allow_unused=True,
         )
-        for layer, g in zip(self._layers, gradients, strict=True):
+        for layer, g in zip(layers, gradients, strict=True):
             if g is None:
                 raise UnsupportedLayerError(
                     f"layer {layer.name!r}: expected the loss to depend on its output, "
                     "got no gradient"
                 )
             with naming(f"layer {layer.name!r}: gradient"):
-                accumulators[layer.name].add_gradients(_by_example(g, len(outputs)), weight)
-
-    def _watch(self, layer: AffineLayer) -> None:
-        def keep_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-            a = args[0] if args else kwargs["input"]
-            if layer.name in self.inputs:
-                raise UnsupportedLayerError(
-                    f"layer {layer.name!r}: expected one call in a forward pass, got more"
-                )
-            self.inputs[layer.name] = (a.detach(), a._version)
-
-        def keep_edge(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            if output.requires_grad:
-                self.edges[layer.name] = get_gradient_edge(output)
-                return None
-            # Everything before is frozen: the graph starts here. A copy goes on, because what
-            # follows may work in place, which a leaf does not allow.
-            output.requires_grad_()
-            self.edges[layer.name] = get_gradient_edge(output)
-            return output.clone()
-
-        def check_axes(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            layer.require_channels_last_axis(args[0])
-
-        self._handles.append(layer.linear.register_forward_pre_hook(keep_input, with_kwargs=True))
-        if self._coordinates == "merged" and layer.batchnorm is not None:
-            self._handles.append(layer.batchnorm.register_forward_pre_hook(check_axes))
-            self._handles.append(layer.batchnorm.register_forward_hook(keep_edge))
-        else:
-            self._handles.append(layer.linear.register_forward_hook(keep_edge))
+                _require_examples(g, len(outputs))
+                accumulators[layer.name].add_gradients(layer.gradients(g), weight)
 
 
 class naming:  # noqa: N801  (reads as a verb: with naming(...))
@@ -665,11 +742,9 @@ def _forward(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> 
     return outputs
 
 
-def _by_example(x: Tensor, examples: int) -> Tensor:
-    """View units as ``[N, K]`` or ``[N, T, K]``."""
+def _require_examples(x: Tensor, examples: int) -> None:
     if x.shape[0] != examples:
         raise ShapeError(f"expected {examples} examples on axis 0, got shape {tuple(x.shape)}")
-    return x if x.dim() <= 3 else x.reshape(examples, -1, x.shape[-1])
 
 
 def _refuse_merged(layers: Collection[AffineLayer], batchnorm: str) -> None:
@@ -715,17 +790,19 @@ def _mix(
     mine: Block, theirs: Block, share: float, my_examples: list[int], their_examples: list[int]
 ) -> Block:
     """Blocks of the union, where the first pass saw ``share`` of the examples."""
-    gradient_shares = [a / max(a + b, 1) for a, b in zip(my_examples, their_examples, strict=True)]
     if isinstance(mine, DiagonalBlock) and isinstance(theirs, DiagonalBlock):
         return DiagonalBlock(torch.lerp(theirs.values, mine.values, share))
     if isinstance(mine, KroneckerSum) and isinstance(theirs, KroneckerSum):
-        pairs = zip(mine.terms, theirs.terms, gradient_shares, strict=True)
-        return KroneckerSum(
-            [
-                (torch.lerp(B, A, share), torch.lerp(H, G, gradient_share))
-                for (A, G), (B, H), gradient_share in pairs
-            ]
-        )
+        A, G = mine.terms[0]
+        absent = torch.zeros_like(A), torch.zeros_like(G)
+        my_terms = dict(zip(_kept_strata(my_examples), mine.terms, strict=True))
+        their_terms = dict(zip(_kept_strata(their_examples), theirs.terms, strict=True))
+        terms = []
+        for k in sorted(my_terms.keys() | their_terms.keys()):
+            (A, G), (B, H) = my_terms.get(k, absent), their_terms.get(k, absent)
+            gradient_share = my_examples[k] / (my_examples[k] + their_examples[k])
+            terms.append((torch.lerp(B, A, share), torch.lerp(H, G, gradient_share)))
+        return KroneckerSum(terms)
     raise IncompatibleError(f"expected two blocks of one kind, got {mine!r} and {theirs!r}")
 
 
@@ -737,13 +814,6 @@ def _block_tensors(block: Block) -> dict[str, Tensor]:
         for k, term in enumerate(block.terms)
         for letter, factor in zip("AG", term, strict=True)
     }
-
-
-def _block_from_tensors(tensors: Mapping[str, Tensor], approximation: str) -> Block:
-    if approximation == DIAGONAL:
-        return DiagonalBlock(tensors["diagonal"])
-    terms = len(_core.strata()[approximation])
-    return KroneckerSum([(tensors[f"{k}.A"], tensors[f"{k}.G"]) for k in range(terms)])
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

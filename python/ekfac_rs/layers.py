@@ -1,17 +1,19 @@
-"""Finds the affine layers of a model and the BatchNorm each one feeds, from the data flow."""
+"""The affine layers of a model, their weights as matrices, and the BatchNorm each one feeds."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ekfac_rs._tensors import require_choice
+from ekfac_rs.dataflow import AffineCall, Arguments, DataFlow, observe, trace
 from ekfac_rs.errors import (
     BatchNormError,
     ModelChangedError,
@@ -24,37 +26,97 @@ COORDINATES = ("merged", "raw")
 M = TypeVar("M", bound=nn.Module)
 
 
+class Geometry(NamedTuple):
+    """How a convolution's patches lie in its input; one entry for each spatial dimension.
+
+    ``padding`` holds the zeros before and after: other padding modes reach a convolution padded.
+    """
+
+    kernel: list[int]
+    stride: list[int]
+    dilation: list[int]
+    padding: list[tuple[int, int]]
+
+
+class Units(NamedTuple):
+    """A layer's inputs in one mini-batch, without the appended one.
+
+    ``values`` are the units themselves, ``[N, K]`` or ``[N, T, K]``, or with a geometry the
+    ``[N, C, ...]`` whose patches they are.
+    """
+
+    values: Tensor
+    geometry: Geometry | None = None
+
+
 @dataclass(frozen=True)
 class AffineLayer:
-    """A Linear layer and the BatchNorm that consumes its output, if any.
+    """An affine map ``h = W a + b`` inside a model, and the BatchNorm that consumes its output.
+
+    ``W`` is a matrix of shape (D, K). With groups it is block diagonal: consecutive blocks of
+    D / groups rows, each with inputs of its own, and K counts the inputs of one block.
 
     Attributes
     ----------
     name : str
-        Name of the Linear in ``model.named_modules()``.
-    linear : torch.nn.Linear
+        Name in ``model.named_modules()``.
+    module : torch.nn.Module
     batchnorm_name : str or None
-        Name of the BatchNorm the layer feeds directly and exclusively.
-    batchnorm : torch.nn.BatchNorm1d or None
+        Name of the BatchNorm the layer feeds directly and exclusively; its own for a BatchNorm
+        that no other layer feeds.
+    batchnorm : torch.nn.Module or None
     """
 
     name: str
-    linear: nn.Linear
+    module: Any
     batchnorm_name: str | None = None
-    batchnorm: nn.BatchNorm1d | None = None
+    batchnorm: Any = None
+
+    # --- what each kind of layer tells ---
+
+    @property
+    def groups(self) -> int:
+        """Number of diagonal blocks."""
+        return 1
+
+    @property
+    def absorbs_scale(self) -> bool:
+        """Whether the layer has weights that take up a BatchNorm's scale."""
+        return True
+
+    def weight(self) -> Tensor:
+        """``W`` of shape (D, K), without bias column, differentiable."""
+        weight: Tensor = self.module.weight
+        return weight.flatten(1)
+
+    def bias(self) -> Tensor | None:
+        """``b`` of shape (D,), or None."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return bias
+
+    def units(self, call: AffineCall) -> Units:
+        """Inputs of the affine map, from the call of its function."""
+        raise NotImplementedError
+
+    def gradients(self, g: Tensor) -> Tensor:
+        """Gradients at the output as units, ``[N, D]`` or ``[N, T, D]``."""
+        return _channels_last(g)
+
+    # --- weights in coordinates ---
 
     def shape(self, coordinates: str) -> tuple[int, int]:
         """Shape ``(D, K)`` of the layer's weight matrix; K counts the bias column."""
-        return self.linear.out_features, self.linear.in_features + self.has_shift(coordinates)
+        D, K = self.weight().shape
+        return D, K + self.has_shift(coordinates)
 
     def has_shift(self, coordinates: str) -> bool:
         """Whether the map has a bias column: merged with a BatchNorm, it always has."""
         merged = coordinates == "merged" and self.batchnorm is not None
-        return merged or self.linear.bias is not None
+        return merged or self.bias() is not None
 
     def raw_weight(self) -> Tensor:
-        """``[W b]`` of the Linear alone, shape ``(D, K)``, differentiable."""
-        weight, bias = self.linear.weight, self.linear.bias
+        """``[W b]`` of the layer alone, shape ``(D, K)``, differentiable."""
+        weight, bias = self.weight(), self.bias()
         return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
     def merged_weight(self, mean: Tensor | None = None, variance: Tensor | None = None) -> Tensor:
@@ -76,22 +138,19 @@ class AffineLayer:
             return self.raw_weight()
         if mean is None or variance is None:
             mean, variance = self.running_statistics()
-        gain = self.gain(variance)
-        bias = self.linear.bias
+        gain, bias = self.gain(variance), self.bias()
         shift = -gain * mean if bias is None else gain * (bias - mean)
         if self.batchnorm.bias is not None:
             shift = shift + self.batchnorm.bias
-        return torch.cat([gain[:, None] * self.linear.weight, shift[:, None]], dim=1)
+        return torch.cat([gain[:, None] * self.weight(), shift[:, None]], dim=1)
 
     def gain(self, variance: Tensor) -> Tensor:
         """Factor ``gamma / sigma`` of shape (D,) by which the BatchNorm scales each output."""
-        assert self.batchnorm is not None
         inverse = torch.rsqrt(variance + self.batchnorm.eps)
         return inverse if self.batchnorm.weight is None else self.batchnorm.weight * inverse
 
     def running_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and variance, each of shape (D,), that the BatchNorm uses in eval mode."""
-        assert self.batchnorm is not None
         mean, variance = self.batchnorm.running_mean, self.batchnorm.running_var
         if mean is None or variance is None:
             raise BatchNormError(
@@ -104,31 +163,111 @@ class AffineLayer:
         """Return the weights in these coordinates, shape (D, K), under running statistics."""
         return self.merged_weight() if coordinates == "merged" else self.raw_weight()
 
-    def require_channels_last_axis(self, x: Tensor) -> None:
-        """Raise unless the BatchNorm's input ``x`` is ``[N, D]``: else it mixes other axes."""
+    def check_batchnorm_input(self, x: Tensor) -> None:
+        """Raise unless the BatchNorm's axis 1 holds the layer's outputs."""
+
+    def parameters(self, coordinates: str) -> Iterator[nn.Parameter]:
+        """Parameters that the block in these coordinates covers."""
+        yield from self.module.parameters(recurse=False)
+        if coordinates == "merged" and self.absorbs_scale and self.batchnorm is not None:
+            yield from self.batchnorm.parameters(recurse=False)
+
+
+class LinearLayer(AffineLayer):
+    """A Linear, applied along the last axis."""
+
+    def units(self, call: AffineCall) -> Units:
+        return Units(_flat_units(call.input))
+
+    def gradients(self, g: Tensor) -> Tensor:
+        return _flat_units(g)
+
+    def check_batchnorm_input(self, x: Tensor) -> None:
         if x.dim() != 2:
             raise UnsupportedLayerError(
                 f"layer {self.batchnorm_name!r}: expected the BatchNorm after {self.name!r} to see "
                 f"a matrix [N, D], got shape {tuple(x.shape)}, whose axis 1 is not the features"
             )
 
-    def parameters(self, coordinates: str) -> Iterator[nn.Parameter]:
-        """Parameters that the block in these coordinates covers."""
-        yield from self.linear.parameters()
-        if coordinates == "merged" and self.batchnorm is not None:
-            yield from self.batchnorm.parameters()
+
+class ConvLayer(AffineLayer):
+    """A convolution: an affine map of the patch at each output location."""
+
+    @property
+    def groups(self) -> int:
+        return int(self.module.groups)
+
+    def units(self, call: AffineCall) -> Units:
+        geometry = conv_geometry(call.arguments)
+        pointwise = (1, 1, 0, 0)
+        sides = zip(geometry.kernel, geometry.stride, geometry.padding, strict=True)
+        if all((k, s, *p) == pointwise for k, s, p in sides):
+            return Units(_channels_last(call.input))
+        return Units(call.input, geometry)
 
 
-@dataclass
-class _DataFlow:
-    """Which module call made which value, and who consumes each value."""
+class ChannelLayer(AffineLayer):
+    """A normalisation's scale and shift: a map of each channel for itself, ``gamma x + beta``."""
 
-    inputs: dict[str, list[Hashable]] = field(default_factory=lambda: defaultdict(list))
-    outputs: dict[str, list[Hashable]] = field(default_factory=lambda: defaultdict(list))
-    consumers: dict[Hashable, list[str]] = field(default_factory=lambda: defaultdict(list))
+    @property
+    def groups(self) -> int:
+        return self.weight().shape[0]
 
-    def calls(self, name: str) -> int:
-        return len(self.outputs[name])
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight.reshape(-1, 1)
+
+    def bias(self) -> Tensor | None:
+        bias = super().bias()
+        return None if bias is None else bias.reshape(-1)
+
+    def units(self, call: AffineCall) -> Units:
+        plain = call.arguments | {"weight": None}
+        if "bias" in plain:
+            plain["bias"] = None
+        with torch.no_grad():
+            return Units(self.gradients(call.function(**plain)))
+
+    def gradients(self, g: Tensor) -> Tensor:
+        shape = getattr(self.module, "normalized_shape", None)
+        if shape is None:
+            return _channels_last(g)
+        return _flat_units(g.flatten(-len(shape)))
+
+
+class BatchNormLayer(ChannelLayer):
+    """A BatchNorm that no affine layer feeds: merged, a scale and a shift of each channel.
+
+    Its map is ``gamma / sigma x + beta - gamma mu / sigma`` (method: section 3): a layer whose
+    own weights are ones, merged with the BatchNorm that it is.
+    """
+
+    @property
+    def absorbs_scale(self) -> bool:
+        return False
+
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return torch.ones_like(weight)[:, None]
+
+    def bias(self) -> Tensor | None:
+        return None
+
+    def units(self, call: AffineCall) -> Units:
+        return Units(_channels_last(call.input))
+
+
+_KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], type[AffineLayer]], ...] = (
+    (nn.Linear, LinearLayer),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLayer),
+    ((nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm), ChannelLayer),
+    (_BatchNorm, BatchNormLayer),
+)
+
+
+def kind_of(module: nn.Module) -> type[AffineLayer] | None:
+    """Class of layer that a module's parameters make up, or None."""
+    return next((layer for types, layer in _KINDS if isinstance(module, types)), None)
 
 
 def find_layers(
@@ -160,37 +299,24 @@ def find_layers(
     Raises
     ------
     UnsupportedLayerError
-        A trainable parameter lies in no known layer; a layer is shared, unused or tied; a Linear
-        feeds a BatchNorm and something else; a BatchNorm with parameters is fed by no Linear.
+        A trainable parameter lies in no known layer; a layer is shared, unused or tied.
     OptionError
         ``layers`` names what is not there.
     """
     require_choice("coordinates", coordinates, COORDINATES)
-    names = {module: name for name, module in model.named_modules()}
-    linears = {
-        name: module
-        for module, name in names.items()
-        if isinstance(module, nn.Linear) and (layers is None or name in layers)
-    }
-    _require_known(layers, linears)
+    watched = _watched(model)
+    _require_known(layers, watched.values())
     if layers is None:
         _require_known_kinds(model)
-    flow = _trace(model, names) if example is None else _observe(model, names, example)
-    batchnorms = _pair_batchnorms(names, linears, flow) if coordinates == "merged" else {}
-    found = [_affine_layer(model, name, batchnorms.get(name)) for name in linears]
+    flow = trace(model, watched) if example is None else observe(model, watched, example)
+    found = _layers(model, watched, flow, coordinates, layers)
     if layers is None:
         found = [x for x in found if any(p.requires_grad for p in x.parameters(coordinates))]
     for layer in found:
-        if flow.calls(layer.name) != 1:
-            raise UnsupportedLayerError(
-                f"layer {layer.name!r}: expected one call in a forward pass, "
-                f"got {flow.calls(layer.name)}"
-            )
+        _require_one_call(layer, flow)
     _refuse_tied_parameters(model, found)
-    if layers is None:
-        _require_all_covered(model, found, coordinates)
     if not found:
-        raise UnsupportedLayerError("model: expected at least one trainable Linear, got none")
+        raise UnsupportedLayerError("model: expected at least one trainable layer, got none")
     return found
 
 
@@ -222,22 +348,133 @@ def uncovered_parameters(
     )
 
 
-def _require_known(layers: Collection[str] | None, linears: Mapping[str, nn.Linear]) -> None:
-    unknown = sorted(set(layers or ()) - set(linears))
+def conv_geometry(arguments: Arguments) -> Geometry:
+    """Geometry of a call of ``F.conv1d``, ``F.conv2d`` or ``F.conv3d``."""
+    kernel = list(arguments["weight"].shape[2:])
+    stride = _per_dimension(arguments.get("stride", 1), len(kernel))
+    dilation = _per_dimension(arguments.get("dilation", 1), len(kernel))
+    padding = arguments.get("padding", 0)
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        # The odd zero goes behind, as torch has it.
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        sides = [(p, p) for p in _per_dimension(padding, len(kernel))]
+    return Geometry(kernel, stride, dilation, sides)
+
+
+def _per_dimension(value: Any, dimensions: int) -> list[int]:
+    values = list(value) if isinstance(value, tuple | list) else [value]
+    return [int(v) for v in (values * dimensions if len(values) == 1 else values)]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """View ``[N, C, ...]`` as units ``[N, T, C]``; ``[N, C]`` is units already."""
+    return x if x.dim() <= 2 else x.flatten(2).transpose(1, 2)
+
+
+def _flat_units(x: Tensor) -> Tensor:
+    """View ``[N, ..., K]`` as ``[N, K]`` or ``[N, T, K]``."""
+    return x if x.dim() <= 3 else x.flatten(1, -2)
+
+
+# --- pairing and checks --------------------------------------------------------------------------
+
+
+def _watched(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module that may be a layer, or a BatchNorm after one, by its first name."""
+    return {m: name for name, m in model.named_modules() if kind_of(m) is not None}
+
+
+def _layers(
+    model: nn.Module,
+    watched: Mapping[nn.Module, str],
+    flow: DataFlow,
+    coordinates: str,
+    wanted: Collection[str] | None,
+) -> list[AffineLayer]:
+    pairs = _pair_batchnorms(watched, flow) if coordinates == "merged" else {}
+    found = []
+    for module, name in watched.items():
+        if wanted is not None and name not in wanted:
+            continue
+        batchnorm = pairs.get(name)
+        if isinstance(module, _BatchNorm):
+            if batchnorm is not None:
+                if wanted is not None:
+                    raise OptionError(
+                        f"layers: expected layers of their own, got {name!r}, which is merged into "
+                        f"{batchnorm!r}: name that one"
+                    )
+                continue
+            if coordinates == "raw" or not module.affine:
+                continue
+            batchnorm = name
+        if next(module.parameters(recurse=False), None) is not None:
+            found.append(_affine_layer(model, name, batchnorm))
+    return found
+
+
+def _pair_batchnorms(watched: Mapping[nn.Module, str], flow: DataFlow) -> dict[str, str]:
+    """Map each layer to the BatchNorm that alone consumes its output, and back."""
+    producer = {
+        value: (name, module)
+        for module, name in watched.items()
+        if kind_of(module) in (LinearLayer, ConvLayer)
+        for value in flow.outputs[name]
+    }
+    pairs: dict[str, str] = {}
+    for module, name in watched.items():
+        if not isinstance(module, _BatchNorm):
+            continue
+        for value in flow.inputs[name]:
+            layer, source = producer.get(value, (None, None))
+            if layer is None or flow.consumers[value] != [name]:
+                continue
+            if isinstance(source, nn.Linear) and flow.dimensions.get(layer, 2) != 2:
+                continue  # axis 1 is not the features
+            if flow.calls(name) != 1:
+                _refuse_calls(name, flow)
+            pairs[layer], pairs[name] = name, layer
+    return pairs
+
+
+def _require_one_call(layer: AffineLayer, flow: DataFlow) -> None:
+    if flow.calls(layer.name) != 1:
+        _refuse_calls(layer.name, flow)
+
+
+def _refuse_calls(name: str, flow: DataFlow) -> None:
+    raise UnsupportedLayerError(
+        f"layer {name!r}: expected one call with its own parameters in a forward pass, "
+        f"got {flow.calls(name)}"
+    )
+
+
+def _require_known(layers: Collection[str] | None, known: Collection[str]) -> None:
+    unknown = sorted(set(layers or ()) - set(known))
     if unknown:
         raise OptionError(
-            f"layers: expected names of Linear layers of the model, got {', '.join(unknown)}"
+            f"layers: expected names of affine layers of the model, got {', '.join(unknown)}"
         )
     if layers is not None and not layers:
         raise OptionError("layers: expected at least one name, got none")
 
 
 def _affine_layer(model: nn.Module, name: str, batchnorm_name: str | None) -> AffineLayer:
-    linear = _submodule(model, name, nn.Linear)
+    module = _submodule(model, name, nn.Module)
+    kind = kind_of(module)
+    if kind is None:
+        raise ModelChangedError(
+            f"layer {name!r}: expected an affine layer, got {type(module).__name__}"
+        )
+    if kind is BatchNormLayer and batchnorm_name != name:
+        raise ModelChangedError(f"layer {name!r}: expected a layer before a BatchNorm, got one")
     if batchnorm_name is None:
-        return AffineLayer(name, linear)
-    batchnorm = _submodule(model, batchnorm_name, nn.BatchNorm1d)
-    return AffineLayer(name, linear, batchnorm_name, batchnorm)
+        return kind(name, module)
+    return kind(name, module, batchnorm_name, _submodule(model, batchnorm_name, _BatchNorm))
 
 
 def _submodule(model: nn.Module, name: str, kind: type[M]) -> M:
@@ -245,40 +482,13 @@ def _submodule(model: nn.Module, name: str, kind: type[M]) -> M:
         module = model.get_submodule(name)
     except AttributeError:
         raise ModelChangedError(
-            f"layer {name!r}: expected a {kind.__name__}, got a model without it"
+            f"layer {name!r}: expected it in the model, got a model without it"
         ) from None
     if not isinstance(module, kind):
         raise ModelChangedError(
-            f"layer {name!r}: expected a {kind.__name__}, got {type(module).__name__}"
+            f"layer {name!r}: expected a {kind.__name__.strip('_')}, got {type(module).__name__}"
         )
     return module
-
-
-def _pair_batchnorms(
-    names: Mapping[nn.Module, str], linears: Mapping[str, nn.Linear], flow: _DataFlow
-) -> dict[str, str]:
-    """Map each Linear to the BatchNorm whose input is the Linear's output."""
-    producer = {value: name for name in linears for value in flow.outputs[name]}
-    pairs: dict[str, str] = {}
-    for module, name in names.items():
-        if not isinstance(module, nn.BatchNorm1d):
-            continue
-        for value in flow.inputs[name]:
-            linear = producer.get(value)
-            if linear is None:
-                continue
-            if flow.calls(name) != 1:
-                raise UnsupportedLayerError(
-                    f"layer {name!r}: expected a BatchNorm called once in a forward pass, "
-                    f"got {flow.calls(name)} calls"
-                )
-            if flow.consumers[value] != [name]:
-                raise UnsupportedLayerError(
-                    f"layer {linear!r}: expected its BatchNorm {name!r} to be the only consumer of "
-                    f"its output, got {', '.join(flow.consumers[value])}: they cannot be merged"
-                )
-            pairs[linear] = name
-    return pairs
 
 
 def _refuse_tied_parameters(model: nn.Module, layers: Collection[AffineLayer]) -> None:
@@ -291,126 +501,30 @@ def _refuse_tied_parameters(model: nn.Module, layers: Collection[AffineLayer]) -
     for layer in layers:
         for parameter in layer.parameters("merged"):
             tied = owners[id(parameter)]
-            if len(tied) > len(modules[id(layer.linear)]):
+            if len(tied) > len(modules[id(layer.module)]):
                 raise UnsupportedLayerError(
                     f"layer {layer.name!r}: expected parameters of its own, "
                     f"got one shared by {', '.join(tied)}"
                 )
 
 
+def why_unsupported(model: nn.Module, parameter_name: str) -> str | None:
+    """Say why no block could ever cover a parameter, or None if one could."""
+    path, _, own_name = parameter_name.rpartition(".")
+    owner = model.get_submodule(path)
+    if kind_of(owner) is None:
+        return f"a {type(owner).__name__} has no curvature block"
+    if own_name not in ("weight", "bias"):
+        return f"{own_name!r} is no weight or bias of a {type(owner).__name__}"
+    return None
+
+
 def _require_known_kinds(model: nn.Module) -> None:
     """Refuse trainable parameters that no block could cover, before the model is run at all."""
     for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.requires_grad and not isinstance(owner, nn.Linear | nn.BatchNorm1d):
-            _refuse_parameter(name, f"a {type(owner).__name__}, which has no curvature block")
-
-
-def _require_all_covered(
-    model: nn.Module, layers: Collection[AffineLayer], coordinates: str
-) -> None:
-    if coordinates == "raw":
-        return  # what is left are BatchNorms; Curvature.uncovered lists them
-    for name in uncovered_parameters(model, layers, coordinates):
-        _refuse_parameter(name, "a BatchNorm that no Linear feeds directly")
-
-
-def _refuse_parameter(name: str, came: str) -> NoReturn:
-    raise UnsupportedLayerError(
-        f"parameter {name!r}: expected it in a Linear or in the BatchNorm after one, got {came}; "
-        "freeze it or name the wanted layers in layers="
-    )
-
-
-# --- data flow, traced ---------------------------------------------------------------------------
-
-
-def _trace(model: nn.Module, names: Mapping[nn.Module, str]) -> _DataFlow:
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever the model's own forward raises on symbolic input
-        raise UnsupportedLayerError(
-            f"model: its data flow cannot be traced symbolically ({type(error).__name__}: "
-            f"{error}); pass example= with an input batch"
-        ) from error
-    flow = _DataFlow()
-    for node in graph.nodes:
-        label = str(node.target)
-        if node.op == "call_module":
-            label = names[model.get_submodule(label)]
-            flow.inputs[label].extend(node.all_input_nodes[:1])
-            flow.outputs[label].append(node)
-        for value in node.all_input_nodes:
-            flow.consumers[value].append(label)
-    return flow
-
-
-# --- data flow, observed -------------------------------------------------------------------------
-
-
-class _ConsumerLog(TorchFunctionMode):
-    """Logs which torch functions consume which values, outside of the watched modules."""
-
-    def __init__(self, flow: _DataFlow) -> None:
-        super().__init__()
-        self.flow = flow
-        self.inside_watched = 0
-        # Identities are only unique while the objects live.
-        self.alive: list[Tensor] = []
-
-    def key(self, tensor: Tensor) -> Hashable:
-        # The version tells a value from what an in-place operation made of it.
-        self.alive.append(tensor)
-        return id(tensor), tensor._version
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.inside_watched:
-            return func(*args, **kwargs)
-        values = [self.key(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        result = func(*args, **kwargs)
-        if any(isinstance(x, Tensor) for x in tree_leaves(result)):
-            for value in values:
-                self.flow.consumers[value].append(getattr(func, "__name__", str(func)))
-        return result
-
-
-def _observe(model: nn.Module, names: Mapping[nn.Module, str], example: Any) -> _DataFlow:
-    flow = _DataFlow()
-    log = _ConsumerLog(flow)
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = log.key(next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
-        flow.inputs[names[module]].append(value)
-        flow.consumers[value].append(names[module])
-        log.inside_watched += 1
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        log.inside_watched -= 1
-        flow.outputs[names[module]].append(log.key(output))
-
-    watched = [m for m in names if isinstance(m, nn.Linear | nn.BatchNorm1d)]
-    handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in watched]
-    handles += [m.register_forward_hook(leave) for m in watched]
-    with removed_afterwards(handles), torch.no_grad(), log:
-        output = model(example)
-    for value in tree_leaves(output):
-        if isinstance(value, Tensor):
-            flow.consumers[log.key(value)].append("the model's output")
-    return flow
-
-
-@contextmanager
-def removed_afterwards(handles: Collection[Any]) -> Iterator[None]:
-    """Remove hooks on the way out, whatever happens inside."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        reason = why_unsupported(model, name)
+        if parameter.requires_grad and reason is not None:
+            raise UnsupportedLayerError(
+                f"parameter {name!r}: expected it in a Linear, a convolution or a normalisation, "
+                f"but {reason}; freeze it or name the wanted layers in layers="
+            )

@@ -97,7 +97,7 @@ class ContinualLearner:
         model: nn.Module,
         *,
         loss: str | Likelihood = "cross_entropy",
-        approximation: str | None = "xkfac",
+        approximation: str | None = "xkfac-nested",
         coordinates: str = "merged",
         batchnorm: str = "batch",
         labels: str = "mc",
@@ -403,7 +403,6 @@ class _Phase:
             merge_batchnorm(learner.model)
         self.frozen = learner._layers_with_batchnorm()
         for layer in self.frozen:
-            assert layer.batchnorm is not None
             layer.batchnorm.eval()
         self._new_optimizer()  # momentum of the old parameters means nothing to the new
 
@@ -412,8 +411,8 @@ class _Phase:
         # weights and the shift.
         redundant: set[int] = set()
         for layer in self.frozen:
-            assert layer.batchnorm is not None
-            redundant.update(id(p) for p in (layer.batchnorm.weight, layer.linear.bias))
+            if layer.absorbs_scale:
+                redundant.update(id(p) for p in (layer.batchnorm.weight, layer.bias()))
         parameters = [
             p for p in self.learner.model.parameters() if p.requires_grad and id(p) not in redundant
         ]

@@ -28,7 +28,8 @@ from ekfac_rs.errors import (
     UnknownLayerError,
 )
 from ekfac_rs.kronecker import DiagonalBlock, KroneckerSum
-from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers, removed_afterwards
+from ekfac_rs.dataflow import removed_afterwards
+from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
 
 
 class StabilityWarning(UserWarning):
@@ -194,19 +195,22 @@ class QuadraticPenalty:
                 f"layer {layer.name!r}: expected the parameters of the last forward pass, got "
                 "changed ones: call the model again before penalty()"
             )
-        variance, mean = torch.var_mean(kept.values, dim=0, correction=0)
+        # Half precision, as under autocast, would not hold a variance.
+        values = kept.values.to(layer.module.weight.dtype)
+        others = [axis for axis in range(values.dim()) if axis != 1]
+        variance, mean = torch.var_mean(values, dim=others, correction=0)
         return layer.merged_weight(mean, variance)
 
     def _keeper(self, layer: AffineLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if module.training:
-                layer.require_channels_last_axis(args[0])
+                layer.check_batchnorm_input(args[0])
                 self._batch_inputs[layer.name] = _BatchInput(args[0], _versions(layer))
 
         return keep
 
     def _require_unchanged(self, layer: AffineLayer) -> None:
-        expected = ((layer.name, layer.linear), (layer.batchnorm_name, layer.batchnorm))
+        expected = ((layer.name, layer.module), (layer.batchnorm_name, layer.batchnorm))
         for name, module in expected:
             if name is None:
                 continue
@@ -224,7 +228,7 @@ class QuadraticPenalty:
         for layer in self._layers:
             weight = anchor[layer.name]
             place = f"layer {layer.name!r}: anchor"
-            require_like(place, weight, layer.shape(self.coordinates), layer.linear.weight)
+            require_like(place, weight, layer.shape(self.coordinates), layer.module.weight)
             require_finite(place, weight)
             checked[layer.name] = weight.detach().clone()
         return checked

@@ -7,8 +7,8 @@ use faer::{MatMut, MatRef};
 
 use crate::cancel::Cancel;
 use crate::error::Result;
-use crate::gram::StratumWeight;
-use crate::view::{Real, TensorView};
+use crate::gram::{StratumWeight, Units};
+use crate::view::Real;
 
 pub mod cpu;
 pub mod cuda;
@@ -62,13 +62,13 @@ pub trait Backend: Sync {
     /// Copies, rounding or widening where the types differ.
     fn copy<S: Real, T: Real>(&self, from: MatRef<'_, S>, to: MatMut<'_, T>);
 
-    /// For each stratum, adds its weighted sum of squares and products to the lower triangle of
-    /// the matching output. `x` is `[examples, locations, features]`; non-finite input is reported
-    /// before any output changes.
+    /// For each stratum, adds its weighted sums of squares and products to the lower triangles of
+    /// the matching outputs, one for each group of consecutive features. Non-finite input is
+    /// reported before any output changes.
     fn accumulate_gram<T: Real>(
         &self,
-        x: &TensorView<'_>,
-        out: Vec<MatMut<'_, T>>,
+        units: &Units<'_>,
+        out: Vec<Vec<MatMut<'_, T>>>,
         strata: &[StratumWeight],
         append_one: bool,
         cancel: &Cancel,

@@ -4,6 +4,8 @@ use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
+use crate::geometry::Geometry;
+use crate::linalg::expect_squares;
 use crate::strata::{Approximation, Role, Stratum};
 use crate::view::{Dtype, Real, TensorView, TensorViewMut};
 
@@ -16,7 +18,26 @@ pub struct StratumWeight {
     pub weight: f64,
 }
 
-/// How [`accumulate`] reads a mini-batch.
+/// Where the units of a mini-batch, and their features, come from.
+#[derive(Debug, Clone)]
+pub enum Units<'a> {
+    /// `[examples, locations, features]`, as they are.
+    Dense(TensorView<'a>),
+    /// The patches of `[examples, channels, *spatial]`: a location for each output location of a
+    /// convolution, a feature for each channel and kernel position.
+    Patches(TensorView<'a>, &'a Geometry),
+}
+
+impl<'a> Units<'a> {
+    /// The tensor they are read from.
+    pub fn tensor(&self) -> &TensorView<'a> {
+        match self {
+            Self::Dense(x) | Self::Patches(x, _) => x,
+        }
+    }
+}
+
+/// How [`accumulate`] and [`accumulate_patches`] read a mini-batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GramOptions {
     /// Which strata to keep.
@@ -33,12 +54,13 @@ pub struct GramOptions {
 /// number of examples and `F_k` the stratum's factor of this mini-batch.
 ///
 /// `x` is `[N, K]` or `[N, T, K]`; the outputs are `[K', K']` with K' = K, or K + 1 if a one is
-/// appended. For inputs `F_k` is the sum of squares and products divided by the number of units U,
-/// for gradients multiplied by `U / (dof_k N)` (0 without degrees of freedom). Their product is
-/// that of the analysis of variance; divided this way both factors keep their size as N varies, so
-/// that they may be averaged separately over mini-batches of different sizes. Half-precision input
-/// is accumulated in the outputs' dtype. Strata are centred before they are squared, with means in
-/// double precision.
+/// appended. Outputs `[groups, K', K']` split the features into `groups` consecutive blocks, each
+/// with a factor of its own: K' is then K / groups, or one more. For inputs `F_k` is the sum of
+/// squares and products divided by the number of units U, for gradients multiplied by
+/// `U / (dof_k N)` (0 without degrees of freedom). Their product is that of the analysis of
+/// variance; divided this way both factors keep their size as N varies, so that they may be
+/// averaged separately over mini-batches of different sizes. Half-precision input is accumulated in
+/// the outputs' dtype. Strata are centred before they are squared, with means in double precision.
 ///
 /// Returns the degrees of freedom of each stratum in this mini-batch: one without any says nothing
 /// about its gradients, and counts for nothing in their mean.
@@ -60,86 +82,173 @@ pub fn accumulate(
             x.shape()
         )));
     };
-    if examples * locations * features == 0 {
+    let batch = Batch {
+        units: Units::Dense(x),
+        examples,
+        locations,
+        channels: features,
+        positions: 1,
+    };
+    batch.accumulate(out, options, cancel)
+}
+
+/// As [`accumulate`] for the inputs of a convolution: the units are the output locations of the
+/// examples of `x`, `[N, C, *spatial]` in any memory layout, and the features of a unit are its
+/// patch, ordered as `weight.flatten(1)` in torch: by channel, then by kernel position.
+///
+/// Outputs `[groups, K', K']` split the channels into `groups` consecutive blocks; K' is
+/// `C / groups` times the number of kernel positions, or one more. The unfolded input is never
+/// stored as a whole. Padding is with zeros, which count as data.
+///
+/// # Errors
+///
+/// As [`accumulate`], and if the geometry does not fit `x` or leaves no output location.
+pub fn accumulate_patches(
+    x: &TensorView<'_>,
+    geometry: &Geometry,
+    out: &mut [TensorViewMut<'_>],
+    options: GramOptions,
+    cancel: &Cancel,
+) -> Result<Vec<usize>> {
+    let [examples, channels, spatial @ ..] = x.shape() else {
         return Err(Error::Shape(format!(
-            "x must have at least one example, location and feature, got shape {:?}",
+            "x must be [N, C, *spatial], got shape {:?}",
             x.shape()
         )));
-    }
-    if options.append_one && options.role == Role::Gradient {
+    };
+    if options.role == Role::Gradient {
         return Err(Error::Option(
-            "append_one is for inputs: gradients have no constant coordinate".to_owned(),
+            "patches are inputs: gradients have none".to_owned(),
         ));
     }
-    if !options.scale.is_finite() {
-        return Err(Error::Option(format!(
-            "scale must be finite, got {}",
-            options.scale
-        )));
-    }
-    let size = features + usize::from(options.append_one);
-    check_outputs(out, options.approximation, size)?;
-    let strata = weights(options, examples, locations);
-    match out.first().map(TensorViewMut::dtype) {
-        Some(Dtype::Float32) => run::<f32>(&x, out, &strata, options.append_one, cancel)?,
-        Some(Dtype::Float64) => run::<f64>(&x, out, &strata, options.append_one, cancel)?,
-        other => {
-            return Err(Error::Dtype(format!(
-                "outputs must be float32 or float64, got {}",
-                other.map_or_else(|| "none".to_owned(), |dtype| dtype.to_string())
-            )));
+    let slides = geometry.slides(spatial)?;
+    let flat = geometry
+        .is_pointwise()
+        .then(|| x.flatten_locations())
+        .flatten();
+    let batch = Batch {
+        units: flat.map_or_else(|| Units::Patches(x.clone(), geometry), Units::Dense),
+        examples: *examples,
+        locations: slides.iter().map(|slide| slide.outputs).product(),
+        channels: *channels,
+        positions: geometry.positions(),
+    };
+    batch.accumulate(out, options, cancel)
+}
+
+/// A mini-batch and its sizes.
+struct Batch<'a> {
+    units: Units<'a>,
+    examples: usize,
+    locations: usize,
+    /// What groups divide: consecutive blocks of `positions` features.
+    channels: usize,
+    positions: usize,
+}
+
+impl Batch<'_> {
+    fn accumulate(
+        &self,
+        out: &mut [TensorViewMut<'_>],
+        options: GramOptions,
+        cancel: &Cancel,
+    ) -> Result<Vec<usize>> {
+        self.check(options)?;
+        self.check_outputs(out, options)?;
+        let strata = weights(options, self.examples, self.locations);
+        match out.first().map(TensorViewMut::dtype) {
+            Some(Dtype::Float32) => self.run::<f32>(out, &strata, options.append_one, cancel)?,
+            Some(Dtype::Float64) => self.run::<f64>(out, &strata, options.append_one, cancel)?,
+            other => {
+                return Err(Error::Dtype(format!(
+                    "outputs must be float32 or float64, got {}",
+                    other.map_or_else(|| "none".to_owned(), |dtype| dtype.to_string())
+                )));
+            }
         }
+        let strata = options.approximation.strata().iter();
+        Ok(strata
+            .map(|stratum| stratum.degrees_of_freedom(self.examples, self.locations))
+            .collect())
     }
-    let strata = options.approximation.strata().iter();
-    Ok(strata
-        .map(|stratum| stratum.degrees_of_freedom(examples, locations))
-        .collect())
-}
 
-fn run<T: Real>(
-    x: &TensorView<'_>,
-    out: &mut [TensorViewMut<'_>],
-    strata: &[StratumWeight],
-    append_one: bool,
-    cancel: &Cancel,
-) -> Result<()> {
-    x.expect_cpu()?;
-    let out = out
-        .iter_mut()
-        .map(TensorViewMut::matrix::<T>)
-        .collect::<Result<_>>()?;
-    Cpu::current().accumulate_gram(x, out, strata, append_one, cancel)
-}
-
-fn check_outputs(
-    out: &[TensorViewMut<'_>],
-    approximation: Approximation,
-    size: usize,
-) -> Result<()> {
-    let expected = approximation.strata().len();
-    if out.len() != expected {
-        return Err(Error::Shape(format!(
-            "{} has {expected} strata, got {} outputs",
-            approximation.name(),
-            out.len()
-        )));
+    fn run<T: Real>(
+        &self,
+        out: &mut [TensorViewMut<'_>],
+        strata: &[StratumWeight],
+        append_one: bool,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        self.units.tensor().expect_cpu()?;
+        let out = out
+            .iter_mut()
+            .map(TensorViewMut::matrices::<T>)
+            .collect::<Result<_>>()?;
+        Cpu::current().accumulate_gram(&self.units, out, strata, append_one, cancel)
     }
-    for (index, tensor) in out.iter().enumerate() {
-        if tensor.shape() != [size, size] {
+
+    fn check(&self, options: GramOptions) -> Result<()> {
+        let sizes = [self.examples, self.locations, self.channels, self.positions];
+        let elements = sizes
+            .iter()
+            .try_fold(1usize, |product, &size| product.checked_mul(size));
+        if elements.is_none_or(|elements| elements == 0) {
             return Err(Error::Shape(format!(
-                "output {index} must be [{size}, {size}], got shape {:?}",
-                tensor.shape()
+                "x must have at least one example, location and feature, and no more of them than \
+                 can be counted, got shape {:?}",
+                self.units.tensor().shape()
             )));
         }
-        if tensor.dtype() != out[0].dtype() {
-            return Err(Error::Dtype(format!(
-                "all outputs must have one dtype, got {} and {}",
-                out[0].dtype(),
-                tensor.dtype()
+        if options.append_one && options.role == Role::Gradient {
+            return Err(Error::Option(
+                "append_one is for inputs: gradients have no constant coordinate".to_owned(),
+            ));
+        }
+        if !options.scale.is_finite() {
+            return Err(Error::Option(format!(
+                "scale must be finite, got {}",
+                options.scale
             )));
         }
+        Ok(())
     }
-    Ok(())
+
+    fn check_outputs(&self, out: &[TensorViewMut<'_>], options: GramOptions) -> Result<()> {
+        let expected = options.approximation.strata().len();
+        if out.len() != expected {
+            return Err(Error::Shape(format!(
+                "{} has {expected} strata, got {} outputs",
+                options.approximation.name(),
+                out.len()
+            )));
+        }
+        let (groups, _) = expect_squares("output 0", out[0].shape())?;
+        if !self.channels.is_multiple_of(groups) {
+            return Err(Error::Shape(format!(
+                "{groups} groups must divide the {} features or channels of x evenly",
+                self.channels
+            )));
+        }
+        let size = self.channels / groups * self.positions + usize::from(options.append_one);
+        for (index, tensor) in out.iter().enumerate() {
+            let expected = [groups, size, size];
+            if tensor.shape() != out[0].shape() || !expected.ends_with(tensor.shape()) {
+                return Err(Error::Shape(format!(
+                    "output {index} must be {:?}, got shape {:?}",
+                    &expected[3 - out[0].shape().len()..],
+                    tensor.shape()
+                )));
+            }
+            if tensor.dtype() != out[0].dtype() {
+                return Err(Error::Dtype(format!(
+                    "all outputs must have one dtype, got {} and {}",
+                    out[0].dtype(),
+                    tensor.dtype()
+                )));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The weight of each sum of squares and products, so that `scale * N * F_k` results.

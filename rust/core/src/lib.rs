@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod cancel;
 pub mod error;
+pub mod geometry;
 pub mod gram;
 pub mod kronecker;
 pub mod linalg;

@@ -5,12 +5,13 @@ use crate::backend::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::view::{Real, TensorView, TensorViewMut, with_real};
 
-/// Copies the lower triangle of a square matrix to its upper one.
+/// Copies the lower triangle of a square matrix, or of each one of a stack, to its upper one.
 pub fn symmetrize(x: &mut TensorViewMut<'_>) -> Result<()> {
-    expect_square("x", x.shape())?;
+    expect_squares("x", x.shape())?;
     x.expect_cpu()?;
     with_real!(x.dtype(), T => {
-        Cpu::current().symmetrize(x.matrix::<T>()?);
+        let cpu = Cpu::current();
+        x.matrices::<T>()?.into_iter().for_each(|x| cpu.symmetrize(x));
         Ok(())
     })
 }
@@ -47,6 +48,17 @@ fn write_eigh<T: Real>(
         values[(index, 0)] = T::from_f64(value);
     }
     Ok(())
+}
+
+/// Number and size of non-empty square matrices: one (`[n, n]`), or a stack (`[groups, n, n]`).
+pub(crate) fn expect_squares(name: &str, shape: &[usize]) -> Result<(usize, usize)> {
+    match *shape {
+        [rows, columns] if rows == columns && rows > 0 => Ok((1, rows)),
+        [groups, rows, columns] if rows == columns && groups * rows > 0 => Ok((groups, rows)),
+        _ => Err(Error::Shape(format!(
+            "{name} must be a square matrix or a stack of them, got shape {shape:?}"
+        ))),
+    }
 }
 
 /// The size of a square, non-empty matrix.

@@ -49,6 +49,14 @@ impl Stratum {
         }
     }
 
+    /// Whether its units are told apart by the example they belong to.
+    pub(crate) fn tells_examples_apart(self) -> bool {
+        matches!(
+            self,
+            Self::ExampleTotals | Self::WithinExample | Self::BetweenExamples
+        )
+    }
+
     /// What the stratum amounts to when every example has one location; `None` where nothing is
     /// left of it.
     pub(crate) fn with_one_location(self) -> Option<Self> {

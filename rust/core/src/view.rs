@@ -425,6 +425,30 @@ impl<'a> TensorView<'a> {
         Some(view)
     }
 
+    /// `[N, C, *spatial]` seen as `[N, T, C]`, one location for each element of `spatial`, where
+    /// the strides allow it.
+    pub(crate) fn flatten_locations(&self) -> Option<Self> {
+        let ([examples, channels, extents @ ..], [over, across, steps @ ..]) =
+            (&self.layout.shape[..], &self.layout.strides[..])
+        else {
+            return None;
+        };
+        let mut dimensions = extents.iter().zip(steps).rev();
+        let (mut locations, mut step) = (1, 0);
+        for (&extent, &stride) in dimensions.by_ref().filter(|&(&extent, _)| extent != 1) {
+            if locations == 1 {
+                step = stride;
+            } else if stride != locations * step {
+                return None;
+            }
+            locations *= extent;
+        }
+        let mut view = self.clone();
+        view.layout.shape = vec![*examples, locations, *channels];
+        view.layout.strides = vec![*over, step, *across];
+        Some(view)
+    }
+
     /// The tensor as an array in host memory.
     pub fn array<T: Element>(&self) -> Result<ArrayViewD<'a, T>> {
         self.layout.expect_cpu()?;

@@ -6,19 +6,23 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::{cholesky::llt, evd, triangular_solve};
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
+use self::patches::Patches;
 use self::pool::{Shelves, lock};
+use self::units::Dense;
 use super::{Backend, Spectrum, Storage, Triangle};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::gram::StratumWeight;
-use crate::view::{Dtype, Real, TensorView};
+use crate::gram::{StratumWeight, Units};
+use crate::view::{Dtype, Real};
 
 mod gram;
 mod operator;
+mod patches;
 mod pool;
 mod product;
 mod simd;
 mod syrk;
+mod units;
 
 pub(crate) use self::operator::Packed;
 pub use self::pool::{num_threads, set_num_threads};
@@ -124,18 +128,27 @@ impl Backend for Cpu {
 
     fn accumulate_gram<T: Real>(
         &self,
-        x: &TensorView<'_>,
-        out: Vec<MatMut<'_, T>>,
+        units: &Units<'_>,
+        out: Vec<Vec<MatMut<'_, T>>>,
         strata: &[StratumWeight],
         append_one: bool,
         cancel: &Cancel,
     ) -> Result<()> {
         macro_rules! accumulate {
-            ($source:ty) => {
-                gram::accumulate::<$source, T>(self, x, out, strata, append_one, cancel)
+            ($element:ty) => {
+                match units {
+                    Units::Dense(x) => {
+                        let source = Dense::<$element>::new(x)?;
+                        gram::accumulate(self, &source, out, strata, append_one, cancel)
+                    }
+                    Units::Patches(x, geometry) => {
+                        let source = Patches::<$element>::new(x, geometry)?;
+                        gram::accumulate(self, &source, out, strata, append_one, cancel)
+                    }
+                }
             };
         }
-        match x.dtype() {
+        match units.tensor().dtype() {
             Dtype::Float32 => accumulate!(f32),
             Dtype::Float64 => accumulate!(f64),
             Dtype::Float16 => accumulate!(half::f16),

@@ -3,235 +3,188 @@
 use std::ops::Range;
 
 use faer::{MatMut, MatRef};
-use ndarray::{ArrayView, ArrayView2, ArrayView3, ArrayViewD, Axis, Dimension, Ix2, Ix3, s};
 
 use super::simd::{self, Loop};
+use super::units::{Lines, Means, Source, runs};
 use super::{Cpu, syrk};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::gram::StratumWeight;
 use crate::strata::Stratum;
-use crate::view::{Element, Real, TensorView};
+use crate::view::Real;
 
-/// Adds the weighted sum of squares and products of each stratum to the lower triangle of its
-/// output.
-pub(super) fn accumulate<S: Element, T: Real>(
+/// Adds the weighted sum of squares and products of each stratum to the lower triangles of its
+/// outputs, one for each group of consecutive features.
+pub(super) fn accumulate<S: Source, T: Real>(
     cpu: &Cpu,
-    x: &TensorView<'_>,
-    out: Vec<MatMut<'_, T>>,
+    source: &S,
+    out: Vec<Vec<MatMut<'_, T>>>,
     strata: &[StratumWeight],
     append_one: bool,
     cancel: &Cancel,
 ) -> Result<()> {
-    let flat = match x.flatten_units() {
-        Some(flat) => Some(dimensions::<S, Ix2>(flat.array()?)?),
-        None => None,
-    };
-    // Narrow input of the right type is squared where it lies; wider input gains from packing.
-    let in_place = x
-        .flatten_units()
-        .filter(|flat| flat.shape()[1] <= WIDEST_IN_PLACE)
-        .and_then(|flat| flat.matrix::<T>().ok());
-    let batch = Batch::new(cpu, dimensions::<S, Ix3>(x.array()?)?, flat, cancel)?;
+    let batch = Batch::new(cpu, source, strata, cancel)?;
     for (out, &StratumWeight { stratum, weight }) in out.into_iter().zip(strata) {
-        let stratum = if batch.locations() == 1 {
+        let stratum = if batch.locations == 1 {
             stratum.with_one_location()
         } else {
             Some(stratum)
         };
         if let Some(stratum) = stratum.filter(|_| weight != 0.0) {
-            batch.add_stratum(out, stratum, weight, append_one, in_place, cancel)?;
+            batch.add_stratum(out, stratum, weight, append_one, cancel)?;
         }
     }
     Ok(())
 }
 
-fn dimensions<S, D: Dimension>(array: ArrayViewD<'_, S>) -> Result<ArrayView<'_, S, D>> {
-    array
-        .into_dimensionality()
-        .map_err(|error| Error::Shape(format!("x must be [N, T, K]: {error}")))
-}
-
 /// A mini-batch with the sums its strata need.
 struct Batch<'a, S> {
     cpu: &'a Cpu,
-    /// `[examples, locations, features]`.
-    x: ArrayView3<'a, S>,
-    /// `[examples * locations, features]`, where the strides allow it.
-    flat: Option<ArrayView2<'a, S>>,
+    source: &'a S,
+    examples: usize,
+    locations: usize,
+    features: usize,
     /// Sum over all units, per feature.
     sums: Vec<f64>,
-    /// Sum over the locations of each example, `[examples, features]`; only where there is more
-    /// than one location.
+    /// Sum over the locations of each example, `[examples, features]`; only where a stratum tells
+    /// examples of more than one location apart.
     example_sums: Vec<f64>,
 }
 
-impl<'a, S: Element> Batch<'a, S> {
+impl<'a, S: Source> Batch<'a, S> {
     /// Takes the sums; a sum of finite numbers is finite, so they also show NaN and infinity.
-    fn new(
-        cpu: &'a Cpu,
-        x: ArrayView3<'a, S>,
-        flat: Option<ArrayView2<'a, S>>,
-        cancel: &Cancel,
-    ) -> Result<Self> {
-        let (examples, locations, features) = x.dim();
-        let mut batch = Self {
-            cpu,
-            x,
-            flat,
-            sums: vec![0.0; features],
-            example_sums: Vec::new(),
-        };
-        let pieces = cpu.pieces(COST_OF_READING * x.len() as f64);
-        if locations == 1 {
-            batch.sums = batch.sum_of_units(pieces);
+    fn new(cpu: &'a Cpu, source: &'a S, strata: &[StratumWeight], cancel: &Cancel) -> Result<Self> {
+        let (examples, locations, features) = source.shape();
+        let pieces = cpu.pieces(COST_OF_READING * (examples * locations * features) as f64);
+        let apart = |weight: &StratumWeight| weight.stratum.tells_examples_apart();
+        let example_sums = if locations > 1 && strata.iter().any(apart) {
+            sums_of(cpu, source, examples, pieces, cancel)
         } else {
-            let mut sums = vec![0.0; examples * features];
-            let share = examples.div_ceil(pieces);
-            let tasks = sums.chunks_mut(share * features).enumerate().collect();
-            cpu.run(tasks, |(piece, sums)| {
-                for (offset, sums) in sums.chunks_exact_mut(features).enumerate() {
-                    if !cancel.is_cancelled() {
-                        let example = piece * share + offset;
-                        add_units(batch.x.index_axis(Axis(0), example), sums);
-                    }
-                }
-            });
-            for sums in sums.chunks_exact(features) {
-                add(&mut batch.sums, sums);
-            }
-            batch.example_sums = sums;
+            Vec::new()
+        };
+        let partial;
+        let parts = if example_sums.is_empty() {
+            partial = sums_of(cpu, source, pieces, pieces, cancel);
+            &partial
+        } else {
+            &example_sums
+        };
+        let mut sums = vec![0.0; features];
+        for part in parts.chunks_exact(features) {
+            add(&mut sums, part);
         }
         cancel.check()?;
-        batch.check_finite()?;
-        Ok(batch)
-    }
-
-    fn locations(&self) -> usize {
-        self.x.dim().1
-    }
-
-    fn features(&self) -> usize {
-        self.x.dim().2
+        check_finite(source, &sums)?;
+        Ok(Self {
+            cpu,
+            source,
+            examples,
+            locations,
+            features,
+            sums,
+            example_sums,
+        })
     }
 
     fn units(&self) -> usize {
-        self.x.dim().0 * self.x.dim().1
-    }
-
-    fn sum_of_units(&self, pieces: usize) -> Vec<f64> {
-        let (examples, features) = (self.x.dim().0, self.features());
-        let units = self.x.index_axis(Axis(1), 0);
-        let mut partial = vec![0.0; pieces * features];
-        let tasks = partial.chunks_exact_mut(features).enumerate().collect();
-        self.cpu.run(tasks, |(piece, sums)| {
-            let share = examples * piece / pieces..examples * (piece + 1) / pieces;
-            add_units(units.slice(s![share, ..]), sums);
-        });
-        let mut total = partial.split_off(0);
-        let rest = total.split_off(features);
-        for sums in rest.chunks_exact(features) {
-            add(&mut total, sums);
-        }
-        total
-    }
-
-    fn check_finite(&self) -> Result<()> {
-        if self.sums.iter().all(|sum| sum.is_finite()) {
-            return Ok(());
-        }
-        let culprit = self
-            .x
-            .indexed_iter()
-            .map(|(index, value)| (index, value.to_f64()))
-            .find(|(_, value)| !value.is_finite());
-        Err(match culprit {
-            Some(((example, location, feature), value)) => Error::NonFinite(format!(
-                "x contains {value} at example {example}, location {location}, feature {feature}"
-            )),
-            None => Error::Numerical("the sum of x over its units overflows".to_owned()),
-        })
+        self.examples * self.locations
     }
 
     fn add_stratum<T: Real>(
         &self,
-        out: MatMut<'_, T>,
+        out: Vec<MatMut<'_, T>>,
         stratum: Stratum,
         weight: f64,
         append_one: bool,
-        in_place: Option<MatRef<'_, T>>,
         cancel: &Cancel,
     ) -> Result<()> {
-        let (units, features, locations) = (self.units(), self.features(), self.locations());
-        let (mut inner, mut border, mut corner) = split_border(out, features);
-        match stratum {
+        let size = self.features / out.len();
+        let mut inners = Vec::with_capacity(out.len());
+        let mut borders = Vec::with_capacity(out.len());
+        for out in out {
+            let (inner, border) = split_border(out, size);
+            inners.push(inner);
+            borders.push(border);
+        }
+        let border = match stratum {
             Stratum::Total => {
-                match in_place {
-                    Some(units) => self.add_in_place(inner, weight, units, cancel)?,
-                    None => self.add_units(inner, weight, &Centre::Nothing, cancel)?,
-                }
-                if append_one {
-                    let total = weight * units as f64;
-                    add_border(&mut border, &mut corner, &self.sums, weight, total);
-                }
+                self.add_squares(inners, &Rows::Units(Centre::Nothing), weight, cancel)?;
+                Border::new(weight, 1.0, self.units())
             }
             Stratum::WithinBatch => {
-                let means = self.sums.iter().map(|sum| sum / units as f64);
-                let centre = Centre::Batch(split_means(means));
-                self.add_units(inner, weight, &centre, cancel)?;
+                let means = self.sums.iter().map(|sum| sum / self.units() as f64);
+                let centre = Centre::Batch(Means::new(means));
+                return self.add_squares(inners, &Rows::Units(centre), weight, cancel);
             }
-            Stratum::WithinExample => self.add_units(inner, weight, &Centre::Example, cancel)?,
+            Stratum::WithinExample => {
+                return self.add_squares(inners, &Rows::Units(Centre::Example), weight, cancel);
+            }
             Stratum::ExampleTotals => {
-                let zero = vec![0.0; features];
-                self.add_examples(inner, weight, &zero, cancel)?;
-                if append_one {
-                    // The appended coordinate sums to the number of locations.
-                    let ones = locations as f64;
-                    let total = weight * ones * ones * self.x.dim().0 as f64;
-                    add_border(&mut border, &mut corner, &self.sums, weight * ones, total);
-                }
+                let rows = Rows::ExampleSums(vec![0.0; self.features]);
+                self.add_squares(inners, &rows, weight, cancel)?;
+                // The appended coordinate sums to the number of locations.
+                Border::new(weight, self.locations as f64, self.examples)
             }
             Stratum::BetweenExamples => {
-                let examples = self.x.dim().0 as f64;
-                let means: Vec<f64> = self.sums.iter().map(|sum| sum / examples).collect();
-                self.add_examples(inner, weight / locations as f64, &means, cancel)?;
+                let means = self.sums.iter().map(|sum| sum / self.examples as f64);
+                let rows = Rows::ExampleSums(means.collect());
+                let weight = weight / self.locations as f64;
+                return self.add_squares(inners, &rows, weight, cancel);
             }
             Stratum::Mean => {
-                let weight = weight / units as f64;
-                add_outer(&mut inner, &self.sums, weight);
-                if append_one {
-                    let ones = units as f64;
-                    let total = weight * ones * ones;
-                    add_border(&mut border, &mut corner, &self.sums, weight * ones, total);
+                let weight = weight / self.units() as f64;
+                for (inner, sums) in inners.iter_mut().zip(self.sums.chunks_exact(size)) {
+                    add_outer(inner, sums, weight);
                 }
+                Border::new(weight, self.units() as f64, 1)
+            }
+        };
+        if append_one {
+            for (out, sums) in borders.into_iter().zip(self.sums.chunks_exact(size)) {
+                border.add(out, sums);
             }
         }
         Ok(())
     }
 
-    /// Squares the units, centred, one packed chunk after the other.
-    fn add_units<T: Real>(
+    /// Adds the squares of these rows to the lower triangle of each group: threads share the groups
+    /// where there are enough of them, and otherwise the work on each.
+    fn add_squares<T: Real>(
         &self,
-        out: MatMut<'_, T>,
+        mut out: Vec<MatMut<'_, T>>,
+        rows: &Rows<T>,
         weight: f64,
-        centre: &Centre<T>,
         cancel: &Cancel,
     ) -> Result<()> {
-        self.add_chunks(
-            self.units(),
-            out,
-            weight,
-            cancel,
-            |units, features, block| {
-                simd::run(Pack {
-                    batch: self,
-                    units,
-                    features,
-                    lines: block,
-                    centre,
-                });
-            },
-        )
+        let groups = out.len();
+        if groups >= GROUPS_PER_THREAD * self.cpu.threads {
+            self.share_groups(out, rows, weight, cancel);
+            return cancel.check();
+        }
+        if let (Rows::Units(Centre::Nothing), [out], Some(units)) =
+            (rows, &mut out[..], self.source.in_place())
+        {
+            return self.add_in_place(out.as_mut(), weight, units, cancel);
+        }
+        let size = self.features / groups;
+        for (group, mut out) in out.into_iter().enumerate() {
+            let features = group * size..(group + 1) * size;
+            if syrk::is_tall(size, self.count(rows)) {
+                self.add_own_chunks(out, rows, features, weight, cancel);
+            } else {
+                self.add_chunks(out.as_mut(), rows, features, weight, cancel)?;
+            }
+            cancel.check()?;
+        }
+        Ok(())
+    }
+
+    /// How many rows there are.
+    fn count<T>(&self, rows: &Rows<T>) -> usize {
+        match rows {
+            Rows::Units(_) => self.units(),
+            Rows::ExampleSums(_) => self.examples,
+        }
     }
 
     /// Squares the units where they lie.
@@ -250,63 +203,32 @@ impl<'a, S: Element> Batch<'a, S> {
         Ok(())
     }
 
-    /// Squares the sums of the examples minus `means`.
-    fn add_examples<T: Real>(
-        &self,
-        out: MatMut<'_, T>,
-        weight: f64,
-        means: &[f64],
-        cancel: &Cancel,
-    ) -> Result<()> {
-        let examples = self.x.dim().0;
-        self.add_chunks(
-            examples,
-            out,
-            weight,
-            cancel,
-            |rows, features, mut block| {
-                for feature in features.clone() {
-                    let line = block.line(feature - features.start, 0);
-                    for (value, row) in line.iter_mut().zip(rows.clone()) {
-                        let sum = self.example_sums[row * self.features() + feature];
-                        *value = T::from_f64(sum - means[feature]);
-                    }
-                }
-            },
-        )
-    }
-
-    /// Adds the squares of `count` rows that `pack` writes, chunk by chunk: its arguments are the
-    /// rows and features wanted and where to put them. Long contiguous lines, one per feature, are
-    /// what the products read fastest.
+    /// Adds the squares of rows that are packed chunk by chunk. Long contiguous lines, one per
+    /// feature, are what the products read fastest.
     fn add_chunks<T: Real>(
         &self,
-        count: usize,
         mut out: MatMut<'_, T>,
+        rows: &Rows<T>,
+        features: Range<usize>,
         weight: f64,
         cancel: &Cancel,
-        pack: impl Fn(Range<usize>, Range<usize>, Lines<'_, T>) + Sync,
     ) -> Result<()> {
-        let features = self.features();
-        if syrk::is_tall(features, count) {
-            self.add_own_chunks(count, out, weight, cancel, pack);
-            return cancel.check();
-        }
-        for rows in chunks(count, features) {
+        for chunk in chunks(self.count(rows), features.len()) {
             cancel.check()?;
-            let stride = stride_of(rows.len());
+            let stride = stride_of(chunk.len());
             let scratch = self.cpu.scratch.of::<T>();
-            scratch.with(features * stride, |packed| {
-                let work = COST_OF_READING * (rows.len() * features) as f64;
-                let share = features.div_ceil(self.cpu.pieces(work));
+            scratch.with(features.len() * stride, |packed| {
+                let work = COST_OF_READING * (chunk.len() * features.len()) as f64;
+                let share = features.len().div_ceil(self.cpu.pieces(work));
+                let share = share.next_multiple_of(self.source.quantum());
                 let tasks = packed.chunks_mut(share * stride).enumerate().collect();
                 self.cpu.run(tasks, |(piece, data)| {
-                    let first = piece * share;
-                    let part = first..(first + share).min(features);
-                    pack(rows.clone(), part, Lines { data, stride });
+                    let first = features.start + piece * share;
+                    let part = first..(first + share).min(features.end);
+                    self.pack(rows, chunk.clone(), part, Lines { data, stride });
                 });
-                let packed = MatRef::from_row_major_slice(packed, features, stride);
-                let packed = packed.subcols(0, rows.len());
+                let packed = MatRef::from_row_major_slice(packed, features.len(), stride);
+                let packed = packed.subcols(0, chunk.len());
                 syrk::add_lower(self.cpu, out.as_mut(), packed, weight, cancel)
             })?;
         }
@@ -317,47 +239,186 @@ impl<'a, S: Element> Batch<'a, S> {
     /// cache.
     fn add_own_chunks<T: Real>(
         &self,
-        count: usize,
         out: MatMut<'_, T>,
+        rows: &Rows<T>,
+        features: Range<usize>,
         weight: f64,
         cancel: &Cancel,
-        pack: impl Fn(Range<usize>, Range<usize>, Lines<'_, T>) + Sync,
     ) {
-        const ELEMENTS: usize = 1 << 18;
-        let features = self.features();
-        let height = (ELEMENTS / features).max(features / 2).min(count);
-        let stride = stride_of(height);
-        syrk::add_split_over_depth(self.cpu, out, count, |part, mut target| {
-            let scratch = self.cpu.scratch.of::<T>();
-            scratch.with(features * stride, |packed| {
-                for start in part.clone().step_by(height) {
-                    if cancel.is_cancelled() {
-                        return;
-                    }
-                    let rows = start..(start + height).min(part.end);
-                    let data = &mut *packed;
-                    pack(rows.clone(), 0..features, Lines { data, stride });
-                    let lines = MatRef::from_row_major_slice(packed, features, stride);
-                    let lines = lines.subcols(0, rows.len());
-                    syrk::add_triangle(target.as_mut(), lines, T::from_f64(weight));
-                }
-            });
+        let height = (OWN_ELEMENTS / features.len()).max(features.len() / 2);
+        syrk::add_split_over_depth(self.cpu, out, self.count(rows), |part, target| {
+            let mut groups = [target];
+            self.add_alone(
+                &mut groups,
+                rows,
+                part,
+                features.clone(),
+                height,
+                weight,
+                cancel,
+            );
         });
+    }
+
+    /// Each thread packs and squares a few groups at a time: as many as make the rows worth
+    /// reading.
+    fn share_groups<T: Real>(
+        &self,
+        mut out: Vec<MatMut<'_, T>>,
+        rows: &Rows<T>,
+        weight: f64,
+        cancel: &Cancel,
+    ) {
+        const QUANTA: usize = 16;
+        let count = self.count(rows);
+        let size = self.features / out.len();
+        let pieces = self
+            .cpu
+            .pieces(COST_OF_READING * (count * self.features) as f64);
+        let block = (QUANTA * self.source.quantum()).div_ceil(size);
+        let block = block.min(out.len().div_ceil(GROUPS_PER_THREAD * pieces));
+        let height = (OWN_ELEMENTS / (block * size)).max(size / 2);
+        let work = |(index, groups): (usize, &mut [MatMut<'_, T>])| {
+            let first = index * block * size;
+            let features = first..first + groups.len() * size;
+            self.add_alone(groups, rows, 0..count, features, height, weight, cancel);
+        };
+        let tasks = out.chunks_mut(block).enumerate();
+        if pieces == 1 {
+            tasks.for_each(work);
+        } else {
+            self.cpu.run(tasks.collect(), work);
+        }
+    }
+
+    /// Packs and squares chunks of this height on this thread, until cancelled.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one place for the innermost loop"
+    )]
+    fn add_alone<T: Real>(
+        &self,
+        groups: &mut [MatMut<'_, T>],
+        rows: &Rows<T>,
+        part: Range<usize>,
+        features: Range<usize>,
+        height: usize,
+        weight: f64,
+        cancel: &Cancel,
+    ) {
+        let weight = T::from_f64(weight);
+        let size = features.len() / groups.len();
+        let stride = stride_of(height.min(part.len()));
+        let scratch = self.cpu.scratch.of::<T>();
+        scratch.with(features.len() * stride, |packed| {
+            for start in part.clone().step_by(height) {
+                if cancel.is_cancelled() {
+                    return;
+                }
+                let chunk = start..(start + height).min(part.end);
+                let data = &mut *packed;
+                self.pack(
+                    rows,
+                    chunk.clone(),
+                    features.clone(),
+                    Lines { data, stride },
+                );
+                let lines = MatRef::from_row_major_slice(packed, features.len(), stride);
+                let lines = lines.subcols(0, chunk.len());
+                for (group, out) in groups.iter_mut().enumerate() {
+                    let own = lines.subrows(group * size, size);
+                    syrk::add_triangle(out.as_mut(), own, weight);
+                }
+            }
+        });
+    }
+
+    /// Writes these features of these rows.
+    fn pack<T: Real>(
+        &self,
+        rows: &Rows<T>,
+        chunk: Range<usize>,
+        features: Range<usize>,
+        mut lines: Lines<'_, T>,
+    ) {
+        match rows {
+            Rows::Units(centre) => simd::run(Pack {
+                batch: self,
+                units: chunk,
+                features,
+                lines,
+                centre,
+            }),
+            Rows::ExampleSums(means) => {
+                for feature in features.clone() {
+                    let line = lines.line(feature - features.start, 0);
+                    for (value, example) in line.iter_mut().zip(chunk.clone()) {
+                        let sum = self.example_sums[example * self.features + feature];
+                        *value = T::from_f64(sum - means[feature]);
+                    }
+                }
+            }
+        }
     }
 
     #[inline(always)]
     fn example_means<T: Real>(&self, example: usize, features: Range<usize>) -> Means<T> {
-        let start = example * self.features();
+        let start = example * self.features;
         let sums = &self.example_sums[start + features.start..start + features.end];
-        split_means(sums.iter().map(|sum| sum / self.locations() as f64))
+        Means::new(sums.iter().map(|sum| sum / self.locations as f64))
     }
 }
 
-/// Number of features up to which packing costs more than the product gains from it.
-const WIDEST_IN_PLACE: usize = 256;
+/// The sums over the units of `parts` ranges of examples, `[parts, features]`, unless cancelled.
+fn sums_of<S: Source>(
+    cpu: &Cpu,
+    source: &S,
+    parts: usize,
+    pieces: usize,
+    cancel: &Cancel,
+) -> Vec<f64> {
+    let (examples, _, features) = source.shape();
+    let mut sums = vec![0.0; parts * features];
+    let share = parts.div_ceil(pieces);
+    let tasks = sums.chunks_mut(share * features).enumerate().collect();
+    cpu.run(tasks, |(piece, sums)| {
+        for (offset, sums) in sums.chunks_exact_mut(features).enumerate() {
+            let part = piece * share + offset;
+            if !cancel.is_cancelled() {
+                let range = examples * part / parts..examples * (part + 1) / parts;
+                source.add_sums(range, sums);
+            }
+        }
+    });
+    sums
+}
+
+fn check_finite<S: Source>(source: &S, sums: &[f64]) -> Result<()> {
+    if sums.iter().all(|sum| sum.is_finite()) {
+        return Ok(());
+    }
+    Err(match source.non_finite() {
+        Some((value, place)) => Error::NonFinite(format!("x contains {value} at {place}")),
+        None => Error::Numerical("the sum of x over its units overflows".to_owned()),
+    })
+}
 
 /// What reading an element, converting it and writing it costs, in flops of a product.
 const COST_OF_READING: f64 = 30.0;
+
+/// Groups per thread from which each thread takes groups of its own.
+const GROUPS_PER_THREAD: usize = 4;
+
+/// Packed elements that a thread works on alone: they stay in its cache.
+const OWN_ELEMENTS: usize = 1 << 18;
+
+/// The rows whose squares make up a stratum.
+enum Rows<T> {
+    /// The units.
+    Units(Centre<T>),
+    /// The sums of the examples, minus these.
+    ExampleSums(Vec<f64>),
+}
 
 /// What is subtracted from a unit before it is squared.
 enum Centre<T> {
@@ -366,39 +427,16 @@ enum Centre<T> {
     Example,
 }
 
-/// A mean as a rounded part and what rounding left over: subtracting both keeps the precision of
-/// the double in single-precision arithmetic.
-struct Means<T> {
-    rounded: Vec<T>,
-    rest: Vec<T>,
-}
-
-impl<T> Means<T> {
-    fn part(&self, features: Range<usize>) -> (&[T], &[T]) {
-        (&self.rounded[features.clone()], &self.rest[features])
-    }
-}
-
-fn split_means<T: Real>(means: impl Iterator<Item = f64>) -> Means<T> {
-    let (rounded, rest) = means
-        .map(|mean| {
-            let rounded = T::from_f64(mean);
-            (rounded, T::from_f64(mean - rounded.to_f64()))
-        })
-        .unzip();
-    Means { rounded, rest }
-}
-
 /// Writes these features of these units, minus their centre.
-struct Pack<'a, 'x, 'b, S, T> {
-    batch: &'a Batch<'x, S>,
+struct Pack<'a, 'b, S, T> {
+    batch: &'a Batch<'a, S>,
     units: Range<usize>,
     features: Range<usize>,
     lines: Lines<'b, T>,
     centre: &'a Centre<T>,
 }
 
-impl<S: Element, T: Real> Loop for Pack<'_, '_, '_, S, T> {
+impl<S: Source, T: Real> Loop for Pack<'_, '_, S, T> {
     type Output = ();
 
     #[inline(always)]
@@ -410,154 +448,28 @@ impl<S: Element, T: Real> Loop for Pack<'_, '_, '_, S, T> {
             mut lines,
             centre,
         } = self;
-        let nothing;
-        let common = match centre {
-            Centre::Batch(means) => means.part(features.clone()),
-            _ => {
-                nothing = vec![T::default(); features.len()];
-                (&nothing[..], &nothing[..])
+        let count = features.len();
+        if matches!(centre, Centre::Example) {
+            for (example, locations, before) in runs(units, batch.locations) {
+                let first = example * batch.locations;
+                let run = first + locations.start..first + locations.end;
+                let means = batch.example_means(example, features.clone());
+                let means = means.part(0..count);
+                batch
+                    .source
+                    .pack(run, features.clone(), &mut lines, before, means);
             }
-        };
-        if let (Some(flat), Centre::Nothing | Centre::Batch(_)) = (&batch.flat, centre) {
-            pack_run(flat.slice(s![units, features]), &mut lines, 0, common);
             return;
         }
-        let locations = batch.locations();
-        let mut unit = units.start;
-        while unit < units.end {
-            let (example, location) = (unit / locations, unit % locations);
-            let count = (locations - location).min(units.end - unit);
-            let run = s![example, location..location + count, features.clone()];
-            let own;
-            let means = match centre {
-                Centre::Example => {
-                    own = batch.example_means(example, features.clone());
-                    own.part(0..features.len())
-                }
-                _ => common,
-            };
-            pack_run(batch.x.slice(run), &mut lines, unit - units.start, means);
-            unit += count;
-        }
-    }
-}
-
-/// Packed units: one line per feature, one column per unit.
-struct Lines<'a, T> {
-    data: &'a mut [T],
-    stride: usize,
-}
-
-impl<T> Lines<'_, T> {
-    /// The line of a feature from this unit on.
-    #[inline(always)]
-    fn line(&mut self, feature: usize, unit: usize) -> &mut [T] {
-        &mut self.data[feature * self.stride + unit..(feature + 1) * self.stride]
-    }
-}
-
-/// Writes the transpose of `x` (units by features) minus the means, from column `first` on.
-#[inline(always)]
-fn pack_run<S: Element, T: Real>(
-    x: ArrayView2<'_, S>,
-    lines: &mut Lines<'_, T>,
-    first: usize,
-    (rounded, rest): (&[T], &[T]),
-) {
-    let (units, features) = x.dim();
-    if x.strides()[1] != 1 {
-        for (feature, source) in x.columns().into_iter().enumerate() {
-            let (rounded, rest) = (rounded[feature], rest[feature]);
-            let target = lines.line(feature, first).iter_mut();
-            match source.to_slice() {
-                Some(source) => {
-                    for (target, &value) in target.zip(source) {
-                        *target = T::from_element(value) - rounded - rest;
-                    }
-                }
-                None => {
-                    for (target, &value) in target.zip(source) {
-                        *target = T::from_element(value) - rounded - rest;
-                    }
-                }
+        let nothing;
+        let means = match centre {
+            Centre::Batch(means) => means.part(features.clone()),
+            _ => {
+                nothing = Means::zero(count);
+                nothing.part(0..count)
             }
-        }
-        return;
-    }
-    // Centre along the rows and transpose in small tiles, so that both sides are read and written
-    // a cache line at a time.
-    let rows: Vec<&[S]> = x
-        .rows()
-        .into_iter()
-        .filter_map(|row| row.to_slice())
-        .collect();
-    let mut tile = [[T::default(); TILE]; TILE];
-    for unit in (0..units).step_by(TILE) {
-        let rows = &rows[unit..(unit + TILE).min(units)];
-        for feature in (0..features).step_by(TILE) {
-            let width = TILE.min(features - feature);
-            let part = feature..feature + width;
-            for (centred, row) in tile.iter_mut().zip(rows) {
-                centre_row(
-                    centred,
-                    &row[part.clone()],
-                    &rounded[part.clone()],
-                    &rest[part.clone()],
-                );
-            }
-            for offset in 0..width {
-                let target = lines.line(feature + offset, first + unit);
-                if let (Some(target), TILE) = (target.first_chunk_mut::<TILE>(), rows.len()) {
-                    for unit in 0..TILE {
-                        target[unit] = tile[unit][offset];
-                    }
-                } else {
-                    for (target, centred) in target.iter_mut().zip(&tile[..rows.len()]) {
-                        *target = centred[offset];
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Units and features of a tile: one cache line of single-precision numbers each.
-const TILE: usize = 16;
-
-#[inline(always)]
-fn centre_row<S: Element, T: Real>(centred: &mut [T; TILE], row: &[S], rounded: &[T], rest: &[T]) {
-    // The fixed length is what lets the compiler keep a whole row in one register.
-    if let (Ok(row), Ok(rounded), Ok(rest)) = (
-        <&[S; TILE]>::try_from(row),
-        <&[T; TILE]>::try_from(rounded),
-        <&[T; TILE]>::try_from(rest),
-    ) {
-        for i in 0..TILE {
-            centred[i] = T::from_element(row[i]) - rounded[i] - rest[i];
-        }
-    } else {
-        for (i, &value) in row.iter().enumerate() {
-            centred[i] = T::from_element(value) - rounded[i] - rest[i];
-        }
-    }
-}
-
-/// Adds every unit (row) to `sums`.
-fn add_units<S: Element>(units: ArrayView2<'_, S>, sums: &mut [f64]) {
-    if units.strides()[1] == 1 {
-        let rows: Vec<&[S]> = units
-            .axis_iter(Axis(0))
-            .filter_map(|row| row.to_slice())
-            .collect();
-        simd::run(AddRows { rows: &rows, sums });
-    } else {
-        // Feature by feature: then the inner loop runs along whatever is contiguous.
-        for (sum, values) in sums.iter_mut().zip(units.axis_iter(Axis(1))) {
-            *sum += match values.to_slice() {
-                Some(values) => simd::run(simd::Sum(values)),
-                None => values.fold(0.0, |sum, value| sum + value.to_f64()),
-            };
-        }
+        };
+        batch.source.pack(units, features, &mut lines, 0, means);
     }
 }
 
@@ -583,52 +495,34 @@ fn add(sums: &mut [f64], values: &[f64]) {
     }
 }
 
-/// Adds rows to the sums, four at a time: the sums are read and written once per group.
-struct AddRows<'a, S> {
-    rows: &'a [&'a [S]],
-    sums: &'a mut [f64],
+/// The leading block, and the last row from below it to the corner where a one is appended.
+fn split_border<T>(out: MatMut<'_, T>, features: usize) -> (MatMut<'_, T>, MatMut<'_, T>) {
+    let (above, border) = out.split_at_row_mut(features);
+    (above.split_at_col_mut(features).0, border)
 }
 
-impl<S: Element> Loop for AddRows<'_, S> {
-    type Output = ();
+/// What the appended coordinate adds to the last row.
+struct Border {
+    /// Times the sums.
+    sums: f64,
+    corner: f64,
+}
 
-    #[inline(always)]
-    fn call(self) {
-        let (groups, rest) = self.rows.as_chunks::<4>();
-        for &[a, b, c, d] in groups {
-            let values = a.iter().zip(b).zip(c.iter().zip(d));
-            for (sum, ((a, b), (c, d))) in self.sums.iter_mut().zip(values) {
-                *sum += (a.to_f64() + b.to_f64()) + (c.to_f64() + d.to_f64());
-            }
-        }
-        for row in rest {
-            for (sum, value) in self.sums.iter_mut().zip(*row) {
-                *sum += value.to_f64();
-            }
+impl Border {
+    /// For `count` rows in which the appended coordinate has this value.
+    fn new(weight: f64, value: f64, count: usize) -> Self {
+        Self {
+            sums: weight * value,
+            corner: weight * value * value * count as f64,
         }
     }
-}
 
-/// The leading block, the part of the last row below it, and the corner.
-fn split_border<T>(
-    out: MatMut<'_, T>,
-    features: usize,
-) -> (MatMut<'_, T>, MatMut<'_, T>, MatMut<'_, T>) {
-    let (inner, _, border, corner) = out.split_at_mut(features, features);
-    (inner, border, corner)
-}
-
-fn add_border<T: Real>(
-    border: &mut MatMut<'_, T>,
-    corner: &mut MatMut<'_, T>,
-    sums: &[f64],
-    weight: f64,
-    total: f64,
-) {
-    for (feature, sum) in sums.iter().enumerate() {
-        border[(0, feature)] += T::from_f64(weight * sum);
+    fn add<T: Real>(&self, mut out: MatMut<'_, T>, sums: &[f64]) {
+        for (feature, sum) in sums.iter().enumerate() {
+            out[(0, feature)] += T::from_f64(self.sums * sum);
+        }
+        out[(0, sums.len())] += T::from_f64(self.corner);
     }
-    corner[(0, 0)] += T::from_f64(total);
 }
 
 fn add_outer<T: Real>(out: &mut MatMut<'_, T>, sums: &[f64], weight: f64) {
