@@ -6,6 +6,7 @@ from ekfac_rs import errors, likelihood, metrics
 from ekfac_rs._core import build_info, num_threads, set_num_threads
 from ekfac_rs.batchnorm import Anchor, merge_batchnorm, merged_weights, raw_weights, reparameterize
 from ekfac_rs.curvature import Curvature, estimate_curvature
+from ekfac_rs.description import Description, describe
 from ekfac_rs.errors import EkfacError
 from ekfac_rs.kronecker import DiagonalBlock, KroneckerSum
 from ekfac_rs.learner import ContinualLearner
@@ -19,6 +20,7 @@ __all__ = [
     "Anchor",
     "ContinualLearner",
     "Curvature",
+    "Description",
     "DiagonalBlock",
     "EkfacError",
     "KroneckerSum",
@@ -26,6 +28,7 @@ __all__ = [
     "StabilityWarning",
     "__version__",
     "build_info",
+    "describe",
     "errors",
     "estimate_curvature",
     "likelihood",

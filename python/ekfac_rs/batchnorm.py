@@ -47,7 +47,7 @@ def merged_weights(
     ----------
     model : torch.nn.Module
     layers : collection of str, optional
-        Names of the wanted Linears. Default: all.
+        Names of the wanted layers. Default: all.
     example : optional
         An input batch, needed only where the model's data flow cannot be traced symbolically.
 
@@ -72,7 +72,7 @@ def merged_weights(
 def raw_weights(
     model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
 ) -> Anchor:
-    """``[W b]`` of every Linear alone, BatchNorms left out of it: the anchor in raw coordinates.
+    """``[W b]`` of every layer alone, BatchNorms left out of it: the anchor in raw coordinates.
 
     Parameters, Returns, Raises
         As `merged_weights`.
@@ -87,10 +87,11 @@ def merge_batchnorm(
 ) -> Anchor:
     """Merge every BatchNorm into the layer before it, in place; the eval-mode function stays.
 
-    Afterwards the Linear holds ``Wm`` (and a zero bias, if it has one), and the BatchNorm is a
+    Afterwards the layer holds ``Wm`` (and a zero bias, if it has one), and the BatchNorm is a
     shift by ``bm``: running mean 0, running variance ``1 - eps``, gamma 1, beta ``bm``. One
-    without affine parameters shifts through its running mean instead. The architecture and the
-    keys of ``state_dict`` stay as they were. Use `reparameterize` before training goes on.
+    without affine parameters shifts through its running mean instead; one that no layer feeds
+    keeps its scale in gamma. The architecture and the keys of ``state_dict`` stay as they were.
+    Use `reparameterize` before training goes on.
 
     Parameters, Returns, Raises
         As `merged_weights`. A failed call leaves the model as it was.
@@ -117,7 +118,8 @@ def reparameterize(
     One pass of the loader's inputs through the model in eval mode gives the mean ``m`` and
     variance ``v`` of each layer's ``Wm a``. Then ``W <- Wm``, the bias is 0, the running
     statistics are ``(m, v)``, ``gamma <- sqrt(v + eps)`` and ``beta <- m + bm`` (method: section
-    4). The model may be merged already or not.
+    4). A BatchNorm that no layer feeds normalises its own input: there gamma also takes up its
+    merged scale. The model may be merged already or not.
 
     Parameters
     ----------
@@ -125,7 +127,7 @@ def reparameterize(
     loader : iterable
         Yields ``(x, ...)`` or ``x``: the next task's inputs. Labels are not looked at.
     layers : collection of str, optional
-        Names of the wanted Linears. Default: all.
+        Names of the wanted layers. Default: all.
     max_examples : int, optional
         Stop after this many.
     progress : bool

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -473,20 +473,18 @@ class _Accumulator:
     """Sums of a layer's factors over mini-batches, lower triangles only."""
 
     def __init__(self, layer: AffineLayer, approximation: str, coordinates: str) -> None:
-        D, K = layer.shape(coordinates)
         weight = layer.module.weight
         like = torch.empty((), dtype=accumulation_dtype(weight.dtype), device=weight.device)
         terms = len(_core.strata()[approximation])
-        groups = () if layer.groups == 1 else (layer.groups,)
         self.approximation = approximation
         self.append_one = layer.has_shift(coordinates)
         self.examples = 0
         # A stratum without degrees of freedom in a mini-batch (one example, say) has no gradient
         # factor there, and the mini-batch is left out of that factor's mean.
         self.gradient_examples = [0] * terms
-        rows = D // layer.groups
-        self.A = [like.new_zeros(*groups, K, K) for _ in range(terms)]
-        self.G = [like.new_zeros(*groups, rows, rows) for _ in range(terms)]
+        shape_A, shape_G = layer.factor_shapes(coordinates)
+        self.A = [like.new_zeros(shape_A) for _ in range(terms)]
+        self.G = [like.new_zeros(shape_G) for _ in range(terms)]
 
     def add_inputs(self, units: Units) -> None:
         a, geometry = units
@@ -548,17 +546,18 @@ class _DiagonalAccumulator:
             self.values[:, -1].add_(totals.square().sum(dim=0), alpha=weight)
 
     def _add_squares(self, values: Tensor, units: Units, g: Tensor, weight: float) -> None:
-        a, groups = units.values, self.layer.groups
+        groups = self.layer.groups
         if units.geometry is None and g.dim() == 2 and groups == 1:
-            values.addmm_(g.square().T, a.square(), alpha=weight)
+            values.addmm_(g.square().T, units.values.square(), alpha=weight)
             return
         # A slice of examples at a time bounds the memory their gradients take.
         share = max(1, _DIAGONAL_ELEMENTS // values.numel())
-        for a, g in zip(a.split(share), g.split(share), strict=True):  # noqa: PLR1704, B020
+        for start in range(0, len(g), share):
+            a, own = units.values[start : start + share], g[start : start + share]
             if units.geometry is None:
-                per_example = _outer_by_group(a, g, groups)
+                per_example = _outer_by_group(a, own, groups)
             else:
-                per_example = _conv_weight_gradients(a, g, units.geometry, groups)
+                per_example = _conv_weight_gradients(a, own, units.geometry, groups)
             values.add_(per_example.square().sum(dim=0), alpha=weight)
 
     def block(self) -> DiagonalBlock:
@@ -571,11 +570,8 @@ _DIAGONAL_ELEMENTS = 1 << 26
 
 def _outer_by_group(a: Tensor, g: Tensor, groups: int) -> Tensor:
     """``sum_t g_nt a_nt^T`` of each example and group, shape (N, D, K)."""
-    a, g = (x[:, None] if x.dim() == 2 else x for x in (a, g))
-    per_group = torch.einsum(
-        "ntgd,ntgk->ngdk", g.unflatten(2, (groups, -1)), a.unflatten(2, (groups, -1))
-    )
-    return per_group.flatten(1, 2)
+    a, g = (x.reshape(len(x), -1, groups, x.shape[-1] // groups) for x in (a, g))
+    return torch.einsum("ntgd,ntgk->ngdk", g, a).flatten(1, 2)
 
 
 def _conv_weight_gradients(x: Tensor, g: Tensor, geometry: Geometry, groups: int) -> Tensor:

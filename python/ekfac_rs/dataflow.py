@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -165,6 +166,13 @@ def removed_afterwards(handles: Collection[Any]) -> Iterator[None]:
 # --- traced symbolically -------------------------------------------------------------------------
 
 
+class _Tracer(fx.Tracer):
+    """Looks into every module but torch's own, and normalisations, which check their input."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
     """Find the data flow without running the model.
 
@@ -180,7 +188,7 @@ def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
         The model's forward depends on values.
     """
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's own forward raises on symbolic input
         raise UnsupportedLayerError(
             f"model: its data flow cannot be traced symbolically ({type(error).__name__}: "
@@ -191,7 +199,7 @@ def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
     for node in graph.nodes:
         label = str(node.target)
         module = _module_of(node, model, owners)
-        if module in watched:
+        if module is not None and module in watched:
             label = watched[module]
             flow.inputs[label].extend(node.all_input_nodes[:1])
             flow.outputs[label].append(node)
@@ -206,7 +214,7 @@ def _module_of(
     if node.op == "call_module":
         return model.get_submodule(str(node.target))
     if node.op == "call_function" and node.target in _SIGNATURES:
-        names = _SIGNATURES[node.target]  # type: ignore[index]
+        names = _SIGNATURES[node.target]
         weight = (dict(zip(names, node.args, strict=False)) | node.kwargs).get("weight")
         if isinstance(weight, fx.Node) and weight.op == "get_attr":
             return owners.get(id(model.get_parameter(str(weight.target))))

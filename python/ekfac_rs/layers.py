@@ -3,12 +3,10 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -18,6 +16,7 @@ from ekfac_rs.errors import (
     BatchNormError,
     ModelChangedError,
     OptionError,
+    ShapeError,
     UnsupportedLayerError,
 )
 
@@ -95,7 +94,7 @@ class AffineLayer:
         return bias
 
     def units(self, call: AffineCall) -> Units:
-        """Inputs of the affine map, from the call of its function."""
+        """Return the inputs of the affine map, from the call of its function."""
         raise NotImplementedError
 
     def gradients(self, g: Tensor) -> Tensor:
@@ -108,6 +107,13 @@ class AffineLayer:
         """Shape ``(D, K)`` of the layer's weight matrix; K counts the bias column."""
         D, K = self.weight().shape
         return D, K + self.has_shift(coordinates)
+
+    def factor_shapes(self, coordinates: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of a term's factors A and G; with groups, one matrix for each on axis 0."""
+        D, K = self.shape(coordinates)
+        rows = D // self.groups
+        groups = () if self.groups == 1 else (self.groups,)
+        return (*groups, K, K), (*groups, rows, rows)
 
     def has_shift(self, coordinates: str) -> bool:
         """Whether the map has a bias column: merged with a BatchNorm, it always has."""
@@ -199,6 +205,9 @@ class ConvLayer(AffineLayer):
 
     def units(self, call: AffineCall) -> Units:
         geometry = conv_geometry(call.arguments)
+        if call.input.dim() != 2 + len(geometry.kernel):
+            axes = ("L", "H, W", "D, H, W")[len(geometry.kernel) - 1]
+            raise ShapeError(f"expected shape [N, C, {axes}], got {tuple(call.input.shape)}")
         pointwise = (1, 1, 0, 0)
         sides = zip(geometry.kernel, geometry.stride, geometry.padding, strict=True)
         if all((k, s, *p) == pointwise for k, s, p in sides):
@@ -308,16 +317,52 @@ def find_layers(
     _require_known(layers, watched.values())
     if layers is None:
         _require_known_kinds(model)
-    flow = trace(model, watched) if example is None else observe(model, watched, example)
-    found = _layers(model, watched, flow, coordinates, layers)
+    found, problems = _survey(model, watched, coordinates, example)
     if layers is None:
         found = [x for x in found if any(p.requires_grad for p in x.parameters(coordinates))]
+    else:
+        _require_not_merged(layers, found)
+        found = [x for x in found if x.name in layers]
     for layer in found:
-        _require_one_call(layer, flow)
-    _refuse_tied_parameters(model, found)
+        if layer.name in problems:
+            raise UnsupportedLayerError(f"layer {layer.name!r}: {problems[layer.name]}")
     if not found:
         raise UnsupportedLayerError("model: expected at least one trainable layer, got none")
     return found
+
+
+def survey_layers(
+    model: nn.Module, *, coordinates: str = "merged", example: Any = None
+) -> tuple[list[AffineLayer], dict[str, str]]:
+    """Find what blocks a model could have, without refusing anything.
+
+    Parameters
+    ----------
+    model, coordinates, example
+        As in `find_layers`.
+
+    Returns
+    -------
+    layers : list of AffineLayer
+        Those with a block.
+    reasons : dict of str to str
+        For every parameter without a block, frozen or not, why it has none.
+    """
+    require_choice("coordinates", coordinates, COORDINATES)
+    found, problems = _survey(model, _watched(model), coordinates, example)
+    usable = [layer for layer in found if layer.name not in problems]
+    covered = {id(p) for layer in usable for p in layer.parameters(coordinates)}
+    owners = {id(p): x.name for x in found for p in x.parameters(coordinates)}
+    reasons = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in covered:
+            problem = problems.get(owners.get(id(parameter), ""))
+            reasons[name] = (
+                problem
+                or why_unsupported(model, name)
+                or "raw coordinates have no block for a BatchNorm"
+            )
+    return usable, reasons
 
 
 def bind_layers(model: nn.Module, batchnorms: Mapping[str, str | None]) -> list[AffineLayer]:
@@ -388,37 +433,34 @@ def _watched(model: nn.Module) -> dict[nn.Module, str]:
     return {m: name for name, m in model.named_modules() if kind_of(m) is not None}
 
 
-def _layers(
-    model: nn.Module,
-    watched: Mapping[nn.Module, str],
-    flow: DataFlow,
-    coordinates: str,
-    wanted: Collection[str] | None,
-) -> list[AffineLayer]:
+def _survey(
+    model: nn.Module, watched: Mapping[nn.Module, str], coordinates: str, example: Any
+) -> tuple[list[AffineLayer], dict[str, str]]:
+    """Every layer with parameters, and by name what is wrong with some of them."""
+    flow = trace(model, watched) if example is None else observe(model, watched, example)
     pairs = _pair_batchnorms(watched, flow) if coordinates == "merged" else {}
+    merged = set(pairs.values())
     found = []
     for module, name in watched.items():
-        if wanted is not None and name not in wanted:
+        if name in merged or next(module.parameters(recurse=False), None) is None:
             continue
-        batchnorm = pairs.get(name)
-        if isinstance(module, _BatchNorm):
-            if batchnorm is not None:
-                if wanted is not None:
-                    raise OptionError(
-                        f"layers: expected layers of their own, got {name!r}, which is merged into "
-                        f"{batchnorm!r}: name that one"
-                    )
-                continue
-            if coordinates == "raw" or not module.affine:
-                continue
-            batchnorm = name
-        if next(module.parameters(recurse=False), None) is not None:
-            found.append(_affine_layer(model, name, batchnorm))
-    return found
+        if not isinstance(module, _BatchNorm):
+            found.append(_affine_layer(model, name, pairs.get(name)))
+        elif coordinates == "merged":
+            found.append(_affine_layer(model, name, name))
+    problems = _tied_parameters(model, found)
+    for layer in found:
+        if flow.calls(layer.name) != 1:
+            problems.setdefault(
+                layer.name,
+                "expected one call with its own parameters in a forward pass, "
+                f"got {flow.calls(layer.name)}",
+            )
+    return found, problems
 
 
 def _pair_batchnorms(watched: Mapping[nn.Module, str], flow: DataFlow) -> dict[str, str]:
-    """Map each layer to the BatchNorm that alone consumes its output, and back."""
+    """Map each layer to the BatchNorm that is called once and alone consumes its output."""
     producer = {
         value: (name, module)
         for module, name in watched.items()
@@ -427,30 +469,25 @@ def _pair_batchnorms(watched: Mapping[nn.Module, str], flow: DataFlow) -> dict[s
     }
     pairs: dict[str, str] = {}
     for module, name in watched.items():
-        if not isinstance(module, _BatchNorm):
+        if not isinstance(module, _BatchNorm) or flow.calls(name) != 1:
             continue
-        for value in flow.inputs[name]:
-            layer, source = producer.get(value, (None, None))
-            if layer is None or flow.consumers[value] != [name]:
-                continue
-            if isinstance(source, nn.Linear) and flow.dimensions.get(layer, 2) != 2:
-                continue  # axis 1 is not the features
-            if flow.calls(name) != 1:
-                _refuse_calls(name, flow)
-            pairs[layer], pairs[name] = name, layer
+        [value] = flow.inputs[name]
+        layer, source = producer.get(value, (None, None))
+        if layer is None or flow.consumers[value] != [name]:
+            continue
+        if isinstance(source, nn.Linear) and flow.dimensions.get(layer, 2) != 2:
+            continue  # the BatchNorm's axis 1 is not the features
+        pairs[layer] = name
     return pairs
 
 
-def _require_one_call(layer: AffineLayer, flow: DataFlow) -> None:
-    if flow.calls(layer.name) != 1:
-        _refuse_calls(layer.name, flow)
-
-
-def _refuse_calls(name: str, flow: DataFlow) -> None:
-    raise UnsupportedLayerError(
-        f"layer {name!r}: expected one call with its own parameters in a forward pass, "
-        f"got {flow.calls(name)}"
-    )
+def _require_not_merged(names: Collection[str], found: Collection[AffineLayer]) -> None:
+    for layer in found:
+        if layer.batchnorm_name in names and layer.batchnorm_name != layer.name:
+            raise OptionError(
+                f"layers: expected layers of their own, got {layer.batchnorm_name!r}, which is "
+                f"merged into {layer.name!r}: name that one"
+            )
 
 
 def _require_known(layers: Collection[str] | None, known: Collection[str]) -> None:
@@ -491,21 +528,20 @@ def _submodule(model: nn.Module, name: str, kind: type[M]) -> M:
     return module
 
 
-def _refuse_tied_parameters(model: nn.Module, layers: Collection[AffineLayer]) -> None:
+def _tied_parameters(model: nn.Module, layers: Collection[AffineLayer]) -> dict[str, str]:
+    """Layers that share a parameter with another module, and with which."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
     modules: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         modules[id(module)].append(name)
-    for layer in layers:
-        for parameter in layer.parameters("merged"):
-            tied = owners[id(parameter)]
-            if len(tied) > len(modules[id(layer.module)]):
-                raise UnsupportedLayerError(
-                    f"layer {layer.name!r}: expected parameters of its own, "
-                    f"got one shared by {', '.join(tied)}"
-                )
+    return {
+        layer.name: f"expected parameters of its own, got one shared by {', '.join(tied)}"
+        for layer in layers
+        for parameter in layer.parameters("merged")
+        if len(tied := owners[id(parameter)]) > len(modules[id(layer.module)])
+    }
 
 
 def why_unsupported(model: nn.Module, parameter_name: str) -> str | None:

@@ -21,6 +21,7 @@ from ekfac_rs._tensors import (
 )
 from ekfac_rs.batchnorm import Anchor
 from ekfac_rs.curvature import Curvature, Signature
+from ekfac_rs.dataflow import removed_afterwards
 from ekfac_rs.errors import (
     IncompatibleError,
     ModelChangedError,
@@ -28,7 +29,6 @@ from ekfac_rs.errors import (
     UnknownLayerError,
 )
 from ekfac_rs.kronecker import DiagonalBlock, KroneckerSum
-from ekfac_rs.dataflow import removed_afterwards
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
 
 

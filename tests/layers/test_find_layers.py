@@ -1,4 +1,4 @@
-"""The BatchNorm a Linear feeds is found from the data flow; what cannot be handled is named."""
+"""Layers and the BatchNorm each feeds follow from the data flow; what has no block is named."""
 
 import pytest
 import torch
@@ -94,6 +94,14 @@ def with_layernorm():
     return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
 
 
+def with_transposed():
+    return nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(6, 6, 1), nn.Linear(4, 2))
+
+
+def with_prelu():
+    return nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2))
+
+
 def with_free_parameter():
     model = Crossed()
     model.temperature = nn.Parameter(torch.ones(()))
@@ -117,21 +125,48 @@ def test_an_example_replaces_tracing_where_it_fails():
     assert {layer.name: layer.batchnorm_name for layer in found} == PAIRS
 
 
-REFUSED = {
-    "output used twice": (OutputUsedTwice, "'first'.*only consumer"),
-    "output returned too": (OutputReturnedToo, "'second'.*only consumer"),
-    "linear called twice": (SharedLinear, "'first'.*one call"),
-    "batchnorm called twice": (SharedBatchNorm, "'bn_of_first'.*called once"),
-    "unused linear": (Unused, "'second'.*one call"),
-    "activation between": (ActivationBetween, "'bn_of_(first|second).*BatchNorm"),
+# A BatchNorm that no layer alone feeds is a layer of its own, merged with itself.
+UNPAIRED = {
+    "output used twice": (
+        OutputUsedTwice,
+        {"first": None, "bn_of_first": "bn_of_first", "second": "bn_of_second"},
+    ),
+    "output returned too": (
+        OutputReturnedToo,
+        {"first": "bn_of_first", "second": None, "bn_of_second": "bn_of_second"},
+    ),
+    "activation between": (
+        ActivationBetween,
+        {"first": None, "bn_of_first": "bn_of_first", "second": None},
+    ),
     "in-place activation between": (
         InPlaceActivationBetween,
-        "'(bn_of_(first|second)|first).*(BatchNorm|only consumer)",
+        {"first": None, "bn_of_first": "bn_of_first", "second": None},
     ),
+}
+
+
+@pytest.mark.parametrize("example", [None, X], ids=["traced", "observed"])
+@pytest.mark.parametrize("case", UNPAIRED)
+def test_a_batchnorm_that_no_layer_alone_feeds_is_a_layer_of_its_own(case, example):
+    make, expected = UNPAIRED[case]
+    model = make()
+    used = [name for name in expected if name in dict(model.named_modules())]
+    for name, module in model.named_children():
+        module.requires_grad_(name in used)
+    found = find_layers(model, example=example)
+    assert {layer.name: layer.batchnorm_name for layer in found} == expected
+
+
+REFUSED = {
+    "linear called twice": (SharedLinear, "'first'.*one call"),
+    "batchnorm called twice": (SharedBatchNorm, "'bn_of_(first|second)'.*one call"),
+    "unused linear": (Unused, "'(second|bn_of_second)'.*one call"),
     "tied weights": (tied, "'(first|second)'.*shared"),
-    "layernorm": (with_layernorm, "'1.weight'.*LayerNorm"),
     "free parameter": (with_free_parameter, "'temperature'"),
-    "no linear": (nn.ReLU, "Linear"),
+    "transposed convolution": (with_transposed, "'1.weight'.*ConvTranspose1d has no"),
+    "PReLU": (with_prelu, "'1.weight'.*PReLU has no"),
+    "no layer": (nn.ReLU, "at least one"),
 }
 
 
@@ -151,8 +186,9 @@ def test_one_module_under_two_names_is_one_layer():
         find_layers(model)
 
 
-def test_frozen_parameters_need_no_block():
-    model = with_layernorm()
+@pytest.mark.parametrize("make", [with_layernorm, with_prelu])
+def test_frozen_parameters_need_no_block(make):
+    model = make()
     model[1].requires_grad_(False)
     assert [layer.name for layer in find_layers(model)] == ["0", "2"]
     model[0].requires_grad_(False)
@@ -160,7 +196,7 @@ def test_frozen_parameters_need_no_block():
 
 
 def test_named_layers_are_found_in_a_model_with_unsupported_ones():
-    assert [layer.name for layer in find_layers(with_layernorm(), layers=["2"])] == ["2"]
+    assert [layer.name for layer in find_layers(with_prelu(), layers=["2"])] == ["2"]
 
 
 def test_raw_coordinates_look_for_no_batchnorm():
@@ -172,6 +208,44 @@ def test_raw_coordinates_look_for_no_batchnorm():
 def test_unknown_layer_names_are_refused(layers):
     with pytest.raises(OptionError, match="layers"):
         find_layers(Crossed(), layers=layers)
+
+
+class Padding(nn.Conv2d):
+    """A convolution that pads for itself, as ports of TensorFlow models have it."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+class Activated(nn.BatchNorm2d):
+    """A BatchNorm with its activation inside, as in timm."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weights are not those it stores."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+IMAGES = torch.randn(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("example", [None, IMAGES], ids=["traced", "observed"])
+def test_subclasses_are_known_by_the_functions_they_call(example):
+    model = nn.Sequential(Padding(3, 4, 2, bias=False), Activated(4), nn.Flatten())
+    [layer] = find_layers(model, example=example)
+    assert (layer.name, layer.batchnorm_name) == ("0", "1")
+
+
+@pytest.mark.parametrize("example", [None, IMAGES], ids=["traced", "observed"])
+def test_a_layer_that_computes_with_other_weights_is_refused_by_name(example):
+    model = nn.Sequential(Standardized(3, 4, 2), nn.BatchNorm2d(4))
+    with pytest.raises(UnsupportedLayerError, match="'0'.*own parameters"):
+        find_layers(model, example=example)
 
 
 def test_finding_leaves_hooks_and_gradients_alone():
