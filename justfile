@@ -50,9 +50,9 @@ fmt: setup
 experiments *args="permuted-mnist --preset quick": dev
     {{python}} -m ekfac_rs.experiments {{args}}
 
-# Compare with torch in one run: factor pass, penalty, Gram matrices
-bench: dev
-    {{python}} benchmarks/bench.py
+# Compare with torch in one run: factor passes, penalty, Gram matrices
+bench *args: dev
+    {{python}} benchmarks/bench.py {{args}}
 
 # Benchmarks of the Rust core alone
 bench-rust:

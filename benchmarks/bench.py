@@ -5,6 +5,9 @@ a noisy machine disturbs all of them alike.
 """
 
 import argparse
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -121,6 +124,43 @@ def bench_pass(batches: int, rounds: int) -> None:
     )
 
 
+def bench_resnet50(rounds: int) -> None:
+    """Factor pass of ResNet-50 at 128 px, batch 16, against bare forward and backward."""
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    model = resnet50(weights=None)
+    x, y = torch.randn(32, 3, 128, 128), torch.randint(1000, (32,))
+    loader = list(zip(x.split(16), y.split(16), strict=True))
+
+    def bare() -> None:
+        for a, b in loader:
+            F.cross_entropy(model(a), b).backward()
+            model.zero_grad()
+
+    def ours(approximation: str) -> Work:
+        return lambda: ek.estimate_curvature(model, loader, approximation=approximation)
+
+    candidates = {
+        "bare forward + backward": bare,
+        "ekfac_rs, xkfac-nested": ours("xkfac-nested"),
+        "ekfac_rs, xkfac": ours("xkfac"),
+        "ekfac_rs, kfac-expand": ours("kfac-expand"),
+    }
+    report(
+        "Curvature pass, ResNet-50 at 128 px, 2 mini-batches of 16",
+        medians(candidates, rounds),
+        "bare forward + backward",
+        {},
+    )
+    description = ek.describe(model)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        f"  factors {description.total_bytes / 1e9:.2f} GB, "
+        f"peak of the process {peak / 1e9:.2f} GB   (goal <= 6)"
+    )
+
+
 # --- training step -------------------------------------------------------------------------------
 
 
@@ -214,19 +254,34 @@ def bench_gram(rounds: int) -> None:
         report(f"Gram matrix of [{rows}, {columns}]", results, "torch, full x.T @ x", {})
 
 
+BENCHMARKS: dict[str, Callable[[int], None]] = {
+    "pass": lambda rounds: bench_pass(batches=8, rounds=rounds),
+    "resnet50": lambda rounds: bench_resnet50(rounds=max(rounds // 5, 1)),
+    "small-step": lambda rounds: bench_step((784, 100, 100, 10), rounds=20 * rounds),
+    "wide-step": lambda rounds: bench_step((784, 1024, 1024, 1024, 10), rounds=2 * rounds),
+    "gram": lambda rounds: bench_gram(rounds=10 * rounds),
+}
+
+
 def main() -> None:
-    """Print all comparisons."""
+    """Print all comparisons, each in a process of its own: its memory is its own then."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"which: {', '.join(BENCHMARKS)}; default all")
     parser.add_argument("--rounds", type=int, default=15, help="repetitions behind each median")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - set(BENCHMARKS)
+    if unknown:
+        parser.error(f"expected some of {', '.join(BENCHMARKS)}, got {', '.join(unknown)}")
+    if len(arguments.names) == 1:
+        BENCHMARKS[arguments.names[0]](arguments.rounds)
+        return
     print(
         f"ekfac_rs {ek.__version__}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} torch threads, {ek.num_threads()} ekfac_rs threads"
     )
-    bench_pass(batches=8, rounds=rounds)
-    bench_step((784, 100, 100, 10), rounds=20 * rounds)
-    bench_step((784, 1024, 1024, 1024, 10), rounds=2 * rounds)
-    bench_gram(rounds=10 * rounds)
+    for name in arguments.names or BENCHMARKS:
+        command = [sys.executable, __file__, name, "--rounds", str(arguments.rounds)]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from ekfac_rs.layers import (
     uncovered_parameters,
 )
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
+from ekfac_rs.storage import STORAGES, pack, unpack
 
 DIAGONAL = "diagonal"
 APPROXIMATIONS = (*_core.strata(), DIAGONAL)
@@ -232,25 +233,36 @@ class Curvature(Mapping[str, Block]):
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
         return values | {"signatures": {name: list(s) for name, s in self.signatures.items()}}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, storage: str = "full") -> None:
         """Write to a safetensors file with JSON metadata; replaced only when complete.
 
         Parameters
         ----------
         path : path-like
+        storage : {"full", "triangle", "half"}
+            "triangle" stores one triangle of each factor, without loss, in half the bytes;
+            "half" its correlations in float16 beside an exact diagonal, in a quarter of those of
+            float32 (each entry right to ``2**-11 sqrt(F_ii F_jj)``). `load` reads all three.
 
         Raises
         ------
         FileNotFoundError
             The directory does not exist.
+        OptionError
+            Unknown storage.
         """
+        require_choice("storage", storage, STORAGES)
         metadata = {"format": _FORMAT, "layers": self.layers, **self.metadata()}
         target = Path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
-            save_file(self.tensors(), partial, metadata={_METADATA_KEY: json.dumps(metadata)})
+            tensors: dict[str, Tensor] = {}
+            for key, tensor in self.tensors().items():
+                symmetric = not key.endswith("diagonal")
+                tensors |= pack(key, tensor, storage if symmetric else "full")
+            save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(metadata)})
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -274,7 +286,7 @@ class Curvature(Mapping[str, Block]):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = unpack({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
             if metadata.pop("format") != _FORMAT:
                 raise FileFormatError(f"expected format {_FORMAT}")
             return cls.from_tensors(tensors, metadata)

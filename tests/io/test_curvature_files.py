@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,56 @@ def test_a_round_trip_in_single_precision(tmp_path):
     loaded = ek.Curvature.load(tmp_path / "f")
     assert loaded["0"].dtype == torch.float32
     assert identical(loaded, original)
+
+
+@pytest.mark.parametrize("approximation", [*APPROXIMATIONS, "diagonal"])
+def test_triangles_lose_nothing(approximation, tmp_path):
+    original = curvature(approximation=approximation)
+    original.save(tmp_path / "f", storage="triangle")
+    assert identical(ek.Curvature.load(tmp_path / "f"), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_storage_keeps_diagonals_and_rounds_correlations(dtype, tmp_path):
+    original = curvature().to(dtype=dtype)
+    original.save(tmp_path / "f", storage="half")
+    loaded = ek.Curvature.load(tmp_path / "f")
+    rounded = False
+    for layer in original:
+        for a, b in zip(factors(original[layer]), factors(loaded[layer]), strict=True):
+            assert b.dtype == dtype
+            root = a.diagonal().sqrt()
+            assert torch.equal(b.diagonal(), a.diagonal())
+            assert torch.equal(b, b.T)
+            assert ((a - b).abs() <= 2**-11 * 1.01 * root[:, None] * root).all()
+            rounded |= not torch.equal(a, b)
+    assert rounded
+
+
+def test_storages_take_what_they_promise(tmp_path):
+    A = torch.randn(300, 600)
+    block = ek.KroneckerSum([(A @ A.T, A[:200] @ A[:200].T)])
+    wide = replace(curvature(), approximation="kfac-expand", blocks={"0": block})
+    sizes = {}
+    for storage in ("full", "triangle", "half"):
+        wide.save(tmp_path / storage, storage=storage)
+        sizes[storage] = (tmp_path / storage).stat().st_size
+    assert sizes["triangle"] < 0.52 * sizes["full"]
+    assert sizes["half"] < 0.28 * sizes["full"]
+
+
+@pytest.mark.parametrize("storage", ["triangle", "half"])
+def test_truncated_compact_files_are_refused(storage, tmp_path):
+    path = tmp_path / "f"
+    curvature().save(path, storage=storage)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ek.errors.FileFormatError):
+        ek.Curvature.load(path)
+
+
+def test_unknown_storage_is_refused(tmp_path):
+    with pytest.raises(ek.errors.OptionError, match="storage"):
+        curvature().save(tmp_path / "f", storage="double")
 
 
 def test_paths_may_be_strings_and_files_are_replaced(tmp_path):
