@@ -139,11 +139,8 @@ def forgetting(matrix: npt.ArrayLike) -> float:
     ShapeError, OptionError, NonFiniteError
         If `matrix` is no accuracy matrix, see :class:`AccuracyMatrix`.
     """
-    values = _checked(matrix)
-    last = len(values) - 1
-    if last == 0:
-        return float("nan")
-    return float(np.mean([values[j:last, j].max() - values[last, j] for j in range(last)]))
+    values, last = _with_earlier_tasks(matrix)
+    return _mean([values[j:last, j].max() - values[last, j] for j in range(last)])
 
 
 def backward_transfer(matrix: npt.ArrayLike) -> float:
@@ -167,11 +164,19 @@ def backward_transfer(matrix: npt.ArrayLike) -> float:
     ShapeError, OptionError, NonFiniteError
         If `matrix` is no accuracy matrix, see :class:`AccuracyMatrix`.
     """
+    values, last = _with_earlier_tasks(matrix)
+    return _mean(values[last, :last] - values.diagonal()[:last])
+
+
+def _with_earlier_tasks(matrix: npt.ArrayLike) -> tuple[npt.NDArray[np.float64], int]:
+    """Return the checked matrix and the number of tasks before the last."""
     values = _checked(matrix)
-    last = len(values) - 1
-    if last == 0:
-        return float("nan")
-    return float(np.mean(values[last, :last] - values.diagonal()[:last]))
+    return values, len(values) - 1
+
+
+def _mean(changes: Sequence[float] | npt.NDArray[np.float64]) -> float:
+    """Return the mean, or NaN where there was no earlier task."""
+    return float(np.mean(changes)) if len(changes) else float("nan")
 
 
 def _checked(matrix: npt.ArrayLike) -> npt.NDArray[np.float64]:

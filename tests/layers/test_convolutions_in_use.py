@@ -1,6 +1,7 @@
 """Convolutional networks as people write them: layouts, in-place steps, mixed precision."""
 
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_the_penalty_follows_gradient_descent_back_to_the_anchor(autocast):
         optimizer.step()
         values.append(float(loss.detach()))
     assert values[-1] < 0.5 * values[0]
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(values))
 
 
 def test_a_pass_leaves_a_convolutional_network_as_it_was():
