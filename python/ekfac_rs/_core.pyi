@@ -10,6 +10,7 @@ __all__ = [
     "Tensor",
     "Term",
     "accumulate_gram",
+    "accumulate_patch_gram",
     "build_info",
     "conjugate_gradients",
     "eigh",
@@ -32,7 +33,9 @@ __all__ = [
 # The owner is the tensor itself, which a descriptor so keeps alive; the caller leaves it unchanged
 # during the call.
 Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int, object]
-Term: TypeAlias = tuple[Tensor, Tensor]  # (A [K, K], G [D, D]), both symmetric, full storage
+# (A [K, K], G [D, D]), both symmetric, in full storage; or stacks of them, (A [groups, K, K],
+# G [groups, D / groups, D / groups]): each group of consecutive rows of V, [D, K], has its own.
+Term: TypeAlias = tuple[Tensor, Tensor]
 
 def build_info() -> dict[str, str]: ...
 def set_num_threads(threads: int) -> None: ...
@@ -45,9 +48,44 @@ def accumulate_gram(
     role: str,
     append_one: bool,
     scale: float,
-) -> list[int]: ...
-def symmetrize(x: Tensor) -> None: ...
-def eigh(x: Tensor, values: Tensor, vectors: Tensor) -> None: ...
+) -> list[int]:
+    """Add ``scale * N * F_k`` of a mini-batch to the lower triangle of ``out[k]``, per stratum k.
+
+    ``x`` is ``[N, K]`` or ``[N, T, K]``; ``role`` is "input" or "gradient"; ``append_one`` (inputs
+    only) appends a constant 1 to every unit. Outputs are ``[K', K']`` with K' = K or K + 1, float32
+    or float64. Outputs ``[groups, K', K']`` split the features into consecutive blocks with a
+    factor each: K' is then K / groups, or one more. Returns the strata's degrees of freedom.
+    """
+
+def accumulate_patch_gram(
+    x: Tensor,
+    out: Sequence[Tensor],
+    approximation: str,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    append_one: bool,
+    scale: float,
+) -> list[int]:
+    """As `accumulate_gram` for the inputs of a convolution, without unfolding them.
+
+    ``x`` is ``[N, C, *spatial]`` in any memory layout, with 1 to 3 spatial dimensions; the geometry
+    has one entry per spatial dimension, ``padding`` (before, after) with zeros, which are data.
+    Units are output locations; features are ordered as ``weight.flatten(1)``. Outputs are
+    ``[K', K']`` with K' = C times the kernel positions (or one more), or ``[groups, K', K']`` for
+    consecutive blocks of ``C / groups`` channels.
+    """
+
+def symmetrize(x: Tensor) -> None:
+    """Copy the lower triangle of a matrix, or of every matrix of a stack, to the upper one."""
+
+def eigh(x: Tensor, values: Tensor, vectors: Tensor) -> None:
+    """Decompose a symmetric matrix ``[n, n]``, or every one of a stack ``[groups, n, n]``.
+
+    Writes ascending eigenvalues (``[n]`` or ``[groups, n]``) and eigenvectors in columns.
+    """
+
 def kronecker_product(terms: Sequence[Term], v: Tensor, out: Tensor, damping: float) -> None: ...
 def kronecker_quadratic(terms: Sequence[Term], v: Tensor) -> float: ...
 def kronecker_inner(terms: Sequence[Term], others: Sequence[Term]) -> float: ...

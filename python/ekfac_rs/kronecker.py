@@ -27,10 +27,15 @@ _DENSE_LIMIT = 4096
 class KroneckerSum:
     """The operator ``H V = sum_k G_k V A_k``.
 
+    With groups, as grouped and depthwise convolutions have them, it is block diagonal: the rows of
+    ``V`` fall into ``groups`` consecutive blocks of ``D / groups`` rows, and each block ``V_g`` has
+    factors of its own, ``(H V)_g = sum_k G_kg V_g A_kg``. Everything below holds for both.
+
     Parameters
     ----------
     terms : sequence of (A, G)
-        Symmetric matrices ``A`` of shape ``(K, K)`` and ``G`` of shape ``(D, D)``, float32 or
+        Symmetric matrices ``A`` of shape ``(K, K)`` and ``G`` of shape ``(D, D)``; with groups,
+        stacks of shapes ``(groups, K, K)`` and ``(groups, D / groups, D / groups)``. Float32 or
         float64, all on one device. Borrowed, not copied: do not modify them.
 
     Raises
@@ -59,22 +64,45 @@ class KroneckerSum:
         if not self.terms:
             raise OptionError("terms: expected at least one pair (A, G), got none")
         reference, first_G = self.terms[0]
-        K, D = reference.shape[0], first_G.shape[0]
+        stack = _stack_of(reference)
+        K, D = reference.shape[-1], first_G.shape[-1]
         for k, (A, G) in enumerate(self.terms):
-            require_like(f"terms[{k}] factor A", A, (K, K), reference)
-            require_like(f"terms[{k}] factor G", G, (D, D), reference)
+            require_like(f"terms[{k}] factor A", A, (*stack, K, K), reference)
+            require_like(f"terms[{k}] factor G", G, (*stack, D, D), reference)
             require_finite(f"terms[{k}] factor A", A)
             require_finite(f"terms[{k}] factor G", G)
         self._borrowed = [(borrow(A), borrow(G)) for A, G in self.terms]
 
     def __repr__(self) -> str:
-        return f"KroneckerSum(shape={self.shape}, terms={len(self.terms)}, dtype={self.dtype})"
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
+        return (
+            f"KroneckerSum(shape={self.shape}, terms={len(self.terms)}{groups}, dtype={self.dtype})"
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape ``(D, K)`` of the matrices the block acts on."""
         A, G = self.terms[0]
-        return G.shape[0], A.shape[0]
+        return self.groups * G.shape[-1], A.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """Number of blocks of rows with factors of their own; 1 without groups."""
+        return math.prod(_stack_of(self.terms[0][0]))
+
+    def group(self, index: int) -> "KroneckerSum":
+        """Return the block of one group, which acts on its ``D / groups`` rows alone.
+
+        Raises
+        ------
+        OptionError
+            There is no such group.
+        """
+        if not 0 <= index < self.groups:
+            raise OptionError(f"index: expected a group below {self.groups}, got {index}")
+        if not _stack_of(self.terms[0][0]):
+            return self
+        return KroneckerSum([(A[index], G[index]) for A, G in self.terms])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,7 +172,10 @@ class KroneckerSum:
         return out
 
     def dense(self) -> Tensor:
-        """Return the block as a matrix of shape (D * K, D * K): for small sizes and tests."""
+        """Return the block as a matrix of shape (D * K, D * K): for small sizes and tests.
+
+        It is zero between rows of different groups.
+        """
         D, K = self.shape
         out = torch.empty((D * K, D * K), dtype=self.dtype, device=self.device)
         _core.kronecker_dense(self._borrowed, borrow(out))
@@ -169,6 +200,7 @@ class KroneckerSum:
         """Nearest sum of ``terms`` Kronecker products in Frobenius norm.
 
         The first of them is positive semi-definite; further ones, and hence the sum, need not be.
+        Groups are compressed one by one.
 
         Parameters
         ----------
@@ -190,8 +222,8 @@ class KroneckerSum:
         Returns
         -------
         list of (values_A, vectors_A, values_G, vectors_G)
-            Ascending eigenvalues of shapes ``(K,)`` and ``(D,)``; eigenvectors in columns. The
-            eigenvalues of a term alone are all products of the two.
+            Ascending eigenvalues of shapes ``(K,)`` and ``(D,)``; eigenvectors in columns; stacks
+            of both with groups. The eigenvalues of a term alone are all products of the two.
         """
         return [(*_eigh(A), *_eigh(G)) for A, G in self.terms]
 
@@ -207,16 +239,15 @@ class KroneckerSum:
 
         Its factors become ``A + pi sqrt(damping) I`` and ``G + sqrt(damping) / pi I`` with
         ``pi**2 = (tr A / K) / (tr G / D)`` (Martens & Grosse 2015, section 6.3): about
-        ``H + damping I``, and within reach of the closed forms for two terms.
+        ``H + damping I``, and within reach of the closed forms for two terms. Each group has a
+        ``pi`` of its own.
         """
         require_nonnegative("damping", damping)
         A, G = self.terms[0]
-        mean_A, mean_G = (float(x.diagonal().double().mean()) for x in (A, G))
-        pi = (mean_A / mean_G) ** 0.5 if mean_A > 0.0 and mean_G > 0.0 else 1.0
-        first = (
-            A + pi * damping**0.5 * torch.eye(len(A), dtype=A.dtype, device=A.device),
-            G + damping**0.5 / pi * torch.eye(len(G), dtype=G.dtype, device=G.device),
-        )
+        mean_A, mean_G = (x.diagonal(dim1=-2, dim2=-1).double().mean(-1) for x in (A, G))
+        balanced = (mean_A > 0.0) & (mean_G > 0.0)
+        pi = torch.where(balanced, mean_A / mean_G, 1.0).sqrt()
+        first = _shifted(A, pi * damping**0.5), _shifted(G, damping**0.5 / pi)
         return KroneckerSum([first, *self.terms[1:]])
 
     def solve(
@@ -229,8 +260,8 @@ class KroneckerSum:
     ) -> Tensor:
         """Solve ``(H + damping I) X = V``.
 
-        Closed form for one term, and for two without damping (see `damped`); preconditioned
-        conjugate gradients otherwise.
+        Closed form for one term, for two without damping (see `damped`), and for groups of a
+        single row; preconditioned conjugate gradients otherwise.
 
         Parameters
         ----------
@@ -255,8 +286,8 @@ class KroneckerSum:
         require_count("max_iterations", max_iterations)
         V = self._checked(V)
         out = torch.empty_like(V, memory_format=torch.contiguous_format)
-        if self._has_closed_form(damping):
-            _core.KroneckerInverse(self._borrowed, damping).solve(borrow(V), borrow(out))
+        if inverse := self._inverse(damping):
+            inverse.solve(borrow(V), borrow(out))
             return out
         if tolerance is None:
             tolerance = 1e-6 if self.dtype == torch.float32 else 1e-12
@@ -268,8 +299,9 @@ class KroneckerSum:
     def logdet(self, damping: float = 0.0) -> float:
         """Log-determinant of ``H + damping I``.
 
-        Closed form for one term, and for two without damping; by a dense Cholesky factorisation
-        for other blocks of at most 4,096 rows.
+        Closed form for one term, for two without damping, and for groups of a single row; by a
+        dense Cholesky factorisation for other blocks, whose groups then have at most 4,096 rows
+        of the dense matrix each.
 
         Raises
         ------
@@ -280,8 +312,10 @@ class KroneckerSum:
             after ``compress(2)`` if there are more than two terms.
         """
         require_nonnegative("damping", damping)
-        if self._has_closed_form(damping):
-            return _core.KroneckerInverse(self._borrowed, damping).logdet()
+        if inverse := self._inverse(damping):
+            return inverse.logdet()
+        if self.groups > 1:
+            return sum(self.group(index).logdet(damping) for index in range(self.groups))
         D, K = self.shape
         if D * K > _DENSE_LIMIT:
             raise OptionError(
@@ -321,8 +355,7 @@ class KroneckerSum:
         require_count("n", n)
         require_nonnegative("damping", damping)
         out = torch.empty((n, *self.shape), dtype=self.dtype, device=self.device)
-        if self._has_closed_form(damping):
-            inverse = _core.KroneckerInverse(self._borrowed, damping)
+        if inverse := self._inverse(damping):
             inverse.sample(borrow(self._noise((n,), generator)), borrow(out))
             return out
         noise = self._noise((n, len(self.terms)), generator)
@@ -330,8 +363,16 @@ class KroneckerSum:
         out.add_(self._noise((n,), generator), alpha=damping**0.5)
         return self.solve(out, damping)
 
-    def _has_closed_form(self, damping: float) -> bool:
-        return len(self.terms) == 1 or (len(self.terms) == 2 and damping == 0.0)
+    def _inverse(self, damping: float) -> _core.KroneckerInverse | None:
+        """Return the inverse of the damped block where it has a closed form."""
+        if self.groups > 1 and self.groups == self.shape[0]:
+            # G is a number for each group: the terms add up to one.
+            whole = torch.stack([A.double() * G.double() for A, G in self.terms]).sum(0)
+            one = whole.new_ones(self.groups, 1, 1)
+            return _core.KroneckerInverse([(borrow(whole), borrow(one))], damping)
+        if len(self.terms) == 1 or (len(self.terms) == 2 and damping == 0.0):
+            return _core.KroneckerInverse(self._borrowed, damping)
+        return None
 
     def _noise(self, batch: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         return torch.randn(
@@ -346,7 +387,10 @@ class KroneckerSum:
         return V.detach()
 
     def _require_fitting(self, other: "KroneckerSum") -> None:
-        if (self.shape, self.dtype, self.device) != (other.shape, other.dtype, other.device):
+        mine, theirs = (
+            (block.shape, block.groups, block.dtype, block.device) for block in (self, other)
+        )
+        if mine != theirs:
             raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
 
 
@@ -440,8 +484,24 @@ class DiagonalBlock:
 Block = KroneckerSum | DiagonalBlock
 
 
+def _stack_of(factor: Tensor) -> tuple[int, ...]:
+    """Return ``(groups,)`` for a stack of matrices and ``()`` for a matrix."""
+    if factor.dim() not in (2, 3) or not factor.numel():
+        raise ShapeError(
+            "terms: expected factors (K, K) and (D, D), or (groups, K, K) and (groups, D / groups, "
+            f"D / groups), none empty, got shape {tuple(factor.shape)}"
+        )
+    return tuple(factor.shape[:-2])
+
+
+def _shifted(factor: Tensor, shift: Tensor) -> Tensor:
+    """Add a multiple of the identity, one for each group."""
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return factor + shift.to(factor.dtype)[..., None, None] * eye
+
+
 def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
-    values = torch.empty(len(factor), dtype=factor.dtype, device=factor.device)
+    values = torch.empty(factor.shape[:-1], dtype=factor.dtype, device=factor.device)
     vectors = torch.empty_like(factor, memory_format=torch.contiguous_format)
     _core.eigh(borrow(factor), borrow(values), borrow(vectors))
     return values, vectors

@@ -1,5 +1,6 @@
 """Symmetric factors on disk: as they are, as triangles, or as half-precision correlations."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -76,7 +77,7 @@ def _inverse_root(diagonal: Tensor) -> Tensor:
 
 def _order(entries: int) -> int:
     """Order of the matrix whose lower triangle has this many entries."""
-    n = round(((8 * entries + 1) ** 0.5 - 1) / 2)
+    n = (math.isqrt(8 * entries + 1) - 1) // 2
     if n * (n + 1) // 2 != entries:
         raise ValueError(f"expected a triangle, got {entries} entries")
     return n

@@ -417,6 +417,129 @@ def test_samples_in_single_precision():
     assert samples.shape == (5, 2, 3)
 
 
+# --- groups -------------------------------------------------------------------------------
+
+
+def make_grouped(
+    groups: int, D: int, K: int, count: int, seed: int = 0, *, dtype=torch.float64
+) -> ek.KroneckerSum:
+    """A sum whose every group of ``D`` rows has well-conditioned terms of its own."""
+    parts = [make(D, K, count, seed + 1000 * g, dtype=dtype).terms for g in range(groups)]
+    return ek.KroneckerSum(
+        [
+            (torch.stack([A for A, _ in term]), torch.stack([G for _, G in term]))
+            for term in zip(*parts, strict=True)
+        ]
+    )
+
+
+few = st.integers(1, 4)
+grouped = st.builds(make_grouped, few, few, few, counts, seeds)
+grouped_anyhow = st.builds(make_grouped, few, few, few, counts, seeds, dtype=dtypes)
+
+
+@given(grouped_anyhow, st.sampled_from([(), (3,)]))
+def test_groups_multiply_their_own_rows(block, batch):
+    V = vectors(block, *batch)
+    H = matrix_of(block)
+    tolerance = TOLERANCE[block.dtype]
+    expected = (V.double().flatten(-2) @ H).reshape(V.shape)
+    assert relative_error(block.product(V).double(), expected) < tolerance
+    quadratic = (expected * V.double()).sum().item()
+    assert close(block.quadratic(V), quadratic, block)
+    assert relative_error(block.dense().double(), H) < tolerance
+    assert relative_error(block.diagonal().double().flatten(), H.diagonal()) < tolerance
+    assert close(block.trace(), H.trace().item(), block)
+    assert close(block.norm(), H.norm().item(), block)
+
+
+@given(few, few, few, counts, seeds)
+def test_inner_product_and_sum_of_groups(groups, D, K, count, seed):
+    one, two = make_grouped(groups, D, K, count, seed), make_grouped(groups, D, K, 2, seed + 1)
+    expected = (matrix_of(one) * matrix_of(two)).sum().item()
+    assert one.inner(two) == pytest.approx(expected, rel=1e-11)
+    assert relative_error((one + 2 * two).dense(), one.dense() + 2 * two.dense()) < 1e-12
+
+
+@given(grouped_anyhow)
+def test_shape_of_groups(block):
+    A, G = block.terms[0]
+    assert block.groups == len(A) == len(G)
+    assert block.shape == (len(G) * G.shape[-1], A.shape[-1])
+    single = block.group(block.groups - 1)
+    assert single.groups == 1
+    assert single.group(0) is single
+    assert single.shape == (G.shape[-1], A.shape[-1])
+    assert f"groups={block.groups}" in repr(block) or block.groups == 1
+    for index in (-1, block.groups):
+        with pytest.raises(ek.errors.OptionError, match="group"):
+            block.group(index)
+
+
+@given(st.builds(make, sizes, sizes, counts, seeds))
+def test_one_group_is_the_sum_without_groups(block):
+    one = ek.KroneckerSum([(A[None], G[None]) for A, G in block.terms])
+    V = vectors(block)
+    assert (one.groups, one.shape) == (1, block.shape)
+    assert torch.equal(one.product(V), block.product(V))
+    assert torch.equal(one.dense(), block.dense())
+    assert torch.equal(one.solve(V, 0.1), block.solve(V, 0.1))
+    assert one.logdet(0.1) == block.logdet(0.1)
+    assert one.top_eigenvalue() == block.top_eigenvalue()
+    assert torch.equal(one.damped(0.1).dense(), block.damped(0.1).dense())
+
+
+@given(grouped, st.sampled_from([0.0, 0.5]))
+def test_top_eigenvalue_is_the_largest_of_all_groups(block, damping):
+    expected = torch.linalg.eigvalsh(matrix_of(block, damping))[-1].item()
+    assert block.top_eigenvalue(damping) == pytest.approx(expected, rel=1e-4)
+
+
+@given(grouped, st.sampled_from([0.0, 1e-3, 0.1, 2.0]), st.sampled_from([(), (2,)]))
+def test_groups_are_solved_one_by_one(block, damping, batch):
+    V = vectors(block, *batch)
+    H = matrix_of(block, damping)
+    expected = torch.linalg.solve(H, V.flatten(-2)[..., None])[..., 0].reshape(V.shape)
+    assert relative_error(block.solve(V, damping), expected) < 1e-9
+    expected = torch.logdet(H).item()
+    assert block.logdet(damping) == pytest.approx(expected, rel=1e-9, abs=1e-9 * len(H))
+
+
+@given(grouped, dampings)
+def test_every_group_is_damped_with_its_own_balance(block, damping):
+    found = block.damped(damping)
+    for index in range(block.groups):
+        alone = block.group(index).damped(damping)
+        assert relative_error(found.group(index).dense(), alone.dense()) < 1e-12
+
+
+@given(grouped_anyhow)
+def test_groups_are_decomposed_one_by_one(block):
+    for (A, G), (values_A, U_A, values_G, U_G) in zip(block.terms, block.eigh(), strict=True):
+        for stack, values, U in ((A, values_A, U_A), (G, values_G, U_G)):
+            found = U * values[:, None, :] @ U.mT
+            assert relative_error(found, stack) < TOLERANCE[block.dtype]
+
+
+@given(grouped)
+def test_groups_are_compressed_one_by_one(block):
+    compressed = block.compress(1)
+    for index in range(block.groups):
+        alone = block.group(index).compress(1)
+        assert relative_error(compressed.group(index).dense(), alone.dense()) < 1e-9
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("count", "damping"), COVARIANCE_CASES.values(), ids=COVARIANCE_CASES)
+def test_samples_of_groups_have_the_inverse_as_covariance(rows, count, damping, generator):
+    block = make_grouped(2, rows, 2, count, seed=count)
+    draws, size = 20_000, 4 * rows
+    samples = block.sample(draws, damping, generator=generator).flatten(1)
+    bound = 2 * math.sqrt(size * (size + 1) / draws)
+    assert covariance_error(samples, matrix_of(block, damping)) < bound
+    assert covariance_error(samples, matrix_of(block, damping + 1)) > 5 * bound
+
+
 # --- the same on every device -------------------------------------------------------------
 
 
@@ -452,6 +575,10 @@ eye = torch.eye
 BAD_TERMS = {
     "no terms": ([], ek.errors.EkfacError),
     "not square": ([(torch.ones(3, 4), eye(2))], ek.errors.ShapeError),
+    "no dimensions": ([(torch.tensor(1.0), eye(2))], ek.errors.ShapeError),
+    "no groups": ([(torch.ones(0, 3, 3), torch.ones(0, 2, 2))], ek.errors.ShapeError),
+    "groups of one factor": ([(torch.ones(4, 3, 3), eye(2))], ek.errors.ShapeError),
+    "different groups": ([(torch.ones(4, 3, 3), torch.ones(2, 2, 2))], ek.errors.ShapeError),
     "not a matrix": ([(torch.ones(3), eye(2))], ek.errors.ShapeError),
     "terms of different shapes": ([(eye(3), eye(2)), (eye(2), eye(2))], ek.errors.ShapeError),
     "different dtypes": ([(eye(3), eye(2).double())], ek.errors.DtypeError),
@@ -476,6 +603,7 @@ BAD_CALLS = {
     "solve of a wrong shape": (lambda: BLOCK.solve(torch.ones(3, 2).double()), "ShapeError"),
     "inner of another shape": (lambda: BLOCK.inner(make(3, 2, 1)), "EkfacError"),
     "sum with another shape": (lambda: BLOCK + make(3, 2, 1), "EkfacError"),
+    "sum with other groups": (lambda: BLOCK + make_grouped(2, 1, 3, 1), "EkfacError"),
     "sum with another dtype": (lambda: BLOCK + make(2, 3, 1, dtype=torch.float32), "EkfacError"),
     "negative damping in solve": (lambda: BLOCK.solve(vectors(BLOCK), -0.1), "OptionError"),
     "negative damping in logdet": (lambda: BLOCK.logdet(-0.1), "OptionError"),

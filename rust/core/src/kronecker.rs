@@ -3,14 +3,20 @@
 //!
 //! V is `[D, K]` and `vec` is row-major; each A is `[K, K]`, each G is `[D, D]`, all symmetric and
 //! stored in full.
+//!
+//! Factors A `[groups, K, K]` and G `[groups, D / groups, D / groups]` make the operator block
+//! diagonal: each group of `D / groups` consecutive rows of V has terms of its own. Whatever is
+//! computed is then computed group by group.
 
-use faer::MatRef;
+use std::ops::Range;
+
+use faer::{MatMut, MatRef};
 
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Spectrum, Storage};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::linalg::expect_square;
+use crate::linalg::expect_squares;
 use crate::view::{Dtype, Real, TensorView, TensorViewMut, with_real};
 
 mod compress;
@@ -28,10 +34,29 @@ pub use self::root::KroneckerRoot;
 /// A term as matrices (A, G).
 pub(crate) type Pair<'a, T> = (MatRef<'a, T>, MatRef<'a, T>);
 
+/// The rows of V that one group acts on, and its terms.
+pub(crate) struct Group<'a, T> {
+    pub(crate) rows: Range<usize>,
+    pub(crate) terms: Vec<Pair<'a, T>>,
+}
+
+impl<T: Real> Group<'_, T> {
+    /// The rows of this group.
+    pub(crate) fn of<'v>(&self, v: MatRef<'v, T>) -> MatRef<'v, T> {
+        v.subrows(self.rows.start, self.rows.len())
+    }
+
+    /// The rows of this group, to be written to.
+    pub(crate) fn of_mut<'v>(&self, v: MatMut<'v, T>) -> MatMut<'v, T> {
+        v.subrows_mut(self.rows.start, self.rows.len())
+    }
+}
+
 /// A borrowed, checked sum of Kronecker products.
 #[derive(Debug, Clone)]
 pub struct KroneckerSum<'a> {
     terms: Vec<(TensorView<'a>, TensorView<'a>)>,
+    groups: usize,
     inputs: usize,
     outputs: usize,
     dtype: Dtype,
@@ -45,14 +70,22 @@ impl<'a> KroneckerSum<'a> {
                 "a sum of Kronecker products needs at least one term".to_owned(),
             ));
         };
-        let inputs = expect_square("A of term 0", first_a.shape())?;
-        let outputs = expect_square("G of term 0", first_g.shape())?;
+        let (groups, inputs) = expect_squares("A of term 0", first_a.shape())?;
+        let (groups_g, outputs) = expect_squares("G of term 0", first_g.shape())?;
+        if groups != groups_g || first_a.shape().len() != first_g.shape().len() {
+            return Err(Error::Shape(format!(
+                "A and G must have the same groups, got shapes {:?} and {:?}",
+                first_a.shape(),
+                first_g.shape()
+            )));
+        }
         let dtype = first_a.dtype();
         for (index, (a, g)) in terms.iter().enumerate() {
-            for (name, factor, size) in [("A", a, inputs), ("G", g, outputs)] {
-                if factor.shape() != [size, size] {
+            for (name, factor, first) in [("A", a, first_a), ("G", g, first_g)] {
+                if factor.shape() != first.shape() {
                     return Err(Error::Shape(format!(
-                        "{name} of term {index} must be [{size}, {size}], got shape {:?}",
+                        "{name} of term {index} must be {:?} like that of term 0, got shape {:?}",
+                        first.shape(),
                         factor.shape()
                     )));
                 }
@@ -66,10 +99,11 @@ impl<'a> KroneckerSum<'a> {
             }
         }
         Ok(Self {
-            terms,
+            groups,
             inputs,
-            outputs,
+            outputs: groups * outputs,
             dtype,
+            terms,
         })
     }
 
@@ -83,12 +117,17 @@ impl<'a> KroneckerSum<'a> {
         self.terms.is_empty()
     }
 
+    /// Number of groups of rows of V; 1 where all rows share their terms.
+    pub fn groups(&self) -> usize {
+        self.groups
+    }
+
     /// K, the size of every A.
     pub fn inputs(&self) -> usize {
         self.inputs
     }
 
-    /// D, the size of every G.
+    /// D, the size of every G times the number of groups.
     pub fn outputs(&self) -> usize {
         self.outputs
     }
@@ -96,7 +135,7 @@ impl<'a> KroneckerSum<'a> {
     /// Floating-point operations of one product with a single V.
     pub fn flops(&self) -> f64 {
         let (inputs, outputs) = (self.inputs as f64, self.outputs as f64);
-        2.0 * inputs * outputs * (inputs + outputs) * self.len() as f64
+        2.0 * inputs * outputs * (inputs + outputs / self.groups as f64) * self.len() as f64
     }
 
     /// `out = sum_k G_k V A_k + damping * V` for V of shape `[D, K]` or `[S, D, K]`.
@@ -111,8 +150,14 @@ impl<'a> KroneckerSum<'a> {
         check_like_v(v.shape(), out.shape())?;
         self.check_dtypes(&[("v", v.dtype()), ("out", out.dtype())])?;
         with_real!(self.dtype, T => {
-            let (terms, v, out) = (self.pairs::<T>()?, v.matrices::<T>()?, out.matrices::<T>()?);
-            Cpu::current().kronecker_product(&terms, &v, out, damping, cancel)
+            let (v, mut out) = (v.matrices::<T>()?, out.matrices::<T>()?);
+            let cpu = Cpu::current();
+            for group in self.by_group::<T>()? {
+                let v: Vec<_> = v.iter().map(|&v| group.of(v)).collect();
+                let out = out.iter_mut().map(|out| group.of_mut(out.as_mut())).collect();
+                cpu.kronecker_product(&group.terms, &v, out, damping, cancel)?;
+            }
+            Ok(())
         })
     }
 
@@ -121,30 +166,44 @@ impl<'a> KroneckerSum<'a> {
         check_stack("v", v.shape(), self.outputs, self.inputs)?;
         self.check_dtypes(&[("v", v.dtype())])?;
         with_real!(self.dtype, T => {
-            quadratic(&*Cpu::current(), &self.pairs::<T>()?, &v.matrices::<T>()?, cancel)
+            let (v, cpu) = (v.matrices::<T>()?, Cpu::current());
+            let mut total = 0.0;
+            for group in self.by_group::<T>()? {
+                for &v in &v {
+                    total += quadratic(&*cpu, &group.terms, group.of(v), cancel)?;
+                }
+            }
+            Ok(total)
         })
     }
 
     /// The Frobenius inner product with another sum of the same sizes.
     pub fn inner(&self, other: &KroneckerSum<'_>) -> Result<f64> {
-        if (self.inputs, self.outputs) != (other.inputs, other.outputs) {
+        let sizes = |sum: &KroneckerSum<'_>| (sum.groups, sum.outputs, sum.inputs);
+        if sizes(self) != sizes(other) {
             return Err(Error::Shape(format!(
-                "both sums must have the same sizes, got K = {} and {}, D = {} and {}",
-                self.inputs, other.inputs, self.outputs, other.outputs
+                "both sums must have the same groups, D and K, got {:?} and {:?}",
+                sizes(self),
+                sizes(other)
             )));
         }
         self.check_dtypes(&[("the other sum", other.dtype)])?;
         with_real!(self.dtype, T => {
-            Ok(inner(&*Cpu::current(), &self.pairs::<T>()?, &other.pairs::<T>()?))
+            let (cpu, groups) = (Cpu::current(), self.by_group::<T>()?);
+            let others = other.by_group::<T>()?;
+            let pairs = groups.iter().zip(&others);
+            Ok(pairs.map(|(group, other)| inner(&*cpu, &group.terms, &other.terms)).sum())
         })
     }
 
-    /// The trace, `sum_k tr(A_k) tr(G_k)`.
+    /// The trace, `sum_k tr(A_k) tr(G_k)` of every group.
     pub fn trace(&self) -> Result<f64> {
         with_real!(self.dtype, T => {
             let cpu = Cpu::current();
             let trace = |x: MatRef<'_, T>| cpu.diagonal(x).iter().sum::<f64>();
-            Ok(self.pairs::<T>()?.iter().map(|&(a, g)| trace(a) * trace(g)).sum())
+            let groups = self.by_group::<T>()?;
+            let terms = groups.iter().flat_map(|group| &group.terms);
+            Ok(terms.map(|&(a, g)| trace(a) * trace(g)).sum())
         })
     }
 
@@ -153,49 +212,89 @@ impl<'a> KroneckerSum<'a> {
         self.check_shape("out", out.shape(), [self.outputs, self.inputs])?;
         self.check_dtypes(&[("out", out.dtype())])?;
         with_real!(self.dtype, T => {
-            let cpu = Cpu::current();
-            let pairs = self.pairs::<T>()?;
-            let pairs = pairs.iter().map(|&(a, g)| (cpu.diagonal(g), cpu.diagonal(a)));
-            let diagonal = Spectrum { constant: 0.0, pairs: pairs.collect() };
-            cpu.write_spectrum(&diagonal, out.matrix::<T>()?);
+            let (cpu, mut out) = (Cpu::current(), out.matrix::<T>()?);
+            for group in self.by_group::<T>()? {
+                let terms = group.terms.iter();
+                let pairs = terms.map(|&(a, g)| (cpu.diagonal(g), cpu.diagonal(a)));
+                let diagonal = Spectrum { constant: 0.0, pairs: pairs.collect() };
+                cpu.write_spectrum(&diagonal, group.of_mut(out.as_mut()));
+            }
             Ok(())
         })
     }
 
-    /// Writes the whole `[D K, D K]` matrix; row and column indices are `d * K + k`.
+    /// Writes the whole `[D K, D K]` matrix; row and column indices are `d * K + k`. It is zero
+    /// between rows of different groups.
     pub fn dense(&self, out: &mut TensorViewMut<'_>) -> Result<()> {
         let size = self.outputs * self.inputs;
         self.check_shape("out", out.shape(), [size, size])?;
         self.check_dtypes(&[("out", out.dtype())])?;
         with_real!(self.dtype, T => {
-            Cpu::current().dense_kronecker(&self.pairs::<T>()?, out.matrix::<T>()?);
+            let (cpu, mut out) = (Cpu::current(), out.matrix::<T>()?);
+            let groups = self.by_group::<T>()?;
+            if groups.len() > 1 {
+                cpu.write_spectrum(&Spectrum::default(), out.as_mut());
+            }
+            for Group { rows, terms } in groups {
+                let (start, size) = (rows.start * self.inputs, rows.len() * self.inputs);
+                let block = out.as_mut().submatrix_mut(start, start, size, size);
+                cpu.dense_kronecker(&terms, block);
+            }
             Ok(())
         })
     }
 
-    /// The largest eigenvalue of the sum plus `damping`: exact for one term, otherwise by Lanczos
-    /// iterations, from below, to a relative accuracy of about 1e-4 or better.
+    /// The largest eigenvalue of the sum plus `damping`, the largest of all groups: exact for one
+    /// term and for small groups, otherwise by Lanczos iterations, from below, to a relative
+    /// accuracy of about 1e-4 or better.
     pub fn top_eigenvalue(&self, damping: f64, cancel: &Cancel) -> Result<f64> {
         with_real!(self.dtype, T => {
             let cpu = Cpu::current();
-            let pairs = self.finite_pairs::<T>(&cpu)?;
-            Ok(eigenvalue::top(&*cpu, &pairs, cancel)? + damping)
+            let mut largest = f64::NEG_INFINITY;
+            for group in self.finite_by_group::<T>(&cpu)? {
+                largest = largest.max(eigenvalue::top(&*cpu, &group.terms, cancel)?);
+            }
+            Ok(largest + damping)
         })
     }
 
-    pub(crate) fn pairs<T: Real>(&self) -> Result<Vec<Pair<'a, T>>> {
-        let pair = |(a, g): &(TensorView<'a>, TensorView<'a>)| Ok((a.matrix()?, g.matrix()?));
-        self.terms.iter().map(pair).collect()
+    /// The terms of each group.
+    pub(crate) fn by_group<T: Real>(&self) -> Result<Vec<Group<'a, T>>> {
+        let height = self.outputs / self.groups;
+        let group = |index: usize| Group {
+            rows: index * height..(index + 1) * height,
+            terms: Vec::with_capacity(self.len()),
+        };
+        let mut groups: Vec<_> = (0..self.groups).map(group).collect();
+        for (a, g) in &self.terms {
+            let pairs = a.matrices::<T>()?.into_iter().zip(g.matrices::<T>()?);
+            for (group, pair) in groups.iter_mut().zip(pairs) {
+                group.terms.push(pair);
+            }
+        }
+        Ok(groups)
     }
 
     /// The terms, after making sure that decompositions will not meet NaN or infinity.
-    fn finite_pairs<T: Real>(&self, cpu: &Cpu) -> Result<Vec<Pair<'a, T>>> {
-        let pairs = self.pairs::<T>()?;
-        for (index, &(a, g)) in pairs.iter().enumerate() {
-            cpu.check_finite(a, &format!("A of term {index}"))?;
-            cpu.check_finite(g, &format!("G of term {index}"))?;
+    fn finite_by_group<T: Real>(&self, cpu: &Cpu) -> Result<Vec<Group<'a, T>>> {
+        let groups = self.by_group::<T>()?;
+        for (index, group) in groups.iter().enumerate() {
+            let place = self.name_of_group(index);
+            for (term, &(a, g)) in group.terms.iter().enumerate() {
+                cpu.check_finite(a, &format!("A of term {term}{place}"))?;
+                cpu.check_finite(g, &format!("G of term {term}{place}"))?;
+            }
         }
-        Ok(pairs)
+        Ok(groups)
+    }
+
+    /// What error messages add to say which group is meant.
+    fn name_of_group(&self, group: usize) -> String {
+        if self.groups == 1 {
+            String::new()
+        } else {
+            format!(" of group {group}")
+        }
     }
 
     fn check_shape(&self, name: &str, shape: &[usize], expected: [usize; 2]) -> Result<()> {
@@ -222,16 +321,12 @@ impl<'a> KroneckerSum<'a> {
 fn quadratic<B: Backend, T: Real>(
     backend: &B,
     terms: &[Pair<'_, T>],
-    v: &[MatRef<'_, T>],
+    v: MatRef<'_, T>,
     cancel: &Cancel,
 ) -> Result<f64> {
-    let mut total = 0.0;
-    for &v in v {
-        let mut product = backend.zeros::<T>(v.nrows(), v.ncols());
-        backend.kronecker_product(terms, &[v], vec![product.view_mut()], 0.0, cancel)?;
-        total += backend.dot(v, product.view());
-    }
-    Ok(total)
+    let mut product = backend.zeros::<T>(v.nrows(), v.ncols());
+    backend.kronecker_product(terms, &[v], vec![product.view_mut()], 0.0, cancel)?;
+    Ok(backend.dot(v, product.view()))
 }
 
 fn inner<B: Backend, T: Real>(backend: &B, terms: &[Pair<'_, T>], others: &[Pair<'_, T>]) -> f64 {

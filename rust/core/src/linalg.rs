@@ -17,16 +17,19 @@ pub fn symmetrize(x: &mut TensorViewMut<'_>) -> Result<()> {
 }
 
 /// Eigenvalues in ascending order (`values`, `[n]`) and eigenvectors as columns (`vectors`,
-/// `[n, n]`) of a symmetric matrix, of which the lower triangle is read.
+/// `[n, n]`) of a symmetric matrix, of which the lower triangle is read; of each one of a stack, if
+/// all three have a leading dimension more.
 pub fn eigh(
     x: &TensorView<'_>,
     values: &mut TensorViewMut<'_>,
     vectors: &mut TensorViewMut<'_>,
 ) -> Result<()> {
-    let size = expect_square("x", x.shape())?;
-    if values.shape() != [size] || vectors.shape() != [size, size] {
+    expect_squares("x", x.shape())?;
+    let rows = &x.shape()[..x.shape().len() - 1];
+    if values.shape() != rows || vectors.shape() != x.shape() {
         return Err(Error::Shape(format!(
-            "values and vectors must be [{size}] and [{size}, {size}], got shapes {:?} and {:?}",
+            "values and vectors must be {rows:?} and {:?}, got shapes {:?} and {:?}",
+            x.shape(),
             values.shape(),
             vectors.shape()
         )));
@@ -40,12 +43,17 @@ fn write_eigh<T: Real>(
     values: &mut TensorViewMut<'_>,
     vectors: &mut TensorViewMut<'_>,
 ) -> Result<()> {
-    let (x, mut values) = (x.matrix::<T>()?, values.column::<T>()?);
-    let vectors = vectors.matrix::<T>()?;
+    let (x, vectors) = (x.matrices::<T>()?, vectors.matrices::<T>()?);
+    let mut values = values.as_rows();
+    let mut values = values.matrix::<T>()?;
     let cpu = Cpu::current();
-    cpu.check_finite(x, "x")?;
-    for (index, value) in cpu.eigh(x, vectors)?.into_iter().enumerate() {
-        values[(index, 0)] = T::from_f64(value);
+    for &x in &x {
+        cpu.check_finite(x, "x")?;
+    }
+    for (row, (x, vectors)) in x.into_iter().zip(vectors).enumerate() {
+        for (column, value) in cpu.eigh(x, vectors)?.into_iter().enumerate() {
+            values[(row, column)] = T::from_f64(value);
+        }
     }
     Ok(())
 }
@@ -57,16 +65,6 @@ pub(crate) fn expect_squares(name: &str, shape: &[usize]) -> Result<(usize, usiz
         [groups, rows, columns] if rows == columns && groups * rows > 0 => Ok((groups, rows)),
         _ => Err(Error::Shape(format!(
             "{name} must be a square matrix or a stack of them, got shape {shape:?}"
-        ))),
-    }
-}
-
-/// The size of a square, non-empty matrix.
-pub(crate) fn expect_square(name: &str, shape: &[usize]) -> Result<usize> {
-    match *shape {
-        [rows, columns] if rows == columns && rows > 0 => Ok(rows),
-        _ => Err(Error::Shape(format!(
-            "{name} must be a square matrix, got shape {shape:?}"
         ))),
     }
 }

@@ -258,6 +258,9 @@ impl Layout {
     /// dimension must step over everything the smaller ones reach; torch's own dense and sliced
     /// layouts all do.
     fn check_distinct(&self) -> Result<()> {
+        if self.shape.contains(&0) {
+            return Ok(());
+        }
         let mut dimensions: Vec<(usize, usize)> = self
             .strides
             .iter()
@@ -590,35 +593,18 @@ impl<'a> TensorViewMut<'a> {
         self.matrices().map(|mut matrices| matrices.remove(0))
     }
 
-    /// The elements of a one-dimensional tensor in host memory, as a matrix of one column.
-    pub fn column<T: Real>(&mut self) -> Result<MatMut<'_, T>> {
-        let (&[length], &[stride]) = (&self.layout.shape[..], &self.layout.strides[..]) else {
-            return Err(Error::Shape(format!(
-                "expected a vector, got shape {:?}",
-                self.layout.shape
-            )));
-        };
-        let mut column = TensorViewMut {
+    /// A vector as a matrix of one row; other tensors as they are.
+    pub fn as_rows(&mut self) -> TensorViewMut<'_> {
+        let mut layout = self.layout.clone();
+        if layout.shape.len() == 1 {
+            layout.shape.insert(0, 1);
+            layout.strides.insert(0, 0);
+        }
+        TensorViewMut {
             pointer: self.pointer,
-            layout: Layout {
-                shape: vec![length, 1],
-                strides: vec![stride, 1],
-                ..self.layout.clone()
-            },
-            memory: PhantomData::<&mut [u8]>,
-        };
-        let matrix = column.matrix::<T>()?;
-        // SAFETY: the same memory under the same `&mut self`; only the temporary descriptor ends
-        // here.
-        Ok(unsafe {
-            MatMut::from_raw_parts_mut(
-                matrix.as_ptr_mut(),
-                length,
-                1,
-                matrix.row_stride(),
-                matrix.col_stride(),
-            )
-        })
+            layout,
+            memory: PhantomData,
+        }
     }
 }
 

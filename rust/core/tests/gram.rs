@@ -3,22 +3,14 @@
 
 mod common;
 
+use common::strata::{approximation, expected, flattened, options};
 use common::{Noise, error, mirrored, view, view_mut};
 use ekfac_core::gram::{GramOptions, accumulate};
 use ekfac_core::strata::{Approximation, Role};
 use ekfac_core::view::TensorView;
 use ekfac_core::{Cancel, Error, Result};
-use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, s};
+use ndarray::{Array1, Array2, Array3, Axis, s};
 use proptest::prelude::*;
-
-fn options(approximation: Approximation, role: Role, append_one: bool, scale: f64) -> GramOptions {
-    GramOptions {
-        approximation,
-        role,
-        append_one,
-        scale,
-    }
-}
 
 /// The lower triangles in double precision, starting from zero.
 fn factors(x: &TensorView<'_>, size: usize, options: GramOptions) -> Result<Vec<Array2<f64>>> {
@@ -26,61 +18,6 @@ fn factors(x: &TensorView<'_>, size: usize, options: GramOptions) -> Result<Vec<
     let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
     accumulate(x, &mut views, options, &Cancel::new())?;
     Ok(out)
-}
-
-fn with_one(x: ArrayView3<'_, f64>) -> Array3<f64> {
-    let (examples, locations, _) = x.dim();
-    let ones = Array3::ones((examples, locations, 1));
-    ndarray::concatenate(Axis(2), &[x, ones.view()]).unwrap()
-}
-
-/// One row per unit.
-fn flattened(x: &Array3<f64>) -> Array2<f64> {
-    let (examples, locations, features) = x.dim();
-    let rows = x.to_shape((examples * locations, features)).unwrap();
-    rows.into_owned()
-}
-
-/// Method, section 2: each stratum by its projector, divided as its role asks.
-fn expected(x: ArrayView3<'_, f64>, options: GramOptions) -> Vec<Array2<f64>> {
-    let x = if options.append_one {
-        with_one(x)
-    } else {
-        x.to_owned()
-    };
-    let (examples, locations, _) = x.dim();
-    let units = flattened(&x);
-    let square = |rows: &Array2<f64>| rows.t().dot(rows);
-    let mean = units.mean_axis(Axis(0)).unwrap();
-    let example_means = x.mean_axis(Axis(1)).unwrap();
-    let within_example = flattened(&(&x - &example_means.view().insert_axis(Axis(1))));
-    let outer = |v: &Array1<f64>| square(&v.view().insert_axis(Axis(0)).to_owned());
-    let count = (examples * locations) as f64;
-    let mean_square = outer(&mean) * count;
-    let between = square(&(&example_means - &mean)) * locations as f64;
-    let strata = match options.approximation {
-        Approximation::KfacExpand => vec![(square(&units), count)],
-        Approximation::KfacReduce => match options.role {
-            Role::Input => vec![(square(&example_means), examples as f64)],
-            Role::Gradient => vec![(square(&x.sum_axis(Axis(1))), examples as f64)],
-        },
-        Approximation::Xkfac => vec![(square(&(&units - &mean)), count - 1.0), (mean_square, 1.0)],
-        Approximation::XkfacNested => vec![
-            (square(&within_example), count - examples as f64),
-            (between, examples as f64 - 1.0),
-            (mean_square, 1.0),
-        ],
-    };
-    let rows = match options.approximation {
-        Approximation::KfacReduce => examples as f64,
-        _ => count,
-    };
-    let weigh = |(square, dof): (Array2<f64>, f64)| match options.role {
-        _ if dof == 0.0 => square * 0.0,
-        Role::Gradient => square * (options.scale * rows / dof),
-        Role::Input => square * (options.scale * examples as f64 / rows),
-    };
-    strata.into_iter().map(weigh).collect()
 }
 
 /// Where the elements of a `[N, T, K]` array lie in memory.
@@ -113,10 +50,6 @@ fn memory() -> impl Strategy<Value = Memory> {
         Just(Memory::EveryOther),
         Just(Memory::Reversed)
     ]
-}
-
-fn approximation() -> impl Strategy<Value = Approximation> {
-    proptest::sample::select(Approximation::ALL.to_vec())
 }
 
 proptest! {

@@ -7,6 +7,7 @@ use common::{Noise, error, kronecker, norm, view, view_mut};
 use ekfac_core::kronecker::{
     KroneckerInverse, KroneckerOperator, KroneckerRoot, KroneckerSum, Stopping,
 };
+use ekfac_core::view::TensorView;
 use ekfac_core::{Cancel, Error, linalg};
 use ndarray::{Array1, Array2, Array3, Array4, Axis};
 use proptest::prelude::*;
@@ -386,4 +387,215 @@ fn an_already_cancelled_product_does_nothing() {
     let product = sum(&terms).product(&view(v.view()), &mut view_mut(out.view_mut()), 0.0, &cancel);
     assert_eq!(product, Err(Error::Interrupted));
     assert_eq!(out, Array2::<f64>::ones((3, 4)));
+}
+
+/// Terms (A, G) of each group.
+type GroupedTerms = Vec<(Array3<f64>, Array3<f64>)>;
+
+fn grouped_terms(
+    noise: &mut Noise,
+    count: usize,
+    groups: usize,
+    d: usize,
+    k: usize,
+) -> GroupedTerms {
+    let mut stack = |size: usize| {
+        let parts: Vec<_> = (0..groups).map(|_| noise.psd(size, 2 * size)).collect();
+        let parts: Vec<_> = parts.iter().map(|part| part.view()).collect();
+        ndarray::stack(Axis(0), &parts).unwrap()
+    };
+    (0..count).map(|_| (stack(k), stack(d))).collect()
+}
+
+fn grouped_sum(terms: &GroupedTerms) -> KroneckerSum<'_> {
+    let views = terms.iter().map(|(a, g)| (view(a.view()), view(g.view())));
+    KroneckerSum::new(views.collect()).unwrap()
+}
+
+/// One block for each group along the diagonal.
+fn grouped_dense(terms: &GroupedTerms) -> Array2<f64> {
+    let (groups, k, d) = (terms[0].0.dim().0, terms[0].0.dim().1, terms[0].1.dim().1);
+    let size = d * k;
+    let mut whole = Array2::zeros((groups * size, groups * size));
+    for group in 0..groups {
+        let own = |stack: &Array3<f64>| stack.index_axis(Axis(0), group).to_owned();
+        let own: Terms = terms.iter().map(|(a, g)| (own(a), own(g))).collect();
+        let place = group * size..(group + 1) * size;
+        whole
+            .slice_mut(ndarray::s![place.clone(), place])
+            .assign(&dense(&own));
+    }
+    whole
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn groups_are_blocks_of_the_dense_matrix(
+        seed: u64, count in 1usize..4, groups in 1usize..40, d in 1usize..4, k in 1usize..5,
+        s in 1usize..3, damping in 0.0f64..2.0,
+    ) {
+        let mut noise = Noise::new(seed);
+        let (first, second) = (
+            grouped_terms(&mut noise, count, groups, d, k), grouped_terms(&mut noise, 2, groups, d, k),
+        );
+        let (h, other, h_sum, rows) = (grouped_dense(&first), grouped_dense(&second), grouped_sum(&first), groups * d);
+        prop_assert_eq!((h_sum.groups(), h_sum.outputs(), h_sum.inputs()), (groups, rows, k));
+        let v: Array3<f64> = noise.array((s, rows, k));
+        let mut out = Array3::zeros((s, rows, k));
+        h_sum.product(&view(v.view()), &mut view_mut(out.view_mut()), damping, &go()).unwrap();
+        let operator = KroneckerOperator::new(&h_sum).unwrap();
+        let mut quadratic = 0.0;
+        for (v, out) in v.outer_iter().zip(out.outer_iter()) {
+            let mut applied = Array2::zeros((rows, k));
+            let inner = operator.apply(&view(v.view()), &mut view_mut(applied.view_mut())).unwrap();
+            let v = v.flatten().to_owned();
+            let image = h.dot(&v);
+            prop_assert!(error(&out.flatten().to_owned(), &(&image + damping * &v)) < 1e-12);
+            prop_assert!(error(&flat(&applied), &image) < 1e-12);
+            prop_assert!((inner - v.dot(&image)).abs() < 1e-11 * (1.0 + norm(&image) * norm(&v)));
+            quadratic += v.dot(&image);
+        }
+        let close = |got: f64, expected: f64| (got - expected).abs() <= 1e-11 * (1.0 + expected.abs());
+        prop_assert!(close(h_sum.quadratic(&view(v.view()), &go()).unwrap(), quadratic));
+        prop_assert!(close(h_sum.inner(&grouped_sum(&second)).unwrap(), (&h * &other).sum()));
+        prop_assert!(close(h_sum.trace().unwrap(), h.diag().sum()));
+        let mut diagonal = Array2::zeros((rows, k));
+        h_sum.diagonal(&mut view_mut(diagonal.view_mut())).unwrap();
+        prop_assert!(error(&flat(&diagonal), &h.diag().to_owned()) < 1e-13);
+        let mut whole = Array2::ones(h.dim());
+        h_sum.dense(&mut view_mut(whole.view_mut())).unwrap();
+        prop_assert!(error(&whole, &h) < 1e-14);
+        let (mut values, mut vectors) = (Array1::<f64>::zeros(h.nrows()), Array2::<f64>::zeros(h.dim()));
+        linalg::eigh(&view(h.view()), &mut view_mut(values.view_mut()), &mut view_mut(vectors.view_mut())).unwrap();
+        let (top, expected) = (h_sum.top_eigenvalue(damping, &go()).unwrap(), values[h.nrows() - 1] + damping);
+        prop_assert!((top - expected).abs() < 1e-4 * expected);
+    }
+
+    #[test]
+    fn groups_are_solved_and_sampled_one_by_one(
+        seed: u64, count in 1usize..4, groups in 1usize..6, d in 1usize..4, k in 1usize..4,
+    ) {
+        let mut noise = Noise::new(seed);
+        let terms = grouped_terms(&mut noise, count, groups, d, k);
+        let (sum, rows, size) = (grouped_sum(&terms), groups * d, groups * d * k);
+        let damping = if count == 2 { 0.0 } else { 0.1 };
+        let h = grouped_dense(&terms) + Array2::<f64>::eye(size) * damping;
+        let v: Array2<f64> = noise.array((rows, k));
+        let (expected, logdet) = common::solve(&h, &flat(&v));
+        let mut out = Array2::zeros((rows, k));
+        let stopping = Stopping { tolerance: 1e-11, max_iterations: 500 };
+        sum.conjugate_gradients(damping, &view(v.view()), &mut view_mut(out.view_mut()), stopping, &go()).unwrap();
+        prop_assert!(norm(&(h.dot(&flat(&out)) - flat(&v))) < 1e-9 * norm(&v));
+        let basis = Array2::<f64>::eye(size).into_shape_with_order((size, rows, k)).unwrap();
+        if count < 3 {
+            let inverse = KroneckerInverse::new(&sum, damping, &go()).unwrap();
+            inverse.solve(&view(v.view()), &mut view_mut(out.view_mut()), &go()).unwrap();
+            prop_assert!(norm(&(h.dot(&flat(&out)) - flat(&v))) < 1e-7 * norm(&v));
+            prop_assert!(error(&flat(&out), &expected) < 1e-4);
+            prop_assert!((inverse.logdet() - logdet).abs() < 1e-7 * (1.0 + logdet.abs()));
+            let mut samples = Array3::zeros((size, rows, k));
+            inverse.sample(&view(basis.view()), &mut view_mut(samples.view_mut()), &go()).unwrap();
+            let r = samples.into_shape_with_order((size, size)).unwrap().reversed_axes();
+            prop_assert!(error(&h.dot(&r.dot(&r.t())), &Array2::eye(size)) < 1e-5);
+        }
+        let noise = Array2::<f64>::eye(count * size).into_shape_with_order((count * size, count, rows, k)).unwrap();
+        let mut samples = Array3::zeros((count * size, rows, k));
+        let root = KroneckerRoot::new(&sum, &go()).unwrap();
+        root.apply(&view(noise.view()), &mut view_mut(samples.view_mut()), &go()).unwrap();
+        let r = samples.into_shape_with_order((count * size, size)).unwrap();
+        let h = grouped_dense(&terms);
+        prop_assert!(norm(&(r.t().dot(&r) - &h)) < 1e-7 * (1e-7 + norm(&h)));
+    }
+
+    #[test]
+    fn groups_are_compressed_one_by_one(
+        seed: u64, count in 1usize..4, kept in 1usize..4, groups in 1usize..5, d in 1usize..4, k in 1usize..4,
+    ) {
+        let terms = grouped_terms(&mut Noise::new(seed), count, groups, d, k);
+        let mut out: GroupedTerms = vec![(Array3::ones((groups, k, k)), Array3::ones((groups, d, d))); kept];
+        let mut views: Vec<_> = out.iter_mut().map(|(a, g)| (view_mut(a.view_mut()), view_mut(g.view_mut()))).collect();
+        let error = grouped_sum(&terms).compress(&mut views).unwrap();
+        let (h, nearest) = (grouped_dense(&terms), grouped_dense(&out));
+        prop_assert!((norm(&(&h - &nearest)) / norm(&h) - error).abs() < 1e-7);
+        prop_assert!((&nearest * &(&h - &nearest)).sum().abs() < 1e-7 * norm(&h).powi(2));
+        for group in 0..groups {
+            let own = |stack: &Array3<f64>| stack.index_axis(Axis(0), group).to_owned();
+            let own: Terms = terms.iter().map(|(a, g)| (own(a), own(g))).collect();
+            let (alone, _) = compress(&own, kept);
+            let place = group * d * k..(group + 1) * d * k;
+            let nearest = nearest.slice(ndarray::s![place.clone(), place]).to_owned();
+            prop_assert!(common::error(&nearest, &dense(&alone)) < 1e-9);
+        }
+    }
+
+    #[test]
+    fn stacks_are_decomposed_one_by_one(seed: u64, groups in 1usize..5, size in 1usize..6) {
+        let x = grouped_terms(&mut Noise::new(seed), 1, groups, 1, size).remove(0).0;
+        let (mut values, mut vectors) = (Array2::<f64>::zeros((groups, size)), Array3::<f64>::zeros(x.dim()));
+        linalg::eigh(&view(x.view()), &mut view_mut(values.view_mut()), &mut view_mut(vectors.view_mut())).unwrap();
+        for ((x, values), vectors) in x.outer_iter().zip(values.outer_iter()).zip(vectors.outer_iter()) {
+            let diagonal = Array2::from_diag(&values);
+            prop_assert!(error(&vectors.dot(&diagonal).dot(&vectors.t()), &x.to_owned()) < 1e-12);
+        }
+    }
+}
+
+/// Enough work for the threads, in single precision, for groups of one row and of several.
+#[test]
+fn large_groups_agree_with_the_product() {
+    let mut noise = Noise::new(9);
+    for (groups, d, k) in [(1000, 1, 70), (64, 8, 72), (3, 100, 120)] {
+        let terms = grouped_terms(&mut noise, 2, groups, d, k);
+        let narrow: Vec<_> = terms
+            .iter()
+            .map(|(a, g)| (a.mapv(|x| x as f32), g.mapv(|x| x as f32)))
+            .collect();
+        let views = narrow.iter().map(|(a, g)| (view(a.view()), view(g.view())));
+        let operator =
+            KroneckerOperator::new(&KroneckerSum::new(views.collect()).unwrap()).unwrap();
+        let v: Array2<f64> = noise.array((groups * d, k));
+        let narrow = v.mapv(|x| x as f32);
+        let mut got = Array2::<f32>::zeros(v.dim());
+        let mut expected = Array2::zeros(v.dim());
+        let inner = operator
+            .apply(&view(narrow.view()), &mut view_mut(got.view_mut()))
+            .unwrap();
+        grouped_sum(&terms)
+            .product(
+                &view(v.view()),
+                &mut view_mut(expected.view_mut()),
+                0.0,
+                &go(),
+            )
+            .unwrap();
+        assert!(error(&got.mapv(f64::from), &expected) < 1e-5);
+        let exact = (&v * &expected).sum();
+        assert!((inner - exact).abs() < 1e-5 * exact);
+    }
+}
+
+#[test]
+fn groups_must_agree() {
+    let stack = |shape: [usize; 3]| Array3::<f64>::ones(shape);
+    let matrix = Array2::<f64>::ones((2, 2));
+    let (three, four) = (stack([3, 2, 2]), stack([4, 2, 2]));
+    let build = |terms: Vec<(TensorView<'_>, TensorView<'_>)>| KroneckerSum::new(terms).map(|_| ());
+    assert!(build(vec![(view(three.view()), view(three.view()))]).is_ok());
+    for terms in [
+        vec![(view(three.view()), view(four.view()))],
+        vec![(view(three.view()), view(matrix.view()))],
+        vec![
+            (view(three.view()), view(three.view())),
+            (view(four.view()), view(four.view())),
+        ],
+    ] {
+        assert!(matches!(build(terms), Err(Error::Shape(_))));
+    }
+    let mut broken = three.clone();
+    broken[(1, 0, 0)] = f64::NAN;
+    let sum = KroneckerSum::new(vec![(view(broken.view()), view(three.view()))]).unwrap();
+    let refused = sum.top_eigenvalue(0.0, &go());
+    assert!(matches!(refused, Err(Error::NonFinite(message)) if message.contains("group 1")));
 }

@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use ekfac_core::Result;
+use ekfac_core::geometry::Geometry;
 use ekfac_core::gram::{self, GramOptions};
 use ekfac_core::strata::{Approximation, Role, Stratum};
+use ekfac_core::view::TensorViewMut;
 use pyo3::prelude::*;
 
 use crate::call::run;
@@ -35,8 +37,7 @@ pub fn accumulate_gram(
     append_one: bool,
     scale: f64,
 ) -> PyResult<Vec<usize>> {
-    let features = x.shape().last().map_or(0.0, |&features| features as f64);
-    let flops = x.elements() * features * out.len() as f64;
+    let flops = x.elements() * width(&out);
     run(py, flops, |cancel| {
         let options = GramOptions {
             approximation: Approximation::from_name(approximation)?,
@@ -44,11 +45,63 @@ pub fn accumulate_gram(
             append_one,
             scale,
         };
-        check_disjoint(&out.iter().collect::<Vec<_>>(), [&x])?;
-        let mut out: Vec<_> = out
-            .iter_mut()
-            .map(RawTensor::view_mut)
-            .collect::<Result<_>>()?;
-        gram::accumulate(&x.view()?, &mut out, options, cancel)
+        gram::accumulate(&x.view()?, &mut views(&mut out, &x)?, options, cancel)
     })
+}
+
+/// As `accumulate_gram` for the patches that a convolution sees.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the signature of the contract")]
+pub fn accumulate_patch_gram(
+    py: Python<'_>,
+    x: RawTensor,
+    mut out: Vec<RawTensor>,
+    approximation: &str,
+    kernel: Vec<usize>,
+    stride: Vec<usize>,
+    dilation: Vec<usize>,
+    padding: Vec<(usize, usize)>,
+    append_one: bool,
+    scale: f64,
+) -> PyResult<Vec<usize>> {
+    let geometry = Geometry {
+        kernel,
+        stride,
+        dilation,
+        padding,
+    };
+    let positions: f64 = geometry
+        .kernel
+        .iter()
+        .map(|&extent| extent as f64)
+        .product();
+    let flops = x.elements() * positions * width(&out);
+    run(py, flops, |cancel| {
+        let options = GramOptions {
+            approximation: Approximation::from_name(approximation)?,
+            role: Role::Input,
+            append_one,
+            scale,
+        };
+        let x_view = x.view()?;
+        gram::accumulate_patches(
+            &x_view,
+            &geometry,
+            &mut views(&mut out, &x)?,
+            options,
+            cancel,
+        )
+    })
+}
+
+/// Columns of all outputs together: multiplications for each element that is squared.
+fn width(out: &[RawTensor]) -> f64 {
+    let columns = out.iter().filter_map(|out| out.shape().last());
+    columns.map(|&columns| columns as f64).sum()
+}
+
+/// The outputs, to be written to, none of which shares memory with `x`.
+fn views<'a>(out: &'a mut [RawTensor], x: &RawTensor) -> Result<Vec<TensorViewMut<'a>>> {
+    check_disjoint(&out.iter().collect::<Vec<_>>(), [x])?;
+    out.iter_mut().map(RawTensor::view_mut).collect()
 }

@@ -15,14 +15,18 @@ fn sum(terms: &[RawTerm]) -> Result<KroneckerSum<'_>> {
 
 /// Flops of one product with everything in `v`.
 fn product_flops(terms: &[RawTerm], v: &RawTensor) -> f64 {
-    let sides = v.shape().iter().rev().take(2).sum::<usize>() as f64;
-    2.0 * v.elements() * sides * terms.len() as f64
+    2.0 * v.elements() * factors(terms).map(side).sum::<f64>()
 }
 
 /// Flops of decomposing every factor, roughly.
 fn decomposition_flops(terms: &[RawTerm]) -> f64 {
-    let cubes = factors(terms).map(|factor| factor.elements().powf(1.5));
+    let cubes = factors(terms).map(|factor| factor.elements() * side(factor));
     10.0 * cubes.sum::<f64>()
+}
+
+/// The size of a factor, of each matrix if it is a stack.
+fn side(factor: &RawTensor) -> f64 {
+    factor.shape().last().map_or(0.0, |&side| side as f64)
 }
 
 /// `out = sum_k G_k V A_k + damping * V`.
@@ -63,7 +67,7 @@ pub fn kronecker_diagonal(py: Python<'_>, terms: Vec<RawTerm>, mut out: RawTenso
     })
 }
 
-/// The whole matrix, `[D K, D K]`.
+/// The whole matrix, `[D K, D K]`; zero between rows of different groups.
 #[pyfunction]
 pub fn kronecker_dense(py: Python<'_>, terms: Vec<RawTerm>, mut out: RawTensor) -> PyResult<()> {
     run(py, 0.0, |_| {
@@ -85,9 +89,7 @@ pub fn kronecker_top_eigenvalue(
     terms: Vec<RawTerm>,
     damping: f64,
 ) -> PyResult<f64> {
-    let cubes = factors(&terms).map(|factor| factor.elements().powf(1.5));
-    let flops = 30.0 * cubes.sum::<f64>();
-    run(py, flops, |cancel| {
+    run(py, 3.0 * decomposition_flops(&terms), |cancel| {
         sum(&terms)?.top_eigenvalue(damping, cancel)
     })
 }

@@ -28,7 +28,7 @@ mod _core {
     #[pymodule_export]
     use crate::build::{build_info, num_threads, set_num_threads};
     #[pymodule_export]
-    use crate::gram::{accumulate_gram, strata};
+    use crate::gram::{accumulate_gram, accumulate_patch_gram, strata};
     #[pymodule_export]
     use crate::kronecker::{
         KroneckerInverse, KroneckerOperator, KroneckerRoot, conjugate_gradients,

@@ -6,13 +6,13 @@ use pyo3::prelude::*;
 use crate::call::run;
 use crate::tensor::{RawTensor, check_disjoint};
 
-/// Copies the lower triangle to the upper one, in place.
+/// Copies the lower triangle to the upper one, in place; of each matrix of a stack.
 #[pyfunction]
 pub fn symmetrize(py: Python<'_>, mut x: RawTensor) -> PyResult<()> {
     run(py, 0.0, |_| linalg::symmetrize(&mut x.view_mut()?))
 }
 
-/// Eigenvalues in ascending order, eigenvectors as columns.
+/// Eigenvalues in ascending order, eigenvectors as columns; of each matrix of a stack.
 #[pyfunction]
 pub fn eigh(
     py: Python<'_>,

@@ -6,7 +6,6 @@ use super::{KroneckerSum, Pair};
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::error::{Error, Result};
-use crate::linalg::expect_square;
 use crate::view::{Real, TensorViewMut, with_real};
 
 impl KroneckerSum<'_> {
@@ -17,7 +16,8 @@ impl KroneckerSum<'_> {
     /// and its truncated singular value decomposition (Van Loan and Pitsianis 1993) is the
     /// optimum; it lives in the span of the factors, so only matrices of the number of terms are
     /// decomposed. The first product is positive semi-definite if all terms are; **later ones may
-    /// be indefinite**. Products beyond the number of terms are zero.
+    /// be indefinite**. Products beyond the number of terms are zero. Groups are independent of one
+    /// another.
     pub fn compress(&self, out: &mut [(TensorViewMut<'_>, TensorViewMut<'_>)]) -> Result<f64> {
         if out.is_empty() {
             return Err(Error::Option(
@@ -25,11 +25,13 @@ impl KroneckerSum<'_> {
             ));
         }
         for (index, (a, g)) in out.iter().enumerate() {
-            for (name, factor, size) in [("A", a, self.inputs), ("G", g, self.outputs)] {
+            let (term_a, term_g) = &self.terms[0];
+            for (name, factor, like) in [("A", a, term_a), ("G", g, term_g)] {
                 let name = format!("{name} of output {index}");
-                if expect_square(&name, factor.shape())? != size {
+                if factor.shape() != like.shape() {
                     return Err(Error::Shape(format!(
-                        "{name} must be [{size}, {size}], got shape {:?}",
+                        "{name} must be {:?}, got shape {:?}",
+                        like.shape(),
                         factor.shape()
                     )));
                 }
@@ -38,13 +40,16 @@ impl KroneckerSum<'_> {
         }
         let cpu = Cpu::current();
         with_real!(self.dtype, T => {
-            let pairs = self.finite_pairs::<T>(&cpu)?;
-            let truncation = truncate(&*cpu, &pairs)?;
+            let groups = self.finite_by_group::<T>(&cpu)?;
+            let truncations = groups.iter().map(|group| truncate(&*cpu, &group.terms));
+            let truncations = truncations.collect::<Result<Vec<_>>>()?;
             for (index, (a, g)) in out.iter_mut().enumerate() {
-                let (a, g) = (a.matrix::<T>()?, g.matrix::<T>()?);
-                truncation.write(&*cpu, &pairs, index, a, g);
+                let targets = a.matrices::<T>()?.into_iter().zip(g.matrices::<T>()?);
+                for ((group, truncation), (a, g)) in groups.iter().zip(&truncations).zip(targets) {
+                    truncation.write(&*cpu, &group.terms, index, a, g);
+                }
             }
-            Ok(truncation.error(out.len()))
+            Ok(relative_error(&truncations, out.len()))
         })
     }
 }
@@ -148,15 +153,19 @@ impl Truncation {
             backend.add_scaled(left[k] / share, term_g, g.as_mut());
         }
     }
+}
 
-    /// The error of keeping this many products, relative to the whole.
-    fn error(&self, kept: usize) -> f64 {
-        let square = |values: &[f64]| values.iter().fold(0.0, |sum, value| sum + value * value);
-        let whole = square(&self.singular);
-        if whole == 0.0 {
-            return 0.0;
-        }
-        let left_out = &self.singular[kept.min(self.singular.len())..];
-        (square(left_out) / whole).sqrt()
+/// The error of keeping this many products of every group, relative to the whole.
+fn relative_error(groups: &[Truncation], kept: usize) -> f64 {
+    let square = |values: &[f64]| values.iter().fold(0.0, |sum, value| sum + value * value);
+    let (mut left_out, mut whole) = (0.0, 0.0);
+    for Truncation { singular, .. } in groups {
+        left_out += square(&singular[kept.min(singular.len())..]);
+        whole += square(singular);
+    }
+    if whole == 0.0 {
+        0.0
+    } else {
+        (left_out / whole).sqrt()
     }
 }

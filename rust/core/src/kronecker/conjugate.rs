@@ -17,7 +17,7 @@ pub struct Stopping {
     pub max_iterations: usize,
 }
 
-/// How a solve went; for a stack, the worst of its members.
+/// How a solve went; for a stack and for groups, the worst of its members.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Convergence {
     /// Iterations needed.
@@ -56,14 +56,20 @@ impl KroneckerSum<'_> {
         self.check_dtypes(&[("v", v.dtype()), ("out", out.dtype())])?;
         let cpu = Cpu::current();
         with_real!(self.dtype, T => {
-            let solver = Solver::new(&*cpu, &self.finite_pairs::<T>(&cpu)?, damping, cancel)?;
-            let mut worst = Convergence::default();
-            for (v, out) in v.matrices::<T>()?.into_iter().zip(out.matrices::<T>()?) {
+            let (v, mut out) = (v.matrices::<T>()?, out.matrices::<T>()?);
+            for &v in &v {
                 cpu.check_finite(v, "v")?;
-                let (x, convergence) = solver.solve(widen(&*cpu, v), stopping, cancel)?;
-                cpu.copy(x.view(), out);
-                worst.iterations = worst.iterations.max(convergence.iterations);
-                worst.residual = worst.residual.max(convergence.residual);
+            }
+            let mut worst = Convergence::default();
+            for group in self.finite_by_group::<T>(&cpu)? {
+                let solver = Solver::new(&*cpu, &group.terms, damping, cancel)?;
+                for (&v, out) in v.iter().zip(&mut out) {
+                    let right = widen(&*cpu, group.of(v));
+                    let (x, convergence) = solver.solve(right, stopping, cancel)?;
+                    cpu.copy(x.view(), group.of_mut(out.as_mut()));
+                    worst.iterations = worst.iterations.max(convergence.iterations);
+                    worst.residual = worst.residual.max(convergence.residual);
+                }
             }
             Ok(worst)
         })

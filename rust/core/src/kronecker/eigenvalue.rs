@@ -16,26 +16,37 @@ const RESTARTS: usize = 12;
 /// The residual, relative to the estimate, at which it is accepted.
 const TOLERANCE: f64 = 3e-5;
 
+/// Sizes of the whole matrix up to which it is decomposed as it is.
+const SMALL: usize = 64;
+
 /// The algebraically largest eigenvalue.
 pub(super) fn top<B: Backend, T: Real>(
     backend: &B,
     terms: &[Pair<'_, T>],
     cancel: &Cancel,
 ) -> Result<f64> {
+    cancel.check()?;
+    let size = |(a, g): &Pair<'_, T>| a.nrows() * g.nrows();
     match terms {
         [(a, g)] => {
-            let extremes = |x| -> Result<[f64; 2]> {
-                let size = MatRef::nrows(&x);
-                let mut vectors = backend.zeros::<T>(size, size);
-                let values = backend.eigh(x, vectors.view_mut())?;
-                Ok([values[0], values[size - 1]])
-            };
-            let (of_a, of_g) = (extremes(*a)?, extremes(*g)?);
+            let (of_a, of_g) = (extremes(backend, *a)?, extremes(backend, *g)?);
             let products = of_a.iter().flat_map(|x| of_g.map(|y| x * y));
             Ok(products.fold(f64::NEG_INFINITY, f64::max))
         }
+        [first, ..] if size(first) <= SMALL => {
+            let mut whole = backend.zeros::<T>(size(first), size(first));
+            backend.dense_kronecker(terms, whole.view_mut());
+            extremes(backend, whole.view()).map(|[_, largest]| largest)
+        }
         _ => lanczos(backend, terms, cancel),
     }
+}
+
+/// The smallest and the largest eigenvalue.
+fn extremes<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>) -> Result<[f64; 2]> {
+    let mut vectors = backend.zeros::<T>(x.nrows(), x.nrows());
+    let values = backend.eigh(x, vectors.view_mut())?;
+    Ok([values[0], values[x.nrows() - 1]])
 }
 
 fn lanczos<B: Backend, T: Real>(

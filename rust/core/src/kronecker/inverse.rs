@@ -1,6 +1,6 @@
 //! Exact inverses: of one damped term, and of a sum of two terms.
 
-use super::{KroneckerSum, Pair};
+use super::{Group, KroneckerSum, Pair};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Spectrum, Storage, Triangle};
 use crate::cancel::Cancel;
@@ -11,9 +11,9 @@ use crate::view::{Real, TensorView, TensorViewMut, with_real};
 ///
 /// Both are diagonal in a basis `P_G (x) P_A`: of eigenvectors for one term, and for two terms of
 /// the vectors that diagonalise `A_1` and `A_2` (and `G_1` and `G_2`) at once. Everything is kept
-/// and applied in double precision, whatever the dtype of the terms.
+/// and applied in double precision, whatever the dtype of the terms. Groups are inverted one by one.
 pub struct KroneckerInverse {
-    inner: DiagonalInBasis<Cpu>,
+    groups: Vec<DiagonalInBasis<Cpu>>,
 }
 
 impl KroneckerInverse {
@@ -39,15 +39,19 @@ impl KroneckerInverse {
             )));
         }
         let cpu = Cpu::current();
-        let inner = with_real!(sum.dtype, T => {
-            let pairs = sum.finite_pairs::<T>(&cpu)?;
-            match pairs[..] {
-                [pair] => one_term(&*cpu, pair, damping),
-                _ => two_terms(&*cpu, pairs[0], pairs[1], cancel),
-            }
+        let groups = with_real!(sum.dtype, T => {
+            let invert = |group: &Group<'_, T>| {
+                cancel.check()?;
+                let inverse = match group.terms[..] {
+                    [pair] => one_term(&*cpu, pair, damping),
+                    _ => two_terms(&*cpu, group.terms[0], group.terms[1], cancel),
+                }?;
+                inverse.expect_positive()?;
+                Ok(inverse)
+            };
+            sum.finite_by_group::<T>(&cpu)?.iter().map(invert).collect::<Result<_>>()
         })?;
-        inner.expect_positive()?;
-        Ok(Self { inner })
+        Ok(Self { groups })
     }
 
     /// Writes `H^-1 V` for V of shape `[D, K]` or `[S, D, K]`.
@@ -72,13 +76,22 @@ impl KroneckerInverse {
 
     /// The natural logarithm of the determinant of H.
     pub fn logdet(&self) -> f64 {
-        self.inner.logdet()
+        self.groups.iter().map(DiagonalInBasis::logdet).sum()
     }
 
     /// Floating-point operations of one solve with a single V.
     pub fn flops(&self) -> f64 {
-        let (outputs, inputs) = self.inner.size();
-        4.0 * (outputs * inputs * (outputs + inputs)) as f64
+        let flops = self.groups.iter().map(|group| {
+            let (outputs, inputs) = group.size();
+            4.0 * (outputs * inputs * (outputs + inputs)) as f64
+        });
+        flops.sum()
+    }
+
+    /// (D, K).
+    fn size(&self) -> (usize, usize) {
+        let (outputs, inputs) = self.groups[0].size();
+        (self.groups.len() * outputs, inputs)
     }
 
     fn map(
@@ -88,7 +101,7 @@ impl KroneckerInverse {
         map: Map,
         cancel: &Cancel,
     ) -> Result<()> {
-        let (outputs, inputs) = self.inner.size();
+        let (outputs, inputs) = self.size();
         super::check_stack("v", v.shape(), outputs, inputs)?;
         super::check_like_v(v.shape(), out.shape())?;
         if out.dtype() != v.dtype() {
@@ -100,13 +113,15 @@ impl KroneckerInverse {
         }
         let cpu = Cpu::current();
         with_real!(v.dtype(), T => {
-            for (v, out) in v.matrices::<T>()?.into_iter().zip(out.matrices::<T>()?) {
-                cancel.check()?;
+            let height = outputs / self.groups.len();
+            for (v, mut out) in v.matrices::<T>()?.into_iter().zip(out.matrices::<T>()?) {
                 cpu.check_finite(v, "v")?;
-                let mut wide = cpu.zeros::<f64>(outputs, inputs);
-                cpu.copy(v, wide.view_mut());
-                let result = self.inner.apply(&*cpu, &wide, map);
-                cpu.copy(result.view(), out);
+                for (index, group) in self.groups.iter().enumerate() {
+                    cancel.check()?;
+                    let wide = super::widen(&*cpu, v.subrows(index * height, height));
+                    let result = group.apply(&*cpu, &wide, map);
+                    cpu.copy(result.view(), out.as_mut().subrows_mut(index * height, height));
+                }
             }
             Ok(())
         })

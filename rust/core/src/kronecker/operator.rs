@@ -11,7 +11,7 @@ use crate::view::{Dtype, Real, TensorView, TensorViewMut};
 ///
 /// Factors of low numerical rank (the mean stratum has at most one dimension per mini-batch) are
 /// kept as thin roots, exact up to rounding, and rows that are zero in all factors are left out.
-/// Products allocate nothing; concurrent ones wait for one another.
+/// Groups of a single row have their terms added up. Concurrent products wait for one another.
 pub struct KroneckerOperator {
     terms: Terms,
 }
@@ -26,8 +26,8 @@ impl KroneckerOperator {
     pub fn new(sum: &KroneckerSum<'_>) -> Result<Self> {
         let cpu = Cpu::current();
         let terms = match sum.dtype {
-            Dtype::Float32 => Terms::Single(Packed::new(&cpu, &sum.finite_pairs(&cpu)?)),
-            _ => Terms::Double(Packed::new(&cpu, &sum.finite_pairs(&cpu)?)),
+            Dtype::Float32 => Terms::Single(Packed::new(&cpu, &sum.finite_by_group(&cpu)?)),
+            _ => Terms::Double(Packed::new(&cpu, &sum.finite_by_group(&cpu)?)),
         };
         Ok(Self { terms })
     }

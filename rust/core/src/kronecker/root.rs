@@ -1,6 +1,6 @@
 //! A square root of a sum of Kronecker products, to draw samples with it as covariance.
 
-use super::{KroneckerSum, Pair};
+use super::{Group, KroneckerSum};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Storage};
 use crate::cancel::Cancel;
@@ -10,14 +10,16 @@ use crate::view::{Dtype, Real, TensorView, TensorViewMut};
 /// Symmetric roots of all factors: one independent draw of noise per term goes through them, and
 /// the sum over terms has covariance `sum_k G_k (x) A_k`.
 pub struct KroneckerRoot {
+    terms: usize,
     inputs: usize,
     outputs: usize,
     roots: Roots,
 }
 
+/// The roots of the terms of each group.
 enum Roots {
-    Single(Vec<Root<f32>>),
-    Double(Vec<Root<f64>>),
+    Single(Vec<Vec<Root<f32>>>),
+    Double(Vec<Vec<Root<f64>>>),
 }
 
 /// Roots of (A, G).
@@ -32,10 +34,11 @@ impl KroneckerRoot {
     pub fn new(sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Self> {
         let cpu = Cpu::current();
         let roots = match sum.dtype {
-            Dtype::Float32 => Roots::Single(roots(&cpu, &sum.finite_pairs(&cpu)?, cancel)?),
-            _ => Roots::Double(roots(&cpu, &sum.finite_pairs(&cpu)?, cancel)?),
+            Dtype::Float32 => Roots::Single(roots(&cpu, sum, cancel)?),
+            _ => Roots::Double(roots(&cpu, sum, cancel)?),
         };
         Ok(Self {
+            terms: sum.len(),
             inputs: sum.inputs,
             outputs: sum.outputs,
             roots,
@@ -44,10 +47,7 @@ impl KroneckerRoot {
 
     /// Number of terms.
     pub fn len(&self) -> usize {
-        match &self.roots {
-            Roots::Single(roots) => roots.len(),
-            Roots::Double(roots) => roots.len(),
-        }
+        self.terms
     }
 
     /// Whether there is no term; never true.
@@ -83,14 +83,18 @@ impl KroneckerRoot {
     }
 }
 
-fn roots<T: Real>(cpu: &Cpu, pairs: &[Pair<'_, T>], cancel: &Cancel) -> Result<Vec<Root<T>>> {
-    let mut roots = Vec::with_capacity(pairs.len());
-    for (index, &(a, g)) in pairs.iter().enumerate() {
-        cancel.check()?;
-        let root_a = root(cpu, a, &format!("A of term {index}"))?;
-        roots.push((root_a, root(cpu, g, &format!("G of term {index}"))?));
-    }
-    Ok(roots)
+fn roots<T: Real>(cpu: &Cpu, sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Vec<Vec<Root<T>>>> {
+    let of_group = |(index, group): (usize, &Group<'_, T>)| {
+        let place = sum.name_of_group(index);
+        let of_term = |(term, &(a, g))| {
+            cancel.check()?;
+            let root_a = root(cpu, a, &format!("A of term {term}{place}"))?;
+            Ok((root_a, root(cpu, g, &format!("G of term {term}{place}"))?))
+        };
+        group.terms.iter().enumerate().map(of_term).collect()
+    };
+    let groups = sum.finite_by_group::<T>(cpu)?;
+    groups.iter().enumerate().map(of_group).collect()
 }
 
 /// The symmetric root: unlike eigenvectors it does not depend on signs or on the order within
@@ -130,19 +134,25 @@ fn root<B: Backend, T: Real>(
 
 fn apply<T: Real>(
     cpu: &Cpu,
-    roots: &[Root<T>],
+    groups: &[Vec<Root<T>>],
     noise: &TensorView<'_>,
     out: &mut TensorViewMut<'_>,
     cancel: &Cancel,
 ) -> Result<()> {
     let noise = noise.matrices::<T>()?;
     let out = out.matrices::<T>()?;
-    for (noise, mut out) in noise.chunks(roots.len()).zip(out) {
-        cancel.check()?;
-        let mut half = cpu.zeros::<T>(out.nrows(), out.ncols());
-        for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
-            cpu.gemm(half.view_mut(), false, g.view(), *noise, 1.0);
-            cpu.gemm(out.as_mut(), index > 0, half.view(), a.view(), 1.0);
+    for (noise, mut out) in noise.chunks(groups[0].len()).zip(out) {
+        let height = out.nrows() / groups.len();
+        let mut half = cpu.zeros::<T>(height, out.ncols());
+        for (group, roots) in groups.iter().enumerate() {
+            cancel.check()?;
+            let start = group * height;
+            let mut out = out.as_mut().subrows_mut(start, height);
+            for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
+                let noise = noise.subrows(start, height);
+                cpu.gemm(half.view_mut(), false, g.view(), noise, 1.0);
+                cpu.gemm(out.as_mut(), index > 0, half.view(), a.view(), 1.0);
+            }
         }
     }
     Ok(())

@@ -4,6 +4,8 @@
 use ekfac_core::view::{Element, TensorView, TensorViewMut};
 use ndarray::{Array, Array1, Array2, ArrayBase, ArrayView, ArrayViewMut, Data, Dimension};
 
+pub mod strata;
+
 /// Deterministic standard normal numbers.
 pub struct Noise(u64);
 

@@ -12,6 +12,9 @@
 //!
 //! G, Q and S^T are written once, when the sum is packed. The columns of M and of the result are
 //! independent of one another: each thread takes its own.
+//!
+//! Each group of rows is packed like this. Where a group is a single row, G is a number: its terms
+//! are added up to one matrix `[K, K]`, and the product with many of these runs along the groups.
 
 use std::sync::Mutex;
 
@@ -20,7 +23,217 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 use super::pool::lock;
 use super::{Cpu, simd, split_columns};
+use crate::kronecker::Group;
 use crate::view::Real;
+
+/// A packed sum, with everything that is written during a product.
+pub(crate) enum Packed<T> {
+    /// Each group by itself.
+    Groups(Vec<PackedGroup<T>>, Mutex<Vec<Workspace<T>>>),
+    /// Groups of a single row.
+    Rows(PackedRows<T>),
+}
+
+impl<T: Real> Packed<T> {
+    /// Packs the terms of all groups.
+    pub(crate) fn new(cpu: &Cpu, groups: &[Group<'_, T>]) -> Self {
+        if groups.len() > 1 && groups.iter().all(|group| group.rows.len() == 1) {
+            return Self::Rows(PackedRows::new(groups));
+        }
+        let groups = groups
+            .iter()
+            .map(|group| PackedGroup::new(cpu, &group.terms));
+        let (groups, workspaces) = groups.unzip();
+        Self::Groups(groups, Mutex::new(workspaces))
+    }
+
+    /// (D, K).
+    pub(crate) fn size(&self) -> (usize, usize) {
+        match self {
+            Self::Groups(groups, _) => {
+                let (outputs, inputs) = groups[0].frame.size;
+                (groups.len() * outputs, inputs)
+            }
+            Self::Rows(rows) => (rows.groups, rows.size),
+        }
+    }
+
+    /// Floating-point operations of one product.
+    pub(crate) fn flops(&self) -> usize {
+        match self {
+            Self::Groups(groups, _) => groups.iter().map(|group| group.flops).sum(),
+            Self::Rows(rows) => rows.flops(),
+        }
+    }
+
+    /// Writes the product with V and returns its inner product with V.
+    pub(crate) fn apply(&self, cpu: &Cpu, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
+        match self {
+            Self::Groups(groups, workspaces) => {
+                apply_groups(cpu, groups, &mut lock(workspaces), v, out)
+            }
+            Self::Rows(rows) => rows.apply(cpu, v, out),
+        }
+    }
+}
+
+/// The threads share the groups; a single group has them all to itself.
+fn apply_groups<T: Real>(
+    cpu: &Cpu,
+    groups: &[PackedGroup<T>],
+    workspaces: &mut [Workspace<T>],
+    v: MatRef<'_, T>,
+    out: MatMut<'_, T>,
+) -> f64 {
+    let height = v.nrows() / groups.len();
+    let flops: usize = groups.iter().map(|group| group.flops).sum();
+    let mut inner = vec![0.0; groups.len()];
+    let blocks = cut_rows(out, height).into_iter().zip(&mut inner);
+    let tasks = groups.iter().zip(workspaces).zip(blocks);
+    let tasks = tasks.map(|((group, workspace), ((start, out), inner))| {
+        let v = v.subrows(start, height);
+        move || *inner = group.apply(cpu, workspace, v, out)
+    });
+    if cpu.pieces(flops as f64) > 1 {
+        cpu.run(tasks.collect(), |task| task());
+    } else {
+        tasks.for_each(|task| task());
+    }
+    inner.iter().sum()
+}
+
+/// Blocks of this many rows, the last one maybe of fewer, with the index of their first row.
+fn cut_rows<T>(out: MatMut<'_, T>, height: usize) -> Vec<(usize, MatMut<'_, T>)> {
+    let (mut blocks, mut rest, mut start) = (Vec::new(), out, 0);
+    while rest.nrows() > 0 {
+        let rows = height.min(rest.nrows());
+        let (block, below) = rest.split_at_row_mut(rows);
+        blocks.push((start, block));
+        (rest, start) = (below, start + rows);
+    }
+    blocks
+}
+
+/// Groups of a single row, the terms of each added up to one symmetric matrix.
+pub(crate) struct PackedRows<T> {
+    groups: usize,
+    size: usize,
+    /// The lower triangles, row by row, of this many groups at a time.
+    entries: Vec<[T; LANES]>,
+}
+
+/// Groups multiplied at once.
+const LANES: usize = 16;
+
+impl<T: Real> PackedRows<T> {
+    fn new(groups: &[Group<'_, T>]) -> Self {
+        let size = groups[0].terms[0].0.nrows();
+        let mut entries = Vec::with_capacity(groups.len().div_ceil(LANES) * size * (size + 1) / 2);
+        for block in groups.chunks(LANES) {
+            for i in 0..size {
+                for j in 0..=i {
+                    let mut entry = [T::default(); LANES];
+                    for (entry, group) in entry.iter_mut().zip(block) {
+                        let terms = group.terms.iter();
+                        let sum = terms.map(|(a, g)| a[(i, j)].to_f64() * g[(0, 0)].to_f64());
+                        *entry = T::from_f64(sum.sum());
+                    }
+                    entries.push(entry);
+                }
+            }
+        }
+        Self {
+            groups: groups.len(),
+            size,
+            entries,
+        }
+    }
+
+    fn flops(&self) -> usize {
+        2 * self.groups * self.size * (self.size + 1)
+    }
+
+    fn apply(&self, cpu: &Cpu, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
+        let blocks = self.groups.div_ceil(LANES);
+        let share = blocks.div_ceil(cpu.pieces(self.flops() as f64));
+        let triangle = self.entries.len() / blocks;
+        let parts = self.entries.chunks(share * triangle);
+        let mut inner = vec![0.0; parts.len()];
+        let tasks = cut_rows(out, share * LANES)
+            .into_iter()
+            .zip(parts)
+            .zip(&mut inner);
+        cpu.run(tasks.collect(), |(((start, out), entries), inner)| {
+            let v = v.subrows(start, out.nrows());
+            *inner = simd::run(MultiplyRows { entries, v, out });
+        });
+        inner.iter().sum()
+    }
+}
+
+/// Multiplies each row with a matrix of its own; the result is the inner product.
+struct MultiplyRows<'a, T> {
+    entries: &'a [[T; LANES]],
+    v: MatRef<'a, T>,
+    out: MatMut<'a, T>,
+}
+
+impl<T: Real> simd::Loop for MultiplyRows<'_, T> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn call(self) -> f64 {
+        let Self {
+            entries,
+            v,
+            mut out,
+        } = self;
+        let (rows, size) = (v.nrows(), v.ncols());
+        let mut input = vec![[T::default(); LANES]; size];
+        let mut output = input.clone();
+        let mut inner = [0.0; LANES];
+        let mut entries = entries.iter();
+        for first in (0..rows).step_by(LANES) {
+            let lanes = LANES.min(rows - first);
+            for (k, input) in input.iter_mut().enumerate() {
+                *input = [T::default(); LANES];
+                for (lane, value) in input[..lanes].iter_mut().enumerate() {
+                    *value = v[(first + lane, k)];
+                }
+            }
+            for i in 0..size {
+                let (earlier, own) = input.split_at(i);
+                let (sums, rest) = output.split_at_mut(i);
+                let mut sum = [T::default(); LANES];
+                for ((earlier, target), entry) in earlier.iter().zip(sums).zip(&mut entries) {
+                    add_products(&mut sum, entry, earlier);
+                    add_products(target, entry, &own[0]);
+                }
+                if let Some(entry) = entries.next() {
+                    add_products(&mut sum, entry, &own[0]);
+                }
+                rest[0] = sum;
+            }
+            for (k, (input, output)) in input.iter().zip(&output).enumerate() {
+                for ((inner, x), y) in inner.iter_mut().zip(input).zip(output) {
+                    *inner += x.to_f64() * y.to_f64();
+                }
+                for (lane, &value) in output[..lanes].iter().enumerate() {
+                    out[(first + lane, k)] = value;
+                }
+            }
+        }
+        inner.iter().sum()
+    }
+}
+
+/// `sums += x * y`, lane by lane.
+#[inline(always)]
+fn add_products<T: Real>(sums: &mut [T; LANES], x: &[T; LANES], y: &[T; LANES]) {
+    for ((sum, &x), &y) in sums.iter_mut().zip(x).zip(y) {
+        *sum += x * y;
+    }
+}
 
 /// A matrix in rows, each a little longer than needed: a stride that is a power of two would put
 /// whole columns into one cache set.
@@ -93,8 +306,8 @@ struct Step<T> {
     count: usize,
 }
 
-/// All terms, packed.
-pub(crate) struct Packed<T> {
+/// All terms of a group, packed.
+pub(crate) struct PackedGroup<T> {
     frame: Frame,
     /// Roots S of A side by side, `[K, sum of ranks]`.
     right_roots: Padded<T>,
@@ -105,11 +318,10 @@ pub(crate) struct Packed<T> {
     /// Products that give rows of M.
     right_steps: Vec<Step<T>>,
     flops: usize,
-    workspace: Mutex<Workspace<T>>,
 }
 
 /// Everything written during a product, allocated once.
-struct Workspace<T> {
+pub(crate) struct Workspace<T> {
     /// V without the rows and columns that no factor reaches, and the product with it.
     v: Padded<T>,
     out: Padded<T>,
@@ -200,9 +412,9 @@ impl Frame {
     }
 }
 
-impl<T: Real> Packed<T> {
+impl<T: Real> PackedGroup<T> {
     /// Packs terms (A, G).
-    pub(crate) fn new(cpu: &Cpu, terms: &[(MatRef<'_, T>, MatRef<'_, T>)]) -> Self {
+    fn new(cpu: &Cpu, terms: &[(MatRef<'_, T>, MatRef<'_, T>)]) -> (Self, Workspace<T>) {
         let (sides_a, sides_g): (Vec<_>, Vec<_>) = terms.iter().copied().unzip();
         let frame = Frame::new(&sides_a, &sides_g);
         let mut factors: Vec<Option<Factor<T>>> = Vec::new();
@@ -223,20 +435,15 @@ impl<T: Real> Packed<T> {
         assemble(pairs, frame)
     }
 
-    /// (D, K).
-    pub(crate) fn size(&self) -> (usize, usize) {
-        self.frame.size
-    }
-
-    /// Floating-point operations of one product.
-    pub(crate) fn flops(&self) -> usize {
-        self.flops
-    }
-
     /// Writes the product with V and returns its inner product with V.
-    pub(crate) fn apply(&self, cpu: &Cpu, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
+    fn apply(
+        &self,
+        cpu: &Cpu,
+        workspace: &mut Workspace<T>,
+        v: MatRef<'_, T>,
+        out: MatMut<'_, T>,
+    ) -> f64 {
         let frame = &self.frame;
-        let workspace = &mut *lock(&self.workspace);
         if frame.is_whole() {
             let (v, out) = (frame.orient(v), frame.orient_mut(out));
             return self.multiply(cpu, v, out, &mut workspace.parts);
@@ -324,7 +531,10 @@ fn multiply_shared<T: Real>(cpu: &Cpu, out: MatMut<'_, T>, a: MatRef<'_, T>, b: 
     super::Backend::gemm(cpu, out, false, a, b, 1.0);
 }
 
-fn assemble<T: Real>(pairs: Vec<(Factor<T>, Factor<T>)>, frame: Frame) -> Packed<T> {
+fn assemble<T: Real>(
+    pairs: Vec<(Factor<T>, Factor<T>)>,
+    frame: Frame,
+) -> (PackedGroup<T>, Workspace<T>) {
     let (outputs, inputs) = frame.packed_size();
     // The shared dimension of L and M: computed rows of M first, those of fixed roots after them.
     let computed: usize = pairs
@@ -419,15 +629,15 @@ fn assemble<T: Real>(pairs: Vec<(Factor<T>, Factor<T>)>, frame: Frame) -> Packed
         out: Padded::zeros(gathered_rows, gathered_columns),
         parts,
     };
-    Packed {
+    let packed = PackedGroup {
         frame,
         right_roots,
         left_roots,
         left_steps,
         right_steps,
         flops,
-        workspace: Mutex::new(workspace),
-    }
+    };
+    (packed, workspace)
 }
 
 /// The indices whose row is not zero in every factor: dead pixels and dead units drop out. All of

@@ -6,6 +6,7 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, MatMut, MatRef, Par};
 
+use super::simd::{self, Loop};
 use super::{Cpu, split_rows};
 use crate::cancel::Cancel;
 use crate::error::Result;
@@ -149,6 +150,13 @@ fn cut_triangle<'a, T>(
 
 /// Adds `weight * p p^T` to the lower triangle on this thread.
 pub(super) fn add_triangle<T: Real>(out: MatMut<'_, T>, p: MatRef<'_, T>, weight: T) {
+    if p.nrows() <= SMALL && p.col_stride() == 1 {
+        let line = |i| p.row(i).try_as_row_major().map(|row| row.as_slice());
+        let lines: Vec<_> = (0..p.nrows()).filter_map(line).collect();
+        let lines = &lines;
+        simd::run(SmallTriangle { out, lines, weight });
+        return;
+    }
     triangular::matmul(
         out,
         BlockStructure::TriangularLower,
@@ -160,4 +168,96 @@ pub(super) fn add_triangle<T: Real>(out: MatMut<'_, T>, p: MatRef<'_, T>, weight
         weight,
         Par::Seq,
     );
+}
+
+/// Sizes up to which the general product spends more on preparations than on arithmetic.
+const SMALL: usize = 32;
+
+/// The product of a few long lines with one another.
+struct SmallTriangle<'a, T> {
+    out: MatMut<'a, T>,
+    lines: &'a [&'a [T]],
+    weight: T,
+}
+
+impl<T: Real> Loop for SmallTriangle<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self {
+            mut out,
+            lines,
+            weight,
+        } = self;
+        let (blocks, rest) = lines.as_chunks::<BLOCK>();
+        for (i, left) in blocks.iter().enumerate() {
+            for (j, right) in blocks[..=i].iter().enumerate() {
+                add_tile(&mut out, [i * BLOCK, j * BLOCK], left, right, weight);
+            }
+        }
+        let first = blocks.len() * BLOCK;
+        for (i, &left) in rest.iter().enumerate() {
+            for (j, right) in blocks.iter().enumerate() {
+                add_tile(&mut out, [first + i, j * BLOCK], &[left], right, weight);
+            }
+            for (j, &right) in rest[..=i].iter().enumerate() {
+                add_tile(&mut out, [first + i, first + j], &[left], &[right], weight);
+            }
+        }
+    }
+}
+
+/// Lines that are multiplied with one another at a time: their sums stay in registers.
+const BLOCK: usize = 3;
+
+/// Independent partial sums of a product.
+const LANES: usize = 8;
+
+/// Adds the products of some lines with others to the lower triangle.
+#[inline(always)]
+fn add_tile<T: Real, const R: usize, const C: usize>(
+    out: &mut MatMut<'_, T>,
+    [row, column]: [usize; 2],
+    left: &[&[T]; R],
+    right: &[&[T]; C],
+    weight: T,
+) {
+    let length = left[0].len();
+    let (whole, rest) = (length / LANES * LANES, length % LANES);
+    let mut sums = [[[T::default(); LANES]; C]; R];
+    for start in (0..whole).step_by(LANES) {
+        let (left, right) = (chunks_at(left, start), chunks_at(right, start));
+        for i in 0..R {
+            for j in 0..C {
+                for lane in 0..LANES {
+                    sums[i][j][lane] += left[i][lane] * right[j][lane];
+                }
+            }
+        }
+    }
+    for i in 0..R {
+        for j in 0..C {
+            if row + i >= column + j {
+                let mut sum = T::default();
+                for &partial in &sums[i][j] {
+                    sum += partial;
+                }
+                for k in whole..whole + rest {
+                    sum += left[i][k] * right[j][k];
+                }
+                out[(row + i, column + j)] += weight * sum;
+            }
+        }
+    }
+}
+
+/// The same few elements of each line.
+#[inline(always)]
+fn chunks_at<T: Real, const N: usize>(lines: &[&[T]; N], start: usize) -> [[T; LANES]; N] {
+    lines.map(|line| {
+        let mut chunk = [T::default(); LANES];
+        chunk.copy_from_slice(&line[start..start + LANES]);
+        chunk
+    })
 }
