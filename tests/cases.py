@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,25 @@ import torch
 from torch import Tensor, nn
 
 import ekfac_rs as ek
-from oracle import Batch, ExampleLoss, dense, example_loss
+from oracle import (
+    Batch,
+    ExampleLoss,
+    dense,
+    exact_block_of_loader,
+    example_loss,
+    relative_error,
+)
 
 Builder = Callable[[], nn.Sequential]
+
+BATCHNORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+NORMALIZATIONS = (
+    *BATCHNORMS.values(),
+    nn.InstanceNorm2d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
 
 
 @dataclass(frozen=True)
@@ -25,18 +42,16 @@ class Network:
     output_shape: tuple[int, ...]
 
     def make(self, seed: int = 0) -> nn.Sequential:
-        """Random weights, and BN parameters and statistics away from their defaults."""
+        """Random weights, and normalisations' parameters and statistics off their defaults."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.build().double()
             for module in model.modules():
-                if isinstance(module, nn.BatchNorm1d):
-                    for tensor in (module.running_var, module.weight):
-                        if tensor is not None:
-                            nn.init.uniform_(tensor, 0.5, 1.5)
-                    for tensor in (module.running_mean, module.bias):
-                        if tensor is not None:
-                            nn.init.normal_(tensor, std=0.3)
+                if isinstance(module, NORMALIZATIONS):
+                    for tensor in _present(module, "running_var", "weight"):
+                        nn.init.uniform_(tensor, 0.5, 1.5)
+                    for tensor in _present(module, "running_mean", "bias"):
+                        nn.init.normal_(tensor, std=0.3)
         return model
 
     def batches(self, loss: str, sizes: tuple[int, ...], seed: int = 1) -> list[Batch]:
@@ -48,6 +63,11 @@ class Network:
         shift = torch.randn(self.input_shape, generator=generator, dtype=torch.float64)
         x = torch.randn(size, *self.input_shape, generator=generator, dtype=torch.float64) + shift
         return x, LOSSES[loss].targets((size, *self.output_shape), generator)
+
+
+def _present(module: nn.Module, *names: str) -> list[Tensor]:
+    tensors = (getattr(module, name, None) for name in names)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,19 @@ class MeanOverPositions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
+
+
+class MeanOverLocations(nn.Module):
+    """Global average pooling of ``[N, C, ...]`` to ``[N, C]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)
+
+
+def with_head(body: Sequence[nn.Module], input_shape: tuple[int, ...]) -> nn.Sequential:
+    """A Linear with three outputs on top of all that the body makes."""
+    features = math.prod(nn.Sequential(*body)(torch.zeros(2, *input_shape)).shape[1:])
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(features, 3))
 
 
 def _mlp() -> nn.Sequential:
@@ -233,3 +266,21 @@ def estimate(
 def dense_block(block: ek.KroneckerSum) -> Tensor:
     """The block as a matrix, built here from its factors."""
     return dense(block.to(device="cpu").terms)
+
+
+def errors_to_exact(
+    model: nn.Module, batches: list[Batch], loss: str, device: str = "cpu", **options: Any
+) -> dict[str, float]:
+    """Relative error of every layer's block to the exact GGN of the same coordinates.
+
+    Coordinates are raw and BN takes its running statistics unless the options say otherwise.
+    """
+    modes = {"coordinates": "raw", "batchnorm": "running"}
+    modes |= {key: options[key] for key in modes.keys() & options.keys()}
+    of_example = LOSSES[loss].of_example
+    return {
+        layer: relative_error(
+            dense_block(block), exact_block_of_loader(model, layer, batches, of_example, **modes)
+        )
+        for layer, block in estimate(model, batches, loss, device, **options | modes).items()
+    }

@@ -4,9 +4,11 @@ Everything here follows the definitions alone: the Jacobian of the network's out
 automatic differentiation, the Hessian of the loss with respect to them, and sums over all
 pairs of units written out. Nothing is fast and nothing is clever.
 
-A *unit* is one application of a layer: one example, or one location of one example when the
-layer's input is ``[N, T, K]``. Blocks are ``[D * K, D * K]`` with weights flattened row by
-row, so a Kronecker term ``G V A`` is ``kron(G, A)``.
+A *unit* is one application of a layer: one example, or one location of one example where the
+layer's input is ``[N, T, K]`` or where a convolution has several output locations. Blocks are
+``[D * K, D * K]`` with weights flattened row by row, so a Kronecker term ``G V A`` is
+``kron(G, A)``. A convolution with groups has a block for each group, on the diagonal, and a
+normalisation's scale and shift one for each channel.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 Batch = tuple[Tensor, Tensor]
 Term = tuple[Tensor, Tensor]
@@ -34,8 +39,24 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def dense(terms: Iterable[Term]) -> Tensor:
-    """The matrix of ``V -> sum_k G_k V A_k`` for V flattened row by row."""
-    return sum(torch.kron(g, a) for a, g in terms)
+    """The matrix of ``V -> sum_k G_k V A_k`` for V flattened row by row.
+
+    Factors of three axes hold one pair for each group, whose rows of V follow one another.
+    """
+    return sum(
+        torch.kron(g, a)
+        if a.ndim == 2
+        else torch.block_diag(*map(torch.kron, g.unbind(), a.unbind()))
+        for a, g in terms
+    )
+
+
+def within_groups(matrix: Tensor, groups: int) -> Tensor:
+    """A block with zeros where rows and columns belong to different groups."""
+    size = len(matrix) // groups
+    return torch.block_diag(
+        *(matrix[i : i + size, i : i + size] for i in range(0, len(matrix), size))
+    )
 
 
 # --- losses, one example at a time --------------------------------------------------------
@@ -44,13 +65,9 @@ def dense(terms: Iterable[Term]) -> Tensor:
 def example_loss(kind: str, reduction: str = "mean") -> ExampleLoss:
     """The loss of one example, reduced over its outputs or positions."""
     functions = {
-        "cross_entropy": lambda z, y: nn.functional.cross_entropy(
-            z[None], y[None], reduction=reduction
-        ),
-        "mse": lambda z, y: nn.functional.mse_loss(z, y, reduction=reduction),
-        "bce": lambda z, y: nn.functional.binary_cross_entropy_with_logits(
-            z, y, reduction=reduction
-        ),
+        "cross_entropy": lambda z, y: F.cross_entropy(z[None], y[None], reduction=reduction),
+        "mse": lambda z, y: F.mse_loss(z, y, reduction=reduction),
+        "bce": lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction=reduction),
     }
     return functions[kind]
 
@@ -71,6 +88,102 @@ def square_root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
 
 
+# --- one affine map -----------------------------------------------------------------------
+
+
+def conv_patches(conv: _ConvNd, x: Tensor) -> Tensor:
+    """The patch at every output location, ``[N, T, groups, K]``, one kernel offset at a time."""
+    sides = []
+    for axis, (size, gap) in enumerate(zip(conv.kernel_size, conv.dilation, strict=True)):
+        if conv.padding == "same":
+            before = gap * (size - 1) // 2
+            sides.append((before, gap * (size - 1) - before))
+        else:
+            sides.append((0, 0) if conv.padding == "valid" else (conv.padding[axis],) * 2)
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    x = F.pad(x, [side for pair in reversed(sides) for side in pair], mode=mode)
+    reach = [gap * (size - 1) for size, gap in zip(conv.kernel_size, conv.dilation, strict=True)]
+    at_offset = []
+    for offset in itertools.product(*map(range, conv.kernel_size)):
+        window = [
+            slice(gap * o, length - r + gap * o, step)
+            for gap, o, length, r, step in zip(
+                conv.dilation, offset, x.shape[2:], reach, conv.stride, strict=True
+            )
+        ]
+        at_offset.append(x[:, :, *window].flatten(2))
+    patches = torch.stack(at_offset, 2)
+    return patches.reshape(len(x), conv.groups, -1, patches.shape[-1]).permute(0, 3, 1, 2)
+
+
+def normalized(module: nn.Module, x: Tensor) -> Tensor:
+    """What a normalisation scales and shifts; for a BatchNorm, merged, its very input."""
+    if isinstance(module, _BatchNorm):
+        return x
+    if isinstance(module, nn.RMSNorm):
+        axes = tuple(range(-len(module.normalized_shape), 0))
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        return x / (x.square().mean(axes, keepdim=True) + eps).sqrt()
+    if isinstance(module, nn.LayerNorm):
+        together = x.flatten(-len(module.normalized_shape))
+    elif isinstance(module, nn.GroupNorm):
+        together = x.reshape(len(x), module.num_groups, -1)
+    else:
+        together = x.flatten(2)  # InstanceNorm
+    variance, mean = torch.var_mean(together, -1, correction=0, keepdim=True)
+    return ((together - mean) / (variance + module.eps).sqrt()).reshape(x.shape)
+
+
+class AffineMap:
+    """The map a module's weights make up: ``[D, K]``, K counting the shift if there is one."""
+
+    def __init__(self, module: nn.Module, *, merged: bool) -> None:
+        self.module = module
+        self.has_shift = merged or getattr(module, "bias", None) is not None
+        if isinstance(module, nn.Linear | _ConvNd):
+            rows = module.weight.flatten(1)
+            self.groups = getattr(module, "groups", 1)
+        else:
+            rows = module.weight.reshape(-1, 1)
+            self.groups = len(rows)
+        self.features_last = isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm)
+        self.shape = len(rows), rows.shape[1] + self.has_shift
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The module's own function with other weights; it is linear in them."""
+        shift = weight[:, -1] if self.has_shift else None
+        scale = weight[:, :-1] if self.has_shift else weight
+        if isinstance(self.module, nn.Linear):
+            return F.linear(x, scale, shift)
+        if isinstance(self.module, _ConvNd):
+            return self.module._conv_forward(x, scale.reshape(self.module.weight.shape), shift)
+        shape = self.module.weight.shape if self.features_last else (-1, *[1] * (x.ndim - 2))
+        result = normalized(self.module, x) * scale.reshape(shape)
+        return result if shift is None else result + shift.reshape(shape)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The units' inputs ``[N, T, groups * K]``, with a 1 appended for the shift."""
+        if isinstance(self.module, nn.Linear):
+            a = x.reshape(len(x), -1, 1, x.shape[-1])
+        elif isinstance(self.module, _ConvNd):
+            a = conv_patches(self.module, x)
+        else:
+            a = self.as_units(normalized(self.module, x))[..., None]
+        if self.has_shift:
+            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+        return a.flatten(2)
+
+    def as_units(self, h: Tensor) -> Tensor:
+        """The map's output, or anything of its shape, as units ``[N, T, D]``."""
+        if self.features_last:
+            return h.reshape(len(h), -1, self.shape[0])
+        return h.reshape(len(h), self.shape[0], -1).transpose(1, 2)
+
+    def from_units(self, units: Tensor, like: Tensor) -> Tensor:
+        """The same the other way round."""
+        return (units if self.features_last else units.transpose(1, 2)).reshape(like.shape)
+
+
 # --- the network around one layer ---------------------------------------------------------
 
 
@@ -79,11 +192,20 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def weight_layers(model: nn.Module) -> list[str]:
+    """Names of the Linear layers and convolutions in order of definition."""
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | _ConvNd)
+    ]
+
+
 def batchnorm_after(model: nn.Sequential, layer: str) -> str | None:
-    """Name of the BatchNorm that follows a layer in a Sequential, if there is one."""
+    """Name of the BatchNorm that follows a Linear or convolution in a Sequential, if any."""
+    if not isinstance(model.get_submodule(layer), nn.Linear | _ConvNd):
+        return None
     children = dict(model.named_children())
     for name, following in itertools.pairwise(children):
-        if name == layer and isinstance(children[following], nn.BatchNorm1d):
+        if name == layer and isinstance(children[following], _BatchNorm):
             return following
     return None
 
@@ -93,71 +215,79 @@ def curvature_mode(model: nn.Module, batchnorm: str) -> nn.Module:
     model = copy.deepcopy(model).eval()
     if batchnorm == "batch":
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d):
+            if isinstance(module, _BatchNorm):
                 module.track_running_stats = False
                 module.running_mean = module.running_var = None
     return model
 
 
 class Perturbed:
-    """The network with an additive perturbation of one layer's affine map.
+    """The network with an additive perturbation of one layer's affine map, and its loss.
 
     In raw coordinates the perturbation enters at the layer's own output. In merged
     coordinates it enters at the output of the BatchNorm the layer feeds, because the merged
-    map is the one from the layer's input to that output.
+    map is the one from the layer's input to that output; for a BatchNorm that is a layer of its
+    own, from its own input.
     """
 
     def __init__(
-        self, model: nn.Module, layer: str, x: Tensor, *, coordinates: str, batchnorm: str
+        self,
+        model: nn.Module,
+        layer: str,
+        batch: Batch,
+        loss: ExampleLoss,
+        *,
+        coordinates: str = "raw",
+        batchnorm: str = "batch",
     ) -> None:
         self.model = curvature_mode(model, batchnorm)
-        self.x = x
-        linear = self.model.get_submodule(layer)
-        following = batchnorm_after(self.model, layer) if coordinates == "merged" else None
-        self.homogeneous = linear.bias is not None or following is not None
-        linear.register_forward_hook(self._keep_input)
-        target = linear if following is None else self.model.get_submodule(following)
+        self.x, self.targets = batch
+        self.loss = loss
+        module = self.model.get_submodule(layer)
+        following = layer if isinstance(module, _BatchNorm) else None
+        if coordinates == "merged" and following is None:
+            following = batchnorm_after(self.model, layer)
+        self.map = AffineMap(module, merged=following is not None)
+        module.register_forward_pre_hook(self._keep_input)
+        target = module if following is None else self.model.get_submodule(following)
         target.register_forward_hook(self._perturb)
-        self.change: Callable[[Tensor], Tensor] = lambda a: a.new_zeros(())
+        self.change: Callable[[Tensor], Tensor] = torch.zeros_like
         with torch.no_grad():
-            self.outputs = self.model(x)
-        self.a = self.input.detach()
-        self.width = linear.out_features
+            self.outputs = self.model(self.x)
+        self.a = self.map.inputs(self.input)
 
-    def _keep_input(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        a = inputs[0]
-        self.input = torch.cat([a, torch.ones_like(a[..., :1])], -1) if self.homogeneous else a
+    def _keep_input(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.input = inputs[0]
 
     def _perturb(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return output + self.change(self.input)
+        return output + self.change(output)
 
     def outputs_for_weights(self, delta: Tensor) -> Tensor:
         """Outputs ``[N, C]`` when ``delta`` ``[D, K]`` is added to the affine map."""
-        self.change = lambda a: a @ delta.mT
+        self.change = lambda output: self.map(self.input, delta)
         return self.model(self.x).flatten(1)
 
     def outputs_for_units(self, shift: Tensor) -> Tensor:
-        """Outputs ``[N, C]`` when ``shift`` is added to the map's output, unit by unit."""
-        self.change = lambda a: shift
+        """Outputs ``[N, C]`` when ``shift`` ``[N, T, D]`` is added to the map's output."""
+        self.change = lambda output: self.map.from_units(shift, output)
         return self.model(self.x).flatten(1)
+
+    def output_hessians(self) -> Tensor:
+        """Hessian of every example's loss with respect to its outputs."""
+        return output_hessians(self.outputs, self.targets, self.loss)
 
 
 def exact_block(
-    model: nn.Module,
-    layer: str,
-    batch: Batch,
-    loss: ExampleLoss,
-    *,
-    coordinates: str = "raw",
-    batchnorm: str = "batch",
+    model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss, **modes: str
 ) -> Tensor:
-    """The layer's block of the GGN of the mean loss over one mini-batch."""
-    x, y = batch
-    net = Perturbed(model, layer, x, coordinates=coordinates, batchnorm=batchnorm)
-    origin = x.new_zeros(net.width, net.a.shape[-1])
-    jacobian = jacrev(net.outputs_for_weights)(origin).flatten(2)
-    curvature = output_hessians(net.outputs, y, loss)
-    return torch.einsum("nip,nij,njq->pq", jacobian, curvature, jacobian).detach() / len(x)
+    """The layer's block of the GGN of the mean loss over one mini-batch.
+
+    It takes the module's own function: nothing here knows of units.
+    """
+    net = Perturbed(model, layer, batch, loss, **modes)
+    jacobian = jacrev(net.outputs_for_weights)(net.x.new_zeros(net.map.shape)).flatten(2)
+    total = torch.einsum("nip,nij,njq->pq", jacobian, net.output_hessians(), jacobian)
+    return within_groups(total.detach() / len(net.x), net.map.groups)
 
 
 def exact_block_of_loader(
@@ -173,15 +303,14 @@ def exact_block_of_loader(
 
 def empirical_fisher(model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss) -> Tensor:
     """Mean outer product of the examples' gradients at the true labels, BN in eval mode."""
-    x, y = batch
-    net = Perturbed(model, layer, x, coordinates="raw", batchnorm="running")
+    net = Perturbed(model, layer, batch, loss, batchnorm="running")
 
     def losses(delta: Tensor) -> Tensor:
         outputs = net.outputs_for_weights(delta).reshape(net.outputs.shape)
-        return torch.stack([loss(z, target) for z, target in zip(outputs, y, strict=True)])
+        return torch.stack([loss(z, y) for z, y in zip(outputs, net.targets, strict=True)])
 
-    gradients = jacrev(losses)(x.new_zeros(net.width, net.a.shape[-1])).flatten(1).detach()
-    return gradients.mT @ gradients / len(x)
+    gradients = jacrev(losses)(net.x.new_zeros(net.map.shape)).flatten(1).detach()
+    return gradients.mT @ gradients / len(net.x)
 
 
 # --- units: what the Kronecker approximations are made of ---------------------------------
@@ -193,11 +322,13 @@ class Units:
 
     ``a`` is ``[N, T, K]``. ``g`` is ``[S, N, T, D]``: for each of the S = N C independent
     score directions the gradient of the summed loss at every unit. A sum over S replaces
-    the expectation over sampled labels.
+    the expectation over sampled labels. With groups, the last axes of both are made of as many
+    equal parts.
     """
 
     a: Tensor
     g: Tensor
+    groups: int = 1
 
     @property
     def examples(self) -> int:
@@ -212,38 +343,46 @@ class Units:
         """Units in one axis: ``[U, K]`` and ``[S, U, D]``."""
         return self.a.flatten(0, 1), self.g.flatten(1, 2)
 
+    def by_group(self) -> list[Units]:
+        """The units of each group."""
+        parts = (x.chunk(self.groups, -1) for x in (self.a, self.g))
+        return list(itertools.starmap(Units, zip(*parts, strict=True)))
 
-def units_of(
-    model: nn.Module,
-    layer: str,
-    batch: Batch,
-    loss: ExampleLoss,
-    *,
-    coordinates: str = "raw",
-    batchnorm: str = "batch",
-) -> Units:
+
+def units_of(model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss, **modes: str) -> Units:
     """Inputs and score directions of a layer for one mini-batch."""
-    x, y = batch
-    net = Perturbed(model, layer, x, coordinates=coordinates, batchnorm=batchnorm)
-    examples = len(x)
-    jacobian = jacrev(net.outputs_for_units)(x.new_zeros(*net.a.shape[:-1], net.width))
-    jacobian = jacobian.reshape(examples, -1, examples, net.a[0, ..., 0].numel(), net.width)
-    roots = square_root(output_hessians(net.outputs, y, loss))
+    net = Perturbed(model, layer, batch, loss, **modes)
+    examples, locations = net.a.shape[:2]
+    width = net.map.shape[0]
+    jacobian = jacrev(net.outputs_for_units)(net.x.new_zeros(examples, locations, width))
+    roots = square_root(net.output_hessians())
     scores = torch.einsum("nij,nimtd->njmtd", roots, jacobian).flatten(0, 1)
-    return Units(net.a.reshape(examples, -1, net.a.shape[-1]), scores.detach())
+    return Units(net.a.detach(), scores.detach(), net.map.groups)
 
 
 def block_from_units(units: Units) -> Tensor:
     """The exact block again: every pair of units, ``1/N E sum_uv (g_u g_v^T) (x) (a_u a_v^T)``."""
-    a, g = units.flat
-    samples = torch.einsum("sud,uk->sdk", g, a).flatten(1)
-    return samples.mT @ samples / units.examples
+    blocks = []
+    for group in units.by_group():
+        a, g = group.flat
+        samples = torch.einsum("sud,uk->sdk", g, a).flatten(1)
+        blocks.append(samples.mT @ samples / units.examples)
+    return torch.block_diag(*blocks)
+
+
+def diagonal_from_units(units: Units) -> Tensor:
+    """Squares of every example's own gradient, as though no example depended on another."""
+    squares = []
+    for group in units.by_group():
+        per_example = torch.einsum("sntd,ntk->sndk", group.g, group.a)
+        squares.append(per_example.square().sum((0, 1)) / units.examples)
+    return torch.cat(squares)
 
 
 def relabel(units: Units, relabeling: Relabeling) -> Units:
     """The units with inputs in another order: ``relabeling`` picks (example, location)."""
     examples, locations = relabeling
-    return Units(units.a[examples, locations], units.g)
+    return replace(units, a=units.a[examples, locations])
 
 
 def _relabeling(order: Sequence[int] | Tensor, examples: int, locations: int) -> Relabeling:
@@ -295,7 +434,7 @@ def average_over_relabelings(
         if on_g is not None:
             examples, locations = next(on_g)
             scores = scores[:, examples, locations]
-        block = block_from_units(Units(relabel(units, relabeling).a, scores))
+        block = block_from_units(replace(relabel(units, relabeling), g=scores))
         mean = mean + (block - mean) / (index + 1)
         square = square + (block**2 - square) / (index + 1)
         count = index + 1
@@ -341,6 +480,15 @@ def strata(approximation: str, examples: int, locations: int) -> dict[str, int]:
     return {name: dof for name, dof in table[approximation].items() if dof}
 
 
+def _by_group(terms: Callable[[list[Units]], list[Term]], batches: Sequence[Units]) -> list[Term]:
+    """Terms of every group, stacked; without groups the terms themselves."""
+    groups = [list(parts) for parts in zip(*(units.by_group() for units in batches), strict=True)]
+    if len(groups) == 1:
+        return terms(groups[0])
+    per_group = zip(*map(terms, groups), strict=True)
+    return [tuple(map(torch.stack, zip(*stratum, strict=True))) for stratum in per_group]
+
+
 def strata_terms(approximation: str, batches: Sequence[Units]) -> list[Term]:
     """Factors ``(A_k, G_k)`` per stratum, averaged over mini-batches weighted by examples.
 
@@ -348,6 +496,10 @@ def strata_terms(approximation: str, batches: Sequence[Units]) -> list[Term]:
     shared so that neither factor grows with the mini-batch, and a mini-batch without degrees of
     freedom in a stratum is left out of the mean of its G.
     """
+    return _by_group(lambda group: _strata_terms(approximation, group), batches)
+
+
+def _strata_terms(approximation: str, batches: Sequence[Units]) -> list[Term]:
     total = sum(units.examples for units in batches)
     averages: dict[str, Term] = {}
     counted: dict[str, int] = {}
@@ -368,6 +520,10 @@ def strata_terms(approximation: str, batches: Sequence[Units]) -> list[Term]:
 
 def pair_terms(units: Units) -> list[Term]:
     """XK-FAC of one mini-batch as the same-unit and the different-unit term."""
+    return _by_group(lambda group: _pair_terms(*group), [units])
+
+
+def _pair_terms(units: Units) -> list[Term]:
     a, g = units.flat
     count = len(a)
     total_a, total_g = a.sum(0), g.sum(1)
