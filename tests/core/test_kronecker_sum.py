@@ -210,6 +210,18 @@ def test_top_eigenvalue_of_larger_blocks(count):
     assert block.top_eigenvalue() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("singular", [False, True])
+@pytest.mark.parametrize(("sign_a", "sign_g"), [(1, 1), (1, -1), (-1, -1)])
+def test_top_eigenvalue_of_one_term_with_a_large_factor(sign_a, sign_g, singular):
+    """Whatever the signs: a product of two smallest eigenvalues may be the largest of all."""
+    ((A, G),) = make(5, 600, 1, singular=singular).terms
+    block = ek.KroneckerSum([(sign_a * A, sign_g * G)])
+    values = (torch.linalg.eigvalsh(sign * F) for sign, F in ((sign_a, A), (sign_g, G)))
+    products = torch.outer(*values)
+    expected, size = products.max().item(), products.abs().max().item()
+    assert block.top_eigenvalue() == pytest.approx(expected, rel=1e-4, abs=1e-4 * size)
+
+
 # --- inverses -----------------------------------------------------------------------------
 
 
