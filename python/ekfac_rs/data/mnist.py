@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ekfac_rs.data.idx import read_idx
+from ekfac_rs.data.locate import DATA_VARIABLE
 from ekfac_rs.errors import FileFormatError, OptionError
 
-__all__ = ["DATA_VARIABLE", "Mnist", "find_mnist", "load_mnist", "load_mnist_subset"]
+__all__ = ["Mnist", "find_mnist", "load_mnist", "load_mnist_subset"]
 
-DATA_VARIABLE = "EKFAC_DATA"
 SUBSET_FILE = "mnist_subset.npz"
 
 _FILES = {
