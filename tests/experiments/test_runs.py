@@ -22,7 +22,7 @@ from ekfac_rs.experiments.runs import (
     Workers,
     complete,
     recorded,
-    single_thread,
+    threads,
     write_json,
 )
 
@@ -187,7 +187,7 @@ def test_an_error_in_a_run_comes_through_and_finished_runs_are_kept(tmp_path, co
 
 def test_threads_are_as_before_after_single_threaded_work():
     before = torch.get_num_threads(), ek.num_threads()
-    with single_thread():
+    with threads(1):
         assert torch.get_num_threads() == 1
     assert (torch.get_num_threads(), ek.num_threads()) == before
 

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module, resources
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +42,8 @@ class Architecture:
         Name of the Linear that tells the classes apart; everything before it is the backbone.
     mean, std
         Of each colour, on the scale 0 to 1: inputs are ``(pixel / 255 - mean) / std``.
+    packaged_weights
+        Finds weights that a package brings along, if one does.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Architecture:
     head: str
     mean: tuple[float, float, float] = _IMAGENET_MEAN
     std: tuple[float, float, float] = _IMAGENET_STD
+    packaged_weights: Callable[[], Path] | None = None
 
     def load(self, weights: "Weights", image_size: int) -> nn.Module:
         """Return the network with `weights`, in eval mode.
@@ -127,9 +129,7 @@ def backbone_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of all layers with weights of their own, but for the head and BatchNorms."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and name != head
+        name for name, module in model.named_modules() if isinstance(module, kinds) and name != head
     ]
 
 
@@ -170,18 +170,21 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        widths = (16, 16, 32, 64)
-        for i, (before, after) in enumerate(pairwise(widths), start=1):
-            first = _BasicBlock(before, after, stride=1 if i == 1 else 2)
-            others = [_BasicBlock(after, after, stride=1) for _ in range(blocks - 1)]
-            self.add_module(f"layer{i}", nn.Sequential(first, *others))
-        self.linear = nn.Linear(widths[-1], classes)
+        self.layer1 = _stage(blocks, 16, 16, stride=1)
+        self.layer2 = _stage(blocks, 16, 32, stride=2)
+        self.layer3 = _stage(blocks, 32, 64, stride=2)
+        self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs ``[n, classes]`` of images ``[n, 3, height, width]``."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return cast(Tensor, self.linear(x.mean(dim=(2, 3))))
+
+
+def _stage(blocks: int, before: int, after: int, stride: int) -> nn.Sequential:
+    others = [_BasicBlock(after, after, stride=1) for _ in range(blocks - 1)]
+    return nn.Sequential(_BasicBlock(before, after, stride), *others)
 
 
 class _BasicBlock(nn.Module):
@@ -231,7 +234,9 @@ def _lite0(classes: int, image_size: int) -> nn.Module:
     return cast(nn.Module, model)
 
 
-_MISSING = "model: needs the package {}, which is not installed; pip install 'ekfac-rs[experiments]'"
+_MISSING = (
+    "model: needs the package {}, which is not installed; pip install 'ekfac-rs[experiments]'"
+)
 
 
 def _imported(module: str, package: str) -> Any:
@@ -245,6 +250,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet50": Architecture("ResNet-50", _resnet50, "fc"),
     "resnet56-cifar": Architecture("CIFAR ResNet-56", lambda n, _: CifarResNet(9, n), "linear"),
     "efficientnet-lite0": Architecture(
-        "EfficientNet-Lite0", _lite0, "_fc", mean=(127 / 255,) * 3, std=(128 / 255,) * 3
+        "EfficientNet-Lite0",
+        _lite0,
+        "_fc",
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+        packaged_weights=lite0_weights,
     ),
 }

@@ -10,10 +10,9 @@ import dataclasses
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,21 @@ from torch import Tensor, nn
 import ekfac_rs as ek
 from ekfac_rs.data import Mnist, TensorLoader, image_features, task_permutation
 from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
-from ekfac_rs.experiments.report import GridPoint, MethodResult, write_report
+from ekfac_rs.experiments.report import GridPoint, MethodResult, counted, write_report
 from ekfac_rs.experiments.runs import (
+    Clock,
     PlannedRun,
     RunRecord,
     RunStore,
     Workers,
     complete,
+    finite_or_none,
     recorded,
-    single_thread,
+    threads,
 )
+from ekfac_rs.experiments.settings import CURVATURES, Setting, grid, setting_words
 
 __all__ = ["METHODS", "PRESETS", "Method", "Preset", "RunConfig", "learn_stream", "study"]
-
-Setting = dict[str, float | str]
 
 CLASSES = 10
 VALIDATION_SHARE = 0.1
@@ -96,17 +96,6 @@ class RunConfig:
         return cls(**{**config, "hidden": tuple(config["hidden"])})
 
 
-# The curvatures compared, as arguments of the learner.
-CURVATURES: dict[str, dict[str, Any]] = {
-    "none": {"approximation": None},
-    "diagonal": {"approximation": "diagonal", "batchnorm": "running"},
-    "kfac-eval": {"approximation": "kfac-expand", "batchnorm": "running"},
-    "kfac-train": {"approximation": "kfac-expand", "batchnorm": "batch"},
-    "xkfac": {"approximation": "xkfac", "batchnorm": "batch"},
-    "xkfac-raw": {"approximation": "xkfac", "batchnorm": "batch", "coordinates": "raw"},
-}
-
-
 @dataclass(frozen=True)
 class Method:
     """A method of the comparison.
@@ -126,16 +115,12 @@ class Method:
     grids: Mapping[str, Sequence[Setting]]
 
 
-def _grid(**axes: Sequence[float | str]) -> list[Setting]:
-    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-
-
 _RATES = (0.01, 0.03, 0.1)
 _LOW_RATES = (0.003, 0.01, 0.03)
 
 _KRONECKER = {
-    "quick": _grid(lr=_RATES, scale=(1.0, 3.0, 10.0), damping=(0.01,)),
-    "full": _grid(lr=(0.01, 0.03), scale=(1.0, 3.0, 10.0), damping=(0.0, 0.01)),
+    "quick": grid(lr=_RATES, scale=(1.0, 3.0, 10.0), damping=(0.01,)),
+    "full": grid(lr=(0.01, 0.03), scale=(1.0, 3.0, 10.0), damping=(0.0, 0.01)),
 }
 
 METHODS: dict[str, Method] = {
@@ -143,8 +128,8 @@ METHODS: dict[str, Method] = {
         "fine-tuning",
         {"curvature": "none"},
         {
-            "quick": _grid(lr=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)),
-            "full": _grid(
+            "quick": grid(lr=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)),
+            "full": grid(
                 lr=(0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15)
             ),
         },
@@ -153,16 +138,16 @@ METHODS: dict[str, Method] = {
         "L2 to anchor",
         {"curvature": "none"},
         {
-            "quick": _grid(lr=_LOW_RATES, damping=(0.1, 0.3, 1.0)),
-            "full": _grid(lr=_LOW_RATES, damping=(0.03, 0.1, 0.3, 1.0)),
+            "quick": grid(lr=_LOW_RATES, damping=(0.1, 0.3, 1.0)),
+            "full": grid(lr=_LOW_RATES, damping=(0.03, 0.1, 0.3, 1.0)),
         },
     ),
     "ewc": Method(
         "diagonal Fisher (EWC)",
         {"curvature": "diagonal"},
         {
-            "quick": _grid(lr=_LOW_RATES, scale=(10.0, 30.0, 100.0), damping=(0.01,)),
-            "full": _grid(lr=(0.01, 0.03), scale=(10.0, 30.0, 100.0), damping=(0.0, 0.01)),
+            "quick": grid(lr=_LOW_RATES, scale=(10.0, 30.0, 100.0), damping=(0.01,)),
+            "full": grid(lr=(0.01, 0.03), scale=(10.0, 30.0, 100.0), damping=(0.0, 0.01)),
         },
     ),
     "kfac-frozen": Method(
@@ -179,13 +164,13 @@ METHODS: dict[str, Method] = {
         "BN 20 %, then frozen",
         {"freeze_bn_after": 0.2},
         {
-            "quick": _grid(
+            "quick": grid(
                 curvature=("kfac-eval", "kfac-train", "xkfac"),
                 lr=(0.03,),
                 scale=(1.0, 3.0, 10.0),
                 damping=(0.01,),
             ),
-            "full": _grid(
+            "full": grid(
                 curvature=("kfac-eval", "kfac-train", "xkfac"),
                 lr=(0.01, 0.03),
                 scale=(3.0, 10.0),
@@ -348,13 +333,13 @@ def learn_stream(config: RunConfig, features: "_Features") -> RunRecord:
     rows: list[list[float]] = []
     history: list[list[dict[str, float | None]]] = []
     diverged = None
-    clock = _Clock()
+    clock = Clock()
     with recorded(ek.StabilityWarning) as counts:
         for task in range(config.tasks):
             try:
                 with clock.part("fit"):
                     epochs = learner.fit(stream.training(task), epochs=config.epochs, lr=config.lr)
-                history.append([_finite_or_none(epoch) for epoch in epochs])
+                history.append([finite_or_none(epoch) for epoch in epochs])
                 if any(None in epoch.values() for epoch in history[-1]):
                     raise NonFiniteError("the loss is not finite")
                 with clock.part("consolidate"):
@@ -373,19 +358,6 @@ def _executor(mnist: Mnist, examples: int | None) -> Callable[[Mapping[str, Any]
     """Prepare a process for making runs."""
     features = _Features.of(mnist, examples)
     return lambda config: learn_stream(RunConfig.from_dict(config), features)
-
-
-class _Clock:
-    """Wall-clock by part."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        since = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
 
 
 @dataclass(frozen=True)
@@ -482,10 +454,6 @@ def _network(config: RunConfig) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def _finite_or_none(epoch: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in epoch.items()}
-
-
 @dataclass(frozen=True)
 class _Plan:
     """The runs that a preset consists of."""
@@ -578,10 +546,7 @@ class _Plan:
             momentum=self.preset.momentum,
             **options,
         )
-        words = (
-            value if isinstance(value, str) else f"{axis}{value:g}"
-            for axis, value in setting.items()
-        )
+        words = setting_words(setting)
         return PlannedRun("-".join((part, key, *words, f"seed{seed}")), config.as_dict())
 
 
@@ -601,14 +566,14 @@ def _notes(preset: Preset, mnist: Mnist) -> list[str]:
     examples = min(preset.examples or len(mnist.train_labels), len(mnist.train_labels))
     choice = (
         f"Each method at the best of {len(METHODS['xkfac'].grids[preset.grid])} settings, tried "
-        f"on {_count(min(preset.grid_tasks, preset.tasks), 'task')} with "
-        f"{_count(min(preset.grid_epochs, preset.epochs), 'epoch')}"
+        f"on {counted(min(preset.grid_tasks, preset.tasks), 'task')} with "
+        f"{counted(min(preset.grid_epochs, preset.epochs), 'epoch')}"
     )
     if preset.finalists:
         choice += f", the best {preset.finalists} of them again on all {preset.tasks}"
     return [
         f"{examples:,} training and {len(mnist.test_labels):,} test images per task, "
-        f"{_count(preset.epochs, 'epoch')} per task, batches of {preset.batch_size}, network "
+        f"{counted(preset.epochs, 'epoch')} per task, batches of {preset.batch_size}, network "
         f"{widths} with BatchNorm, one output layer, evaluated with merged weights; seeds "
         f"{', '.join(map(str, preset.seeds))}.",
         "Figures in per cent on test images, ± the sample standard deviation over the seeds; "
@@ -616,10 +581,6 @@ def _notes(preset: Preset, mnist: Mnist) -> list[str]:
         f"{choice}: seed {preset.grid_seed}, judged on held-out training images of all tasks, the "
         "old ones included, an oracle's choice.",
     ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _announcement(
@@ -682,7 +643,7 @@ class _Speed:
         probe = dataclasses.replace(
             like, split="test", epochs=1, lr=0.01, scale=1.0, factor_examples=count
         )
-        with single_thread():
+        with threads(1):
             learn_stream(dataclasses.replace(probe, tasks=1), few)  # The first time takes longer.
             one = learn_stream(dataclasses.replace(probe, tasks=1), few).seconds
             two = learn_stream(dataclasses.replace(probe, tasks=2), few).seconds

@@ -6,34 +6,33 @@ Knows methods, runs and accuracy matrices, and nothing of the experiment they co
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import ekfac_rs as ek
+from ekfac_rs.experiments.pictures import draw_curves
 from ekfac_rs.experiments.runs import RunRecord, write_json
 from ekfac_rs.metrics import AccuracyMatrix
 
-__all__ = ["GridPoint", "MethodResult", "environment", "markdown_table", "write_report"]
+__all__ = [
+    "STREAM",
+    "Column",
+    "GridPoint",
+    "Layout",
+    "MethodResult",
+    "counted",
+    "environment",
+    "markdown_table",
+    "write_report",
+]
 
 Setting = Mapping[str, float | str]
-
-# Paul Tol's "muted" scheme: told apart with any common colour vision, and in print.
-_COLOURS = (
-    "#999933", "#DDCC77", "#CC6677", "#117733", "#88CCEE",
-    "#332288", "#AA4499", "#882255", "#44AA99",
-)  # fmt: skip
-_MARKERS = "ovs^DPX<>"
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,8 @@ class GridPoint:
         What happened in any of its runs, if one diverged.
     seconds
         Wall-clock of its runs.
+    measures
+        Other results, by name; the choice does not look at them.
     """
 
     setting: Setting
@@ -59,6 +60,7 @@ class GridPoint:
     full_length_score: float | None
     diverged: str | None
     seconds: float
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class MethodResult:
         matrices = self.matrices
         return {
             "average_accuracy": [matrix.average() for matrix in matrices],
+            "first_task_before": [float(matrix.task_curve(0)[0]) for matrix in matrices],
             "first_task": [float(matrix.task_curve(0)[-1]) for matrix in matrices],
             "last_task": [float(matrix.task_curve(matrix.tasks - 1)[-1]) for matrix in matrices],
             "forgetting": [matrix.forgetting() for matrix in matrices],
@@ -119,17 +122,82 @@ class MethodResult:
         }
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: the mean of a measure over the final runs.
+
+    Attributes
+    ----------
+    measure
+        A key of `MethodResult.summary`.
+    deviation
+        Add the standard deviation.
+    """
+
+    measure: str
+    deviation: bool = False
+
+
+Picture = Callable[[Path, str, Sequence[MethodResult]], None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a report shows.
+
+    Attributes
+    ----------
+    columns
+        By heading.
+    pictures
+        By file name: what draws it, from its path, the report's title and the results.
+    """
+
+    columns: Mapping[str, Column]
+    pictures: Mapping[str, Picture]
+
+
+def _draw_average(path: Path, title: str, results: Sequence[MethodResult]) -> None:
+    draw_curves(
+        path,
+        f"{title}: average accuracy",
+        "mean accuracy over the tasks seen",
+        {result.label: [m.average_curve() for m in result.matrices] for result in results},
+    )
+
+
+def _draw_first_task(path: Path, title: str, results: Sequence[MethodResult]) -> None:
+    draw_curves(
+        path,
+        f"{title}: the first task over time",
+        "accuracy on task 1",
+        {result.label: [m.task_curve(0) for m in result.matrices] for result in results},
+    )
+
+
+STREAM = Layout(
+    columns={
+        "average accuracy": Column("average_accuracy", deviation=True),
+        "task 1": Column("first_task"),
+        "last task": Column("last_task"),
+        "forgetting": Column("forgetting"),
+        "backward transfer": Column("backward_transfer"),
+    },
+    pictures={"average_accuracy.png": _draw_average, "first_task.png": _draw_first_task},
+)
+
+
 def write_report(
     output: Path,
     title: str,
     results: Sequence[MethodResult],
     about: Mapping[str, Any],
     notes: Sequence[str] = (),
+    layout: Layout = STREAM,
 ) -> str:
     """Write everything about an experiment into a folder.
 
-    ``results.json`` (all figures, also those of the grid), ``table.md``,
-    ``average_accuracy.png`` and ``first_task.png``.
+    ``results.json`` (all figures, also those of the grid), ``table.md`` and the pictures.
 
     Parameters
     ----------
@@ -143,6 +211,8 @@ def write_report(
         What ``results.json`` says beside the results (JSON types): config, command, ...
     notes
         Sentences below the table.
+    layout
+        Columns of the table, and the pictures.
 
     Returns
     -------
@@ -157,21 +227,17 @@ def write_report(
         "methods": {result.key: _method_entry(result) for result in results},
     }
     write_json(output / "results.json", content)
-    lines = [f"# {title}", "", markdown_table(results), "", *(f"- {note}" for note in notes)]
+    lines = [
+        f"# {title}",
+        "",
+        markdown_table(results, layout),
+        "",
+        *(f"- {note}" for note in notes),
+    ]
     table = "\n".join(lines).rstrip() + "\n"
     (output / "table.md").write_text(table, encoding="utf-8")
-    _plot(
-        output / "average_accuracy.png",
-        f"{title}: average accuracy",
-        "mean accuracy over the tasks seen",
-        {result.label: [m.average_curve() for m in result.matrices] for result in results},
-    )
-    _plot(
-        output / "first_task.png",
-        f"{title}: the first task over time",
-        "accuracy on task 1",
-        {result.label: [m.task_curve(0) for m in result.matrices] for result in results},
-    )
+    for name, draw in layout.pictures.items():
+        draw(output / name, title, results)
     return table
 
 
@@ -190,34 +256,36 @@ def environment() -> dict[str, str | int | None]:
     }
 
 
-def markdown_table(results: Sequence[MethodResult]) -> str:
+def markdown_table(results: Sequence[MethodResult], layout: Layout = STREAM) -> str:
     """Return the table of all methods: percentages, mean ± standard deviation over the seeds."""
-    head = (
-        "method", "chosen setting", "average accuracy", "task 1", "last task", "forgetting",
-        "backward transfer", "seconds per run", "remarks",
-    )  # fmt: skip
-    best = max(float(np.mean(result.summary()["average_accuracy"])) for result in results)
-    rows = []
-    for result in results:
-        summary = result.summary()
-        average = _percent(summary["average_accuracy"], deviation=True)
-        if float(np.mean(summary["average_accuracy"])) == best:
-            average = f"**{average}**"
-        rows.append(
-            (
-                result.label,
-                _setting_text(result.setting),
-                average,
-                _percent(summary["first_task"]),
-                _percent(summary["last_task"]),
-                _percent(summary["forgetting"]),
-                _percent(summary["backward_transfer"]),
-                f"{np.mean(summary['seconds']):.1f}",
-                "; ".join(_remarks(result)),
-            )
+    head = ("method", "chosen setting", *layout.columns, "seconds per run", "remarks")
+    rule = ("---", "---", *["---:"] * (len(layout.columns) + 1), "---")
+    summaries = [result.summary() for result in results]
+    best = max(float(np.mean(summary["average_accuracy"])) for summary in summaries)
+    rows = [
+        (
+            result.label,
+            _setting_text(result.setting),
+            *(_cell(summary, column, best) for column in layout.columns.values()),
+            f"{np.mean(summary['seconds']):.1f}",
+            "; ".join(_remarks(result)),
         )
-    rule = ("---", "---", *["---:"] * 6, "---")
+        for result, summary in zip(results, summaries, strict=True)
+    ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return the number with its noun in singular or plural."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def _cell(summary: Mapping[str, Sequence[float]], column: Column, best: float) -> str:
+    """Return a measure in per cent, the best average accuracy in bold."""
+    values = summary[column.measure]
+    text = _percent(values, column.deviation)
+    is_best = column.measure == "average_accuracy" and float(np.mean(values)) == best
+    return f"**{text}**" if is_best else text
 
 
 def _method_entry(result: MethodResult) -> dict[str, Any]:
@@ -273,103 +341,3 @@ def _deviation(values: Sequence[float]) -> float:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _plot(
-    path: Path,
-    title: str,
-    ylabel: str,
-    curves: Mapping[str, Sequence[npt.NDArray[np.float64]]],
-) -> None:
-    """Draw one curve per method, mean and band of one standard deviation over the seeds.
-
-    Where some methods are far below the others, a second panel shows the upper ones enlarged.
-    """
-    means = {label: np.mean(values, axis=0) for label, values in curves.items()}
-    finals = {label: float(mean[-1]) for label, mean in means.items()}
-    upper = _upper_group(finals)
-    panels = [list(curves), upper] if len(upper) < len(curves) else [upper]
-    figure = Figure(figsize=(6.0 * len(panels) + 1.2, 4.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    figure.suptitle(title, fontsize=12)
-    styles = {
-        label: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
-        for i, label in enumerate(curves)
-    }
-    for panel, (axes, shown) in enumerate(zip(all_axes, panels, strict=True)):
-        for label in shown:
-            _draw_curve(axes, means[label], curves[label], styles[label])
-        axes.set_xlabel("tasks learnt")
-        axes.set_ylabel(ylabel)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if panel == 1:
-            axes.set_title("enlarged", fontsize=10)
-        named = [label for label in shown if panel == len(panels) - 1 or label not in upper]
-        _label_ends(axes, {label: finals[label] for label in named}, means, styles)
-    figure.savefig(path)
-
-
-def _upper_group(finals: Mapping[str, float]) -> list[str]:
-    """Return the labels whose final values share the upper part of the range."""
-    best, worst = max(finals.values()), min(finals.values())
-    if best - worst < 0.1:
-        return list(finals)
-    return [label for label, value in finals.items() if value >= best - (best - worst) / 4]
-
-
-def _draw_curve(
-    axes: Axes,
-    mean: npt.NDArray[np.float64],
-    curves: Sequence[npt.NDArray[np.float64]],
-    style: Mapping[str, str],
-) -> None:
-    tasks = np.arange(1, len(mean) + 1)
-    axes.plot(
-        tasks, mean, color=style["color"], marker=style["marker"], linewidth=1.8, markersize=4.5
-    )
-    if len(curves) > 1:
-        spread = np.std(curves, axis=0, ddof=1)
-        axes.fill_between(
-            tasks, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0
-        )
-
-
-def _label_ends(
-    axes: Axes,
-    finals: Mapping[str, float],
-    means: Mapping[str, npt.NDArray[np.float64]],
-    styles: Mapping[str, Mapping[str, str]],
-) -> None:
-    """Write each curve's name at its right end, moved apart where names would overlap."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    gap = 0.055 * (high - low)
-    labels = sorted(finals, key=lambda label: finals[label])
-    heights = [finals[label] for label in labels]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    excess = max(heights[-1] - high, 0.0) if heights else 0.0
-    for i in range(len(heights) - 1, -1, -1):
-        ceiling = heights[i + 1] - gap if i + 1 < len(heights) else heights[i] - excess
-        heights[i] = min(heights[i], ceiling)
-    for label, height in zip(labels, heights, strict=True):
-        axes.annotate(
-            f"{label}  {100 * finals[label]:.1f}",
-            xy=(len(means[label]), finals[label]),
-            xytext=(1.05, height),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": styles[label]["color"],
-                "linewidth": 1.0,
-                "shrinkA": 0,
-                "shrinkB": 4,
-            },
-        )

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from threading import RLock
@@ -24,13 +26,16 @@ from ekfac_rs.errors import EkfacError, FileFormatError
 from ekfac_rs.metrics import AccuracyMatrix
 
 __all__ = [
+    "Clock",
     "PlannedRun",
     "RunRecord",
     "RunStore",
     "Workers",
     "complete",
+    "config_digest",
+    "finite_or_none",
     "recorded",
-    "single_thread",
+    "threads",
     "write_json",
 ]
 
@@ -65,6 +70,8 @@ class RunRecord:
         Message to number of times of the warnings the run gave.
     seconds
         Wall-clock by part (``fit``, ``consolidate``, ``evaluate``) and ``total``.
+    measures
+        Other results, by name.
     """
 
     config: Config
@@ -73,6 +80,7 @@ class RunRecord:
     diverged: str | None
     warnings: dict[str, int]
     seconds: dict[str, float]
+    measures: dict[str, float] = field(default_factory=dict)
 
     @property
     def matrix(self) -> AccuracyMatrix:
@@ -97,7 +105,7 @@ class RunStore:
 
     def path(self, run: PlannedRun) -> Path:
         """Return where `run` is kept."""
-        return self.folder / f"{run.name}-{_digest(run.config)}.json"
+        return self.folder / f"{run.name}-{config_digest(run.config)}.json"
 
     def find(self, run: PlannedRun) -> RunRecord | None:
         """Return the record of `run` if it has been finished.
@@ -133,23 +141,32 @@ class RunStore:
 
 
 class Workers:
-    """Processes that make runs, each on a single thread.
+    """Processes that make runs.
 
-    Networks as small as those of the experiments gain nothing from a second thread, so runs side
-    by side use the processors better, and results do not depend on their number. With one worker
+    Small networks gain little from a second thread, so runs side by side on one thread each use
+    the processors better, and results do not depend on the number of processes. With one worker
     everything stays in this process. The others start with the first run.
 
     Parameters
     ----------
     count
         Number of processes.
+    threads_each
+        Threads that each of them computes on.
     prepare
         Called once in each process with `arguments`; returns what makes a run from its config.
         Has to be importable, and its arguments picklable.
     """
 
-    def __init__(self, count: int, prepare: Callable[..., Execute], *arguments: Any) -> None:
+    def __init__(
+        self,
+        count: int,
+        prepare: Callable[..., Execute],
+        *arguments: Any,
+        threads_each: int = 1,
+    ) -> None:
         self.count = count
+        self.threads_each = threads_each
         self._prepare = prepare
         self._arguments = arguments
         self._others = set(active_children())
@@ -180,13 +197,16 @@ class Workers:
         if self.count == 1:
             execute = self._execute = self._execute or self._prepare(*self._arguments)
             for run in runs:
-                with single_thread():
+                with threads(self.threads_each):
                     record = execute(run.config)
                 yield run, record
             return
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
-                self.count, get_context("spawn"), _start_worker, (self._prepare, self._arguments)
+                self.count,
+                get_context("spawn"),
+                _start_worker,
+                (self.threads_each, self._prepare, self._arguments),
             )
         with _interrupts_held_back():  # Workers start here.
             futures = {self._pool.submit(_make_in_worker, run.config): run for run in runs}
@@ -202,16 +222,30 @@ class Workers:
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """Compute on one thread within the block."""
+def threads(count: int) -> Iterator[None]:
+    """Compute on `count` threads within the block."""
     before = torch.get_num_threads(), ek.num_threads()
-    torch.set_num_threads(1)
-    ek.set_num_threads(1)
+    torch.set_num_threads(count)
+    ek.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
         ek.set_num_threads(before[1])
+
+
+class Clock:
+    """Wall-clock by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to part `name`."""
+        since = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
 
 
 def complete(
@@ -266,6 +300,11 @@ def recorded(category: type[Warning]) -> Iterator[Counter[str]]:
             )
 
 
+def finite_or_none(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Replace NaN and infinity, which JSON lacks, by None."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write `content` so that `path` never holds a part of it.
 
@@ -280,12 +319,13 @@ def write_json(path: Path, content: Any) -> None:
     unfinished.replace(path)
 
 
+def config_digest(config: Config) -> str:
+    """Return a short fingerprint (hexadecimal) of a config, whatever the order of its settings."""
+    return hashlib.sha256(_canonical(config).encode()).hexdigest()[:12]
+
+
 def _canonical(config: Config) -> str:
     return json.dumps(config, sort_keys=True, allow_nan=False)
-
-
-def _digest(config: Config) -> str:
-    return hashlib.sha256(_canonical(config).encode()).hexdigest()[:12]
 
 
 @contextmanager
@@ -308,12 +348,14 @@ def _interrupts_held_back() -> Iterator[None]:
 _execute_in_worker: Execute | None = None
 
 
-def _start_worker(prepare: Callable[..., Execute], arguments: Sequence[Any]) -> None:
+def _start_worker(
+    threads_each: int, prepare: Callable[..., Execute], arguments: Sequence[Any]
+) -> None:
     global _execute_in_worker
     # The default lock, shared between processes, would be reported as leaked when workers end.
     tqdm.set_lock(RLock())
-    torch.set_num_threads(1)
-    ek.set_num_threads(1)
+    torch.set_num_threads(threads_each)
+    ek.set_num_threads(threads_each)
     _execute_in_worker = prepare(*arguments)
 
 

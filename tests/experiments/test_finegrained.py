@@ -1,0 +1,470 @@
+"""Transfer from a pretrained network: choice, runs, the whole study, and its command line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ekfac_rs as ek
+from ekfac_rs.data import ImageSet
+from ekfac_rs.errors import OptionError
+from ekfac_rs.experiments import finegrained
+from ekfac_rs.experiments.__main__ import main
+from ekfac_rs.experiments.finegrained import METHODS, PRESETS, Preset, choose, read_images, study
+from ekfac_rs.experiments.networks import ARCHITECTURES, Architecture
+from ekfac_rs.experiments.report import GridPoint, MethodResult
+from ekfac_rs.experiments.runs import RunRecord
+from ekfac_rs.experiments.transfer import SourceConfig, TargetConfig, Transfer, TransferData
+
+FILES = ("results.json", "table.md", "trade_off.png", "accuracies.png")
+SIZE = 8
+TINY = Preset(
+    "tiny",
+    image_size=SIZE,
+    batch_size=16,
+    epochs=2,
+    lrs=(0.01, 0.05),
+    scales=(1.0, 10.0),
+    l2=(0.1, 1.0),
+    seeds=(0, 1),
+)
+
+
+class TinyNetwork(nn.Module):
+    """A convolution and a Linear, each with BatchNorm, and a head."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.linear = nn.Linear(4, 6)
+        self.bn2 = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv(x))).mean(dim=(2, 3))
+        return self.head(torch.relu(self.bn2(self.linear(x))))
+
+
+@pytest.fixture(autouse=True)
+def tiny_architecture(monkeypatch):
+    architecture = Architecture("Tiny", lambda classes, size: TinyNetwork(classes), "head")
+    monkeypatch.setitem(ARCHITECTURES, "tiny", architecture)
+
+
+def shades(count, classes, seed):
+    """Images whose class is their shade, roughly."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % len(classes)
+    means = 255 * (labels + 1) / (len(classes) + 1)
+    images = generator.normal(means[:, None, None, None], 30, (count, 3, SIZE, SIZE))
+    return ImageSet(np.clip(images, 0, 255).astype(np.uint8), labels, tuple(classes))
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Two source classes, three target classes."""
+    source, target = "ab", "cde"
+    return TransferData(
+        shades(48, source, 0),
+        shades(40, source, 1),
+        shades(48, target, 2),
+        shades(30, target, 3),
+        shades(60, target, 4),
+    )
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a tiny network that tells the source's classes apart."""
+    torch.manual_seed(0)
+    model = TinyNetwork(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    images = shades(400, "ab", 5)
+    x = (torch.from_numpy(images.images) / 255 - 0.45) / 0.225
+    for rows in torch.arange(400).split(20) * 3:
+        loss = nn.functional.cross_entropy(model(x[rows]), torch.from_numpy(images.labels)[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def transfer(data, weights, tmp_path):
+    return Transfer("tiny", weights, data, tmp_path / "curvature")
+
+
+def source_config(**changes):
+    values = {"version": "1", "model": "tiny", "weights": "w", "source": "s", "batch_size": 16}
+    return SourceConfig(**{**values, "seed": 0, "curvature": "xkfac", **changes})
+
+
+def target_config(**changes):
+    source = dataclasses.asdict(source_config())
+    values = {"target": "t", "epochs": 2, "momentum": 0.9, "lr": 0.02}
+    return TargetConfig(**{**source, **values, **changes})
+
+
+# The choice
+
+
+def points(*rows):
+    """Grid points of (learning rate, strength, validation accuracy)."""
+    return [
+        GridPoint({"lr": lr, "scale": scale}, score, None, None, 1.0) for lr, scale, score in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen"),
+    [
+        ([(0.1, 1, 0.80), (0.1, 10, 0.795), (0.1, 100, 0.75)], (0.1, 10)),
+        ([(0.1, 1, 0.80), (0.1, 10, 0.789), (0.1, 100, 0.75)], (0.1, 1)),
+        ([(0.1, 1, 0.80), (0.1, 10, 0.79), (0.1, 100, 0.75)], (0.1, 10)),
+        ([(0.1, 1, 0.80), (0.01, 10, 0.80), (0.1, 10, 0.805)], (0.01, 10)),
+        ([(0.1, 1, 0.5), (0.01, 100, 0.1), (0.1, 100, 0.9)], (0.1, 100)),
+    ],
+    ids=["strongest within", "none within", "on the edge", "lower rate", "best is strongest"],
+)
+def test_the_strongest_penalty_within_the_tolerance_is_chosen(rows, chosen):
+    for order in (rows, rows[::-1]):
+        setting = choose(METHODS["xkfac"], points(*order), tolerance=0.01)
+        assert (setting["lr"], setting["scale"]) == chosen
+
+
+def test_strength_is_damping_for_l2_sp_and_none_for_fine_tuning():
+    def grid(*settings):
+        return [GridPoint(setting, score, None, None, 1.0) for setting, score in settings]
+
+    l2 = grid(({"lr": 0.1, "damping": 1.0}, 0.8), ({"lr": 0.1, "damping": 0.1}, 0.8))
+    assert choose(METHODS["l2-sp"], l2, 0.01) == {"lr": 0.1, "damping": 1.0}
+    free = grid(({"lr": 0.1}, 0.81), ({"lr": 0.01}, 0.805), ({"lr": 0.001}, 0.5))
+    assert choose(METHODS["fine-tuning"], free, 0.01) == {"lr": 0.01}
+
+
+@pytest.mark.parametrize("preset", [*PRESETS.values(), finegrained.FOLDERS, TINY])
+def test_every_method_gets_the_same_number_of_different_settings(preset):
+    sizes = set()
+    for method in METHODS.values():
+        settings = [tuple(sorted(setting.items())) for setting in method.settings(preset)]
+        assert len(set(settings)) == len(settings)
+        sizes.add(len(settings))
+    assert len(sizes) == 1
+
+
+def test_a_single_setting_is_the_same_learning_rate_for_all():
+    preset = dataclasses.replace(TINY, lrs=(0.02,), scales=(5.0,), l2=(0.5,))
+    for method in METHODS.values():
+        assert [setting["lr"] for setting in method.settings(preset)] == [0.02]
+
+
+# Runs
+
+
+def test_the_source_is_measured_and_its_curvature_kept(transfer, tmp_path):
+    record = transfer(source_config().as_dict())
+    assert record.accuracy[0][0] > 0.9
+    (path,) = (tmp_path / "curvature").iterdir()
+    curvature = ek.Curvature.load(path)
+    assert curvature.layers == ("conv", "linear")
+    assert curvature.examples == 48
+    transfer(source_config(curvature="none").as_dict())
+    assert len(list((tmp_path / "curvature").iterdir())) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_the_target_and_measures_both(transfer, method):
+    record = transfer(target_config(epochs=8, **METHODS[method].fixed).as_dict())
+    (before,), (source, target) = record.accuracy
+    assert record.diverged is None
+    assert before > 0.9
+    assert source >= 0.5
+    assert target > 0.6
+    assert record.measures["target_validation"] > 0.5
+    assert len(record.history[1]) == 8
+
+
+def test_a_run_is_the_same_with_the_curvature_from_the_file_and_in_any_order(
+    data, weights, tmp_path
+):
+    config = target_config().as_dict()
+    first = Transfer("tiny", weights, data, tmp_path)(config)
+    other = Transfer("tiny", weights, data, tmp_path)
+    other(target_config(seed=3, curvature="diagonal").as_dict())
+    again = other(config)
+    assert again.accuracy == first.accuracy
+    assert again.history == first.history
+
+
+def test_a_stronger_penalty_ends_nearer_to_the_anchor(transfer):
+    def distance(damping):
+        fixed = {"curvature": "none", "freeze_bn_after": 0.0}
+        record = transfer(target_config(epochs=8, lr=0.1, damping=damping, **fixed).as_dict())
+        return 2 * record.history[1][-1]["penalty"] / damping
+
+    assert distance(3.0) < distance(0.3) < distance(1e-6)
+
+
+def test_the_heads_and_only_they_are_free_of_the_penalty(transfer, monkeypatch):
+    penalties = []
+    original = ek.ContinualLearner.fit
+
+    def fit(learner, *args, **options):
+        head = learner.model.head
+        assert head.out_features == 3
+        assert not head.weight.any()
+        penalties.append(set(learner.penalty().deviations()))
+        return original(learner, *args, **options)
+
+    monkeypatch.setattr(ek.ContinualLearner, "fit", fit)
+    transfer(target_config(freeze_bn_after=0.0).as_dict())
+    assert penalties == [{"conv", "linear"}]
+
+
+def test_a_diverged_run_scores_chance_and_says_so(transfer):
+    with np.errstate(all="ignore"):
+        record = transfer(target_config(lr=1e8, scale=1e8).as_dict())
+    assert record.diverged is not None
+    assert record.accuracy[1] == [0.5, pytest.approx(1 / 3)]
+    assert record.measures["target_validation"] == pytest.approx(1 / 3)
+
+
+def test_weights_of_other_classes_are_refused(data, weights, tmp_path):
+    swapped = dataclasses.replace(data, source_train=data.target_train)
+    with pytest.raises(OptionError, match="source_data: expected 2 classes, .* got 3"):
+        Transfer("tiny", weights, swapped, tmp_path)
+
+
+# The study
+
+
+def run_files(output):
+    return {path.name: path.stat().st_mtime_ns for path in (output / "runs").iterdir()}
+
+
+def test_a_study_is_complete_and_goes_on_where_it_was(tmp_path, data, weights):
+    def run():
+        return study(TINY, data, weights, tmp_path, notes=["A note."], progress=False)
+
+    table = run()
+    for name in FILES:
+        assert (tmp_path / name).stat().st_size > 0
+    assert "- A note." in table
+    for method in METHODS.values():
+        assert f"| {method.label} |" in table
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert len(content["source_runs"]) == 6 * 3
+    for entry in content["methods"].values():
+        assert len(entry["grid"]) == 4
+        assert set(entry["grid"][0]["measures"]) == {"source", "target"}
+        assert [len(row) for row in entry["runs"][0]["accuracy"]] == [1, 2]
+
+    files = run_files(tmp_path)
+    assert len(files) == 6 * 3 + 7 * 4 + 7 * 2
+    assert run() == table
+    assert run_files(tmp_path) == files
+
+    lost = next((tmp_path / "runs").glob("final-xkfac-*.json"))
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    for path in (tmp_path / "curvature").iterdir():
+        path.unlink()
+    run()
+    after = json.loads(lost.read_text())
+    assert after["accuracy"] == before["accuracy"]
+    assert {name for name, time in run_files(tmp_path).items() if files[name] != time} == {
+        lost.name
+    }
+
+
+def test_the_choice_does_not_look_at_the_source_or_the_test_images(tmp_path, data, weights):
+    methods = ["l2-sp", "xkfac"]
+
+    def chosen(data, folder):
+        study(TINY, data, weights, folder, methods, progress=False)
+        content = json.loads((folder / "results.json").read_text())
+        return {key: content["methods"][key]["setting"] for key in methods}
+
+    images = data.target_test
+    wrong = dataclasses.replace(
+        data, target_test=ImageSet(images.images, (images.labels + 1) % 3, images.classes)
+    )
+    assert chosen(wrong, tmp_path / "a") == chosen(data, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "methods", "named"),
+    [
+        ({}, ["xkfac", "unknown"], "methods: unknown"),
+        ({"seeds": (0, 1000)}, ["xkfac"], "seeds: 1000"),
+    ],
+    ids=["method", "seed"],
+)
+def test_a_study_that_cannot_be_is_refused(tmp_path, data, weights, changes, methods, named):
+    with pytest.raises(OptionError, match=named):
+        study(dataclasses.replace(TINY, **changes), data, weights, tmp_path, methods)
+
+
+def test_a_trade_off_has_a_point_for_each_strength_at_its_best_rate():
+    def point(lr, scale, score, source, target, diverged=None):
+        measures = {"source": source, "target": target}
+        return GridPoint({"lr": lr, "scale": scale}, score, None, diverged, 1.0, measures)
+
+    grid = [
+        point(0.1, 10.0, 0.7, 0.9, 0.6),
+        point(0.1, 1.0, 0.8, 0.5, 0.8),
+        point(0.2, 1.0, 0.7, 0.9, 0.9),
+        point(0.1, 100.0, 0.1, 0.1, 0.1, "diverged"),
+    ]
+    runs = [RunRecord({"seed": 0}, [[1.0], [0.6, 0.7]], [], None, {}, {"total": 1.0})]
+    result = MethodResult("xkfac", "X", {"lr": 0.1, "scale": 1.0}, grid, runs)
+    trade_off = finegrained.trade_off(result)
+    assert trade_off.curve == [(0.8, 0.5), (0.6, 0.9)]
+    assert trade_off.finals == [(0.7, 0.6)]
+
+
+# Reading the images of both tasks
+
+
+TINY_SOURCE = {"train/a": 3, "train/b": 3, "val/a": 1, "val/b": 1, "test/b": 1}
+
+
+@pytest.fixture
+def read(tmp_path, write_images):
+    def read_both(source, target):
+        folders = write_images(tmp_path / "s", source), write_images(tmp_path / "t", target)
+        return read_images(dataclasses.replace(TINY, crop=1.0), *folders, progress=False)
+
+    return read_both
+
+
+def test_all_splits_are_taken_where_they_are(read):
+    target = {"train/c": 4, "train/d": 4, "val/c": 1, "val/d": 1, "test/c": 2, "test/d": 1}
+    data, notes = read({**TINY_SOURCE, "test/a": 1}, target)
+    sizes = [len(getattr(data, field.name)) for field in dataclasses.fields(data)]
+    assert sizes == [6, 2, 8, 2, 3]
+    assert "2 images of its split validation" in notes[0]
+    assert "held out" not in notes[0]
+
+
+@pytest.mark.parametrize("test", ["val", "test"])
+def test_a_missing_validation_split_is_held_out_of_training(read, test):
+    target = {"train/c": 10, "train/d": 10, f"{test}/c": 2, f"{test}/d": 1}
+    data, notes = read({"train/a": 3, "train/b": 3, "test/a": 1, "test/b": 1}, target)
+    sizes = [len(getattr(data, field.name)) for field in dataclasses.fields(data)]
+    assert sizes == [6, 2, 18, 2, 3]
+    assert "2 for validation, held out from its training images" in notes[0]
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_a_source_without_splits_is_measured_on_the_same_images_and_says_so(read, split):
+    target = {"train/c": 10, "train/d": 10, "test/c": 2, "test/d": 1}
+    data, notes = read({f"{split}a": 3, f"{split}b": 3}, target)
+    assert data.source_test is data.source_train
+    assert "accuracy on the same images" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "named"),
+    [
+        (TINY_SOURCE, {"c": 2, "d": 2}, "t: expected a split 'train'"),
+        (TINY_SOURCE, {"train/c": 2, "train/d": 2}, "t: expected a split test or validation"),
+        ({"val/a": 1}, {"train/c": 2, "test/c": 2}, "s: expected a split train"),
+        (
+            {"train/a": 1, "train/b": 1, "val/a": 1},
+            {"train/c": 2, "test/c": 2},
+            "source_data: expected the same classes",
+        ),
+        (TINY_SOURCE, {"train/c": 20, "test/d": 2}, "target_data: expected the same classes"),
+    ],
+)
+def test_missing_splits_and_unequal_classes_are_refused_by_name(read, source, target, named):
+    with pytest.raises(OptionError, match=named):
+        read(source, target)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory):
+    """A file with random weights of a ResNet-50 for two classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("resnet50") / "weights.pth"
+    torch.save(ARCHITECTURES["resnet50"].build(2, 64).state_dict(), path)
+    return path
+
+
+def test_resnet50_goes_through_the_whole_command(tmp_path, write_images, resnet50, capsys):
+    source = {"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2}
+    target = {f"{split}/{name}": 4 for split in ("train", "val", "test") for name in "cde"}
+    write_images(tmp_path / "source", source, size=(70, 64))
+    write_images(tmp_path / "target", target, size=(64, 80))
+    output = tmp_path / "out"
+    arguments = [
+        *("finegrained", "--model", "resnet50", "--source-weights", str(resnet50)),
+        *("--source-data", str(tmp_path / "source"), "--target-data", str(tmp_path / "target")),
+        *("--image-size", "64", "--batch-size", "4", "--epochs", "1", "--seeds", "0"),
+        *("--lrs", "1e-3", "--scales", "1", "--output", str(output)),
+        *("--methods", "fine-tuning", "xkfac-nested"),
+    ]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "runs to make, 1 at a time: source 4 of 4, grid 2 of 2, final 2" in printed
+    assert (output / "table.md").read_text(encoding="utf-8") in printed
+    for name in FILES:
+        assert (output / name).is_file()
+    content = json.loads((output / "results.json").read_text())
+    assert content["source"] == {"data": "source", "weights": resnet50.name}
+    assert content["preset"]["image_size"] == 64
+    for entry in content["methods"].values():
+        assert entry["runs"][0]["diverged"] is None
+        assert entry["runs"][0]["history"][1][0]["penalty"] is not None
+    curvatures = [ek.Curvature.load(path) for path in (output / "curvature").iterdir()]
+    assert {len(curvature) for curvature in curvatures} == {53}
+
+
+def test_help_names_every_method_preset_and_option():
+    arguments = [sys.executable, "-m", "ekfac_rs.experiments", "finegrained", "--help"]
+    text = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    options = "source-weights source-data target-data data-dir image-size batch-size epochs seeds"
+    for word in (*METHODS, *PRESETS, *ARCHITECTURES, *(f"--{name}" for name in options.split())):
+        assert word in text or word == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--lrs", "x"], "--lrs: expected a number from 0"),
+        (["--crop", "2"], "--crop: expected a number above 0 and up to 1"),
+        (["--scales", "-1"], "--scales: expected"),
+        (["--batch-size", "1"], "--batch-size: expected a whole number from 2"),
+        (["--model", "vgg"], "--model: invalid choice"),
+        (["--methods", "unknown"], "--methods: invalid choice"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_refused_by_name(capsys, arguments, named):
+    with pytest.raises(SystemExit) as caught:
+        main(["finegrained", *arguments])
+    assert caught.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_what_is_missing_is_one_clear_line(tmp_path, capsys):
+    assert main(["finegrained"]) == 2
+    assert capsys.readouterr().err == "error: --source-weights: needed without a --preset\n"
+    weights = str(Path(__file__))
+    assert main(["finegrained", "--source-weights", weights]) == 2
+    assert capsys.readouterr().err == "error: --source-data: needed without a --preset\n"
+    assert main(["finegrained", "--preset", "cifar-clothing", "--data-dir", str(tmp_path)]) == 2
+    assert "error: data_dir: no resnet56-4bfd9763.th in" in capsys.readouterr().err
