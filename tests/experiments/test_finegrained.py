@@ -30,6 +30,7 @@ TINY = Preset(
     batch_size=16,
     epochs=2,
     lrs=(0.01, 0.05),
+    frozen_lrs=(0.01, 0.02),
     scales=(1.0, 10.0),
     l2=(0.1, 1.0),
     seeds=(0, 1),
@@ -162,7 +163,7 @@ def test_every_method_gets_the_same_number_of_different_settings(preset):
 
 
 def test_a_single_setting_is_the_same_learning_rate_for_all():
-    preset = dataclasses.replace(TINY, lrs=(0.02,), scales=(5.0,), l2=(0.5,))
+    preset = dataclasses.replace(TINY, lrs=(0.02,), frozen_lrs=(0.02,), scales=(5.0,), l2=(0.5,))
     for method in METHODS.values():
         assert [setting["lr"] for setting in method.settings(preset)] == [0.02]
 
@@ -306,8 +307,9 @@ def test_the_choice_does_not_look_at_the_source_or_the_test_images(tmp_path, dat
     [
         ({}, ["xkfac", "unknown"], "methods: unknown"),
         ({"seeds": (0, 1000)}, ["xkfac"], "seeds: 1000"),
+        ({"frozen_lrs": (0.1,)}, ["xkfac"], "frozen_lrs: expected 2 learning rates, .* got 1"),
     ],
-    ids=["method", "seed"],
+    ids=["method", "seed", "rates"],
 )
 def test_a_study_that_cannot_be_is_refused(tmp_path, data, weights, changes, methods, named):
     with pytest.raises(OptionError, match=named):
@@ -414,7 +416,7 @@ def test_resnet50_goes_through_the_whole_command(tmp_path, write_images, resnet5
         *("finegrained", "--model", "resnet50", "--source-weights", str(resnet50)),
         *("--source-data", str(tmp_path / "source"), "--target-data", str(tmp_path / "target")),
         *("--image-size", "64", "--batch-size", "4", "--epochs", "1", "--seeds", "0"),
-        *("--lrs", "1e-3", "--scales", "1", "--output", str(output)),
+        *("--lrs", "1e-3", "--frozen-lrs", "1e-3", "--scales", "1", "--output", str(output)),
         *("--methods", "fine-tuning", "xkfac-nested"),
     ]
     assert main(arguments) == 0

@@ -253,10 +253,11 @@ def _add_finegrained(commands: "Commands") -> None:
     _add_seeds(changes)
     for name, text in {
         "lrs": "learning rates of the grid",
+        "frozen-lrs": "as many learning rates for a method with BatchNorm frozen",
         "scales": "scales of the curvature's penalty in the grid",
         "l2": "strengths of L2-SP in the grid",
     }.items():
-        default = " ".join(f"{value:g}" for value in getattr(folders, name))
+        default = " ".join(f"{value:g}" for value in getattr(folders, name.replace("-", "_")))
         changes.add_argument(
             f"--{name}",
             type=_number,

@@ -64,6 +64,9 @@ class Preset:
         Of training on the target.
     lrs, scales, l2
         The grid: learning rates; scales of the curvature's penalty; strengths of L2-SP.
+    frozen_lrs
+        Learning rates where BatchNorm is frozen, as many: a deep network bears only smaller ones
+        then.
     damping
         Of the penalties with a curvature.
     tolerance
@@ -84,6 +87,7 @@ class Preset:
     batch_size: int = 32
     epochs: int = 10
     lrs: tuple[float, ...] = (0.003, 0.01)
+    frozen_lrs: tuple[float, ...] = (0.001, 0.003)
     scales: tuple[float, ...] = (1.0, 10.0, 100.0)
     l2: tuple[float, ...] = (0.01, 0.1, 1.0)
     damping: float = 0.001
@@ -106,6 +110,7 @@ PRESETS: dict[str, Preset] = {
         crop=1.0,
         epochs=1,
         lrs=(0.003,),
+        frozen_lrs=(0.003,),
         scales=(0.1, 1.0, 10.0),
         l2=(1e-5, 1e-4, 1e-3),
         # Some channels of its depthwise layers are all but dead: merged weights are large there,
@@ -132,6 +137,7 @@ PRESETS: dict[str, Preset] = {
         source_images=3000,
         epochs=2,
         lrs=(0.01,),
+        frozen_lrs=(0.001,),
         scales=(1.0, 3.0, 10.0),
         remarks=(
             "The source's images are JPEG copies of CIFAR-10: the network, trained on the "
@@ -157,18 +163,16 @@ class Method:
     strength
         The field that its penalty grows with: ``"scale"`` of the curvature, ``"damping"``, or
         None without a penalty.
-    lr_factor
-        Its learning rates in units of the preset's.
     """
 
     label: str
     fixed: Setting
     strength: str | None = "scale"
-    lr_factor: float = 1.0
 
     def settings(self, preset: Preset) -> list[Setting]:
         """Return the settings to try, equally many for every method: fields of `TargetConfig`."""
-        lrs = [float(f"{self.lr_factor * lr:g}") for lr in preset.lrs]
+        frozen = self.fixed.get("freeze_bn_after") == 0.0
+        lrs = preset.frozen_lrs if frozen else preset.lrs
         if self.strength == "scale":
             return grid(lr=lrs, scale=preset.scales, damping=(preset.damping,))
         if self.strength == "damping":
@@ -184,10 +188,7 @@ METHODS: dict[str, Method] = {
     "fine-tuning": Method("fine-tuning", {"curvature": "none"}, strength=None),
     "l2-sp": Method("L2-SP", {"curvature": "none"}, strength="damping"),
     "diagonal": Method("diagonal Fisher", {"curvature": "diagonal"}),
-    # Without normalisation a deep network bears smaller steps only.
-    "kfac-frozen": Method(
-        "K-FAC, BN frozen", {"curvature": "kfac-eval", "freeze_bn_after": 0.0}, lr_factor=0.1
-    ),
+    "kfac-frozen": Method("K-FAC, BN frozen", {"curvature": "kfac-eval", "freeze_bn_after": 0.0}),
     "kfac-train": Method("K-FAC, train factors", {"curvature": "kfac-train"}),
     "xkfac": Method("XK-FAC", {"curvature": "xkfac"}),
     "xkfac-nested": Method("XK-FAC, nested", {"curvature": "xkfac-nested"}),
@@ -343,14 +344,20 @@ def study(
     Raises
     ------
     OptionError
-        If a method is unknown, the grid's seed is also one of a final run, or the source's classes
-        are not those of the weights.
+        If a method is unknown, the grid's seed is also one of a final run, there are fewer or more
+        learning rates for frozen BatchNorm than others, or the source's classes are not those of
+        the weights.
     """
     unknown = sorted(set(methods) - set(METHODS))
     if unknown:
         raise OptionError(f"methods: unknown {unknown}; expected some of {list(METHODS)}")
     if preset.grid_seed in preset.seeds:
         raise OptionError(f"seeds: {preset.grid_seed} is the seed of the grid")
+    if len(preset.frozen_lrs) != len(preset.lrs):
+        raise OptionError(
+            f"frozen_lrs: expected {counted(len(preset.lrs), 'learning rate')}, as in lrs, "
+            f"got {len(preset.frozen_lrs)}"
+        )
     started = time.perf_counter()
     store = RunStore(output / "runs")
     plan = _Plan(preset, Weights.read(weights).digest, data.source_digest, data.target_digest)
@@ -538,12 +545,18 @@ def _notes(preset: Preset) -> list[str]:
         f"within {points:g} percentage {'point' if points == 1 else 'points'} of the method's best "
         "accuracy the strongest penalty (largest scale, or damping for L2-SP), of equally strong "
         "ones the lower learning rate.",
-        f"{METHODS['kfac-frozen'].label}: learning rates a tenth of the others', at which its "
-        "training diverges.",
+        *_note_on_frozen(preset),
         "trade_off.png shows the grid's runs over the strength of the penalty, larger markers for "
         "stronger ones, each at the learning rate that is best for the target's validation images; "
         "outlined markers are the final runs.",
     ]
+
+
+def _note_on_frozen(preset: Preset) -> list[str]:
+    if preset.frozen_lrs == preset.lrs:
+        return []
+    rates = ", ".join(f"{lr:g}" for lr in preset.frozen_lrs)
+    return [f"Learning rates with BatchNorm frozen: {rates}."]
 
 
 def _announcement(
