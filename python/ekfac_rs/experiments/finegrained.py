@@ -109,10 +109,10 @@ PRESETS: dict[str, Preset] = {
         target="clothing160.tar",
         crop=1.0,
         epochs=1,
-        lrs=(0.003,),
-        frozen_lrs=(0.003,),
-        scales=(0.1, 1.0, 10.0),
-        l2=(1e-5, 1e-4, 1e-3),
+        lrs=(0.001,),
+        frozen_lrs=(0.001,),
+        scales=(0.3, 1.0, 3.0),
+        l2=(1e-6, 1e-5, 1e-4),
         # Some channels of its depthwise layers are all but dead: merged weights are large there,
         # and so is the noise of batch statistics in them. Damping would be a penalty on nothing
         # else.
