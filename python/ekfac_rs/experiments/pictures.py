@@ -83,7 +83,7 @@ def draw_trade_offs(
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path)
 
 
@@ -116,7 +116,7 @@ def draw_bars(
     axes.invert_yaxis()
     axes.set_xlabel(ylabel)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path)
 
 
