@@ -117,7 +117,6 @@ PRESETS: dict[str, Preset] = {
         # and so is the noise of batch statistics in them. Damping would be a penalty on nothing
         # else.
         damping=0.0,
-        seeds=(0,),
         remarks=(
             "The source's 1,000 images, one per class, are likely among those that the network "
             "was trained on, and the same images gave the curvature: its accuracy on them is no "
