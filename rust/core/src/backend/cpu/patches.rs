@@ -56,6 +56,10 @@ impl<'a, S: Element> Patches<'a, S> {
     ) {
         let [deep, high, wide] = &self.slides;
         let columns = inside(wide, &(0..slab.width));
+        if columns.is_empty() {
+            // What is seen ends before the input begins: there is no place for it in the planes.
+            return;
+        }
         let left = columns.start + wide.before;
         for z in inside(deep, &slab.depth) {
             for y in inside(high, &slab.height) {
