@@ -153,11 +153,25 @@ class MeanOverPositions(nn.Module):
         return x.mean(1)
 
 
+class SumOverPositions(nn.Module):
+    """Sum pooling over T of ``[N, T, features]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+
 class MeanOverLocations(nn.Module):
     """Global average pooling of ``[N, C, ...]`` to ``[N, C]``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).mean(2)
+
+
+class SumOverLocations(nn.Module):
+    """Global sum pooling of ``[N, C, ...]`` to ``[N, C]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).sum(2)
 
 
 def with_head(body: Sequence[nn.Module], input_shape: tuple[int, ...]) -> nn.Sequential:
@@ -222,6 +236,10 @@ def _positions_pooled_linear() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), MeanOverPositions())
 
 
+def _positions_summed_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), SumOverPositions())
+
+
 def _positions_bn() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 4),
@@ -244,6 +262,7 @@ NETWORKS = {
     "linear-residual": Network(_linear_residual, (4,), (3,)),
     "positions-linear": Network(_positions_linear, (3, 4), (3, 3)),
     "positions-pooled-linear": Network(_positions_pooled_linear, (3, 4), (3,)),
+    "positions-summed-linear": Network(_positions_summed_linear, (3, 4), (3,)),
     "positions-bn": Network(_positions_bn, (3, 4), (3,)),
 }
 

@@ -15,8 +15,13 @@ from tqdm import tqdm
 
 from ekfac_rs._tensors import require_count, require_finite
 from ekfac_rs.dataflow import removed_afterwards
-from ekfac_rs.errors import BatchNormError, EmptyLoaderError, OptionError
-from ekfac_rs.layers import AffineLayer, find_layers
+from ekfac_rs.errors import (
+    BatchNormError,
+    EmptyLoaderError,
+    OptionError,
+    UnsupportedLayerError,
+)
+from ekfac_rs.layers import AffineLayer, LinearLayer, find_layers
 
 
 class Anchor(dict[str, Tensor]):
@@ -49,7 +54,9 @@ def merged_weights(
     layers : collection of str, optional
         Names of the wanted layers. Default: all.
     example : optional
-        An input batch, needed only where the model's data flow cannot be traced symbolically.
+        An input batch, needed where the model's data flow cannot be traced symbolically, and
+        where a BatchNorm follows a Linear on ``[N, T, K]`` with T the Linear's width: without
+        one, a Linear before a BatchNorm is taken to be fed matrices ``[N, K]``.
 
     Returns
     -------
@@ -93,6 +100,10 @@ def merge_batchnorm(
     keeps its scale in gamma. The architecture and the keys of ``state_dict`` stay as they were.
     Use `reparameterize` before training goes on.
 
+    Without an example, the model's next forward pass raises `UnsupportedLayerError` if a
+    BatchNorm merged into a Linear gets anything but a matrix: it was merged wrongly, and the
+    weights must be restored. The hook that checks this goes with that pass.
+
     Parameters, Returns, Raises
         As `merged_weights`. A failed call leaves the model as it was.
     """
@@ -102,6 +113,10 @@ def merge_batchnorm(
         for layer in found:
             if layer.batchnorm is not None:
                 _install(layer, anchor[layer.name])
+    if example is None:
+        for layer in found:
+            if isinstance(layer, LinearLayer) and layer.batchnorm is not None:
+                _FirstInputCheck(layer)
     return anchor
 
 
@@ -282,6 +297,29 @@ def _install(layer: AffineLayer, merged: Tensor) -> None:
         batchnorm.bias.copy_(shift)
     else:
         running_mean.copy_(-shift)
+
+
+class _FirstInputCheck:
+    """A hook that holds the first input of a merged BatchNorm against what was assumed of it.
+
+    A class of its own, so that a model can be copied and pickled before its first pass.
+    """
+
+    def __init__(self, layer: AffineLayer) -> None:
+        self._layer = layer
+        self._handle = layer.batchnorm.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Other weights may have been loaded since, and then nothing is merged.
+        if is_merged(self._layer):
+            try:
+                self._layer.check_batchnorm_input(args[0])
+            except UnsupportedLayerError as error:
+                raise UnsupportedLayerError(
+                    f"{error}: it was merged wrongly; restore the weights and give "
+                    "merge_batchnorm an example="
+                ) from None
+        self._handle.remove()
 
 
 def _put_back(layer: AffineLayer, merged: Tensor, moments: "_Moments") -> None:

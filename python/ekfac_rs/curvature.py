@@ -357,6 +357,9 @@ def estimate_curvature(
     approximation : {"xkfac-nested", "xkfac", "kfac-expand", "kfac-reduce", "diagonal"}
         Strata of the analysis of variance (method: section 2), or the plain diagonal. Where an
         example has one location, as for a Linear on ``[N, K]``, "xkfac-nested" is "xkfac".
+        Before global average pooling in train mode "xkfac-nested" overestimates: its error was
+        up to 9 times that of the better of expand and reduce, where "xkfac" stayed within 1.4
+        times. With each block at its best scale nested fits best (benchmarks: convolutions).
     coordinates : {"merged", "raw"}
         "merged": the layer and the BatchNorm after it as one affine map; gradients are taken at
         the BatchNorm's output. A BatchNorm that no layer feeds is a map of its own, with a 2x2

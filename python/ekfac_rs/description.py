@@ -89,7 +89,9 @@ def describe(
     approximation, coordinates : str
         As in `estimate_curvature`.
     example : optional
-        An input batch, needed only where the model's data flow cannot be traced symbolically.
+        An input batch, needed where the model's data flow cannot be traced symbolically, and
+        where a BatchNorm follows a Linear on ``[N, T, K]`` with T the Linear's width: without
+        one, a Linear before a BatchNorm is taken to be fed matrices ``[N, K]``.
 
     Returns
     -------

@@ -298,7 +298,10 @@ def find_layers(
         every trainable parameter must belong to one of them.
     example : optional
         An input batch. With it the data flow is observed in one forward pass (the caller has put
-        the model in the mode the pass should run in); without, it is traced symbolically.
+        the model in the mode the pass should run in); without, it is traced symbolically. Shapes
+        are not known then: a Linear directly followed by a BatchNorm of its width is taken to be
+        fed matrices ``[N, K]``. In ``[N, T, K]`` the BatchNorm's axis 1 would be T, not the
+        Linear's outputs, and only an example can tell.
 
     Returns
     -------
@@ -475,10 +478,28 @@ def _pair_batchnorms(watched: Mapping[nn.Module, str], flow: DataFlow) -> dict[s
         layer, source = producer.get(value, (None, None))
         if layer is None or flow.consumers[value] != [name]:
             continue
-        if isinstance(source, nn.Linear) and flow.dimensions.get(layer, 2) != 2:
-            continue  # the BatchNorm's axis 1 is not the features
-        pairs[layer] = name
+        if _on_features(module, source, flow.dimensions.get(layer)):
+            pairs[layer] = name
     return pairs
+
+
+def _on_features(batchnorm: _BatchNorm, source: Any, dimensions: int | None) -> bool:
+    """Whether the BatchNorm's axis 1 holds the source's outputs, whatever can be known of that.
+
+    Axis 1 does so in ``[N, D]`` of a Linear and ``[N, D, ...]`` of a convolution, which have as
+    many dimensions as the weight. Those of a traced value are not known: all that the BatchNorm
+    accepts are possible.
+    """
+    possible = _accepted_dimensions(batchnorm) if dimensions is None else (dimensions,)
+    return batchnorm.num_features == len(source.weight) and source.weight.dim() in possible
+
+
+def _accepted_dimensions(batchnorm: _BatchNorm) -> Collection[int]:
+    if isinstance(batchnorm, nn.BatchNorm2d):
+        return (4,)
+    if isinstance(batchnorm, nn.BatchNorm3d):
+        return (5,)
+    return (2, 3) if isinstance(batchnorm, nn.BatchNorm1d) else range(2, 6)
 
 
 def _require_not_merged(names: Collection[str], found: Collection[AffineLayer]) -> None:

@@ -1,6 +1,7 @@
 """Merging BatchNorm into weights and putting it back leaves the function as it was."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -171,3 +172,62 @@ def test_raw_weights_leave_batchnorm_out():
     torch.testing.assert_close(
         ek.raw_weights(model)["0"], torch.cat([model[0].weight, model[0].bias[:, None]], 1)
     )
+
+
+# --- a BatchNorm after a Linear: over its outputs in [N, D], over positions in [N, T, D] ----------
+
+
+def linear_and_batchnorm(positions):
+    """A BatchNorm as wide as its Linear and as there are positions, and inputs of either kind."""
+    generator = torch.Generator().manual_seed(0)
+    model = mlp(4, 3, 3)[:3]
+    shape = (24, 3, 4) if positions else (24, 4)
+    return model, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def hooks(model):
+    return [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_with_an_example_the_function_stays_over_features_and_over_positions(positions):
+    model, x = linear_and_batchnorm(positions)
+    before = eval_outputs(model, x)
+    curvature = ek.estimate_curvature(model, [(x, torch.zeros_like(before))], loss="mse")
+    anchor = ek.merge_batchnorm(model, example=x)
+    assert relative_change(eval_outputs(model, x), before) < 1e-12
+    assert anchor.batchnorms == curvature.batchnorms
+    assert anchor.batchnorms == ({"0": None, "1": "1"} if positions else {"0": "1"})
+    assert not hooks(model)
+    ek.reparameterize(model, [x])
+    assert relative_change(eval_outputs(model, x), before) < 1e-12
+
+
+def test_without_an_example_merging_a_batchnorm_over_positions_is_refused_at_first_use():
+    model, x = linear_and_batchnorm(positions=True)
+    state, before = copy.deepcopy(model.state_dict()), eval_outputs(model, x)
+    ek.merge_batchnorm(model)
+    message = "'1'.*matrix.*merged wrongly.*example="
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        for _ in range(2):
+            with pytest.raises(ek.errors.UnsupportedLayerError, match=message):
+                copied(x)
+    with pytest.raises(ek.errors.UnsupportedLayerError, match=message):
+        ek.reparameterize(model, [x])
+    # With its weights restored the model is as good as before.
+    model.load_state_dict(state)
+    assert relative_change(eval_outputs(model, x), before) == 0.0
+    ek.merge_batchnorm(model, example=x)
+    assert relative_change(eval_outputs(model, x), before) < 1e-12
+    assert not hooks(model)
+
+
+def test_the_check_of_the_first_input_goes_with_it():
+    model, x = linear_and_batchnorm(positions=False)
+    before = eval_outputs(model, x)
+    ek.merge_batchnorm(model)
+    for merged in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert len(hooks(merged)) == 1
+        with torch.no_grad():
+            assert relative_change(merged.eval()(x), before) < 1e-12
+        assert not hooks(merged)

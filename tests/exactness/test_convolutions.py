@@ -18,6 +18,7 @@ from cases import (
     MeanOverLocations,
     Network,
     Residual,
+    SumOverLocations,
     dense_block,
     errors_to_exact,
     estimate,
@@ -61,6 +62,11 @@ CONVOLUTIONS = {
     "1d circular, dilation": (
         partial(nn.Conv1d, 2, 3, 3, padding=2, dilation=2, padding_mode="circular"),
         (2, 5),
+    ),
+    "1d reflect": (partial(nn.Conv1d, 2, 3, 4, padding=3, padding_mode="reflect"), (2, 5)),
+    "1d replicate, stride": (
+        partial(nn.Conv1d, 2, 3, 3, stride=2, padding=2, padding_mode="replicate"),
+        (2, 4),
     ),
     "1d same, even kernel": (partial(nn.Conv1d, 2, 3, 4, padding="same"), (2, 5)),
     "1d groups": (partial(nn.Conv1d, 4, 6, 3, groups=2), (4, 5)),
@@ -117,6 +123,14 @@ CONVOLUTIONS = {
     "3d same, circular": (
         partial(nn.Conv3d, 1, 2, (2, 3, 1), padding="same", padding_mode="circular"),
         (1, 2, 3, 2),
+    ),
+    "3d reflect": (
+        partial(nn.Conv3d, 1, 2, (2, 3, 1), padding=(1, 2, 0), padding_mode="reflect"),
+        (1, 2, 3, 2),
+    ),
+    "3d replicate, groups": (
+        partial(nn.Conv3d, 2, 2, 2, padding=(2, 0, 1), groups=2, padding_mode="replicate"),
+        (2, 1, 2, 2),
     ),
     "3d groups": (partial(nn.Conv3d, 2, 4, 2, padding=1, groups=2), (2, 2, 1, 2)),
 }
@@ -350,13 +364,11 @@ SINGLE = [
 ]
 
 
-def single(name: str, *, pooled: bool) -> Network:
+def single(name: str, *pooling: nn.Module) -> Network:
     make, shape = CONVOLUTIONS[name]
-    outputs = tuple(make()(torch.zeros(1, *shape)).shape[1:])
-    pooling = [MeanOverLocations()] if pooled else []
-    return Network(
-        lambda: nn.Sequential(make(), *pooling), shape, outputs[:1] if pooled else outputs
-    )
+    model = nn.Sequential(make(), *pooling)
+    outputs = tuple(model(torch.zeros(1, *shape)).shape[1:])
+    return Network(lambda: nn.Sequential(make(), *pooling), shape, outputs)
 
 
 def found_errors(network, loss, approximation, labels=None, sizes=(4, 1, 2), **options):
@@ -383,21 +395,22 @@ def assert_different(errors, layers=None):
 @pytest.mark.parametrize("name", SINGLE)
 def test_one_convolution_with_squared_error_on_every_pixel_is_exact_for_expand(name, approximation):
     for loss in ("mse", "mse-sum"):
-        errors = found_errors(single(name, pooled=False), loss, approximation)
+        errors = found_errors(single(name), loss, approximation)
         (assert_exact if approximation in EXPAND else assert_different)(errors)
 
 
+@pytest.mark.parametrize("pooling", [MeanOverLocations, SumOverLocations])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("name", SINGLE)
-def test_one_convolution_and_pooling_are_exact_for_reduce(name, approximation):
+def test_one_convolution_and_pooling_are_exact_for_reduce(name, approximation, pooling):
     for loss in ("mse", "mse-sum"):
-        errors = found_errors(single(name, pooled=True), loss, approximation)
+        errors = found_errors(single(name, pooling()), loss, approximation)
         (assert_exact if approximation in REDUCE else assert_different)(errors)
 
 
 def test_one_convolution_with_cross_entropy_on_every_pixel_is_not_exact():
     for approximation in APPROXIMATIONS:
-        errors = found_errors(single("2d zeros", pooled=False), "cross_entropy", approximation)
+        errors = found_errors(single("2d zeros"), "cross_entropy", approximation)
         assert_different(errors)
 
 
@@ -434,7 +447,9 @@ def test_a_linear_stack_over_pixels_with_batchnorm_in_eval_mode_is_exact_for_exp
     (assert_exact if approximation in EXPAND else assert_different)(errors)
 
 
-def _circular(padding_mode: str = "circular") -> nn.Sequential:
+def _circular(
+    padding_mode: str = "circular", pooling: type[nn.Module] = MeanOverLocations
+) -> nn.Sequential:
     conv = partial(nn.Conv2d, padding_mode=padding_mode)
     return nn.Sequential(
         conv(2, 3, 3, padding=1),
@@ -443,7 +458,7 @@ def _circular(padding_mode: str = "circular") -> nn.Sequential:
         nn.AvgPool2d(2),
         Residual(conv(4, 4, 3, padding=1, groups=2)),
         nn.BatchNorm2d(4),
-        MeanOverLocations(),
+        pooling(),
         nn.Linear(4, 3),
     )
 
@@ -452,13 +467,15 @@ CIRCULAR = Network(_circular, (2, 4, 6), (3,))
 CONVS = ["0", "2", "4.layer"]
 
 
+@pytest.mark.parametrize("pooling", [MeanOverLocations, SumOverLocations])
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 def test_deep_linear_circular_convolutions_and_pooling_are_exact_for_reduce(
-    approximation, coordinates
+    approximation, coordinates, pooling
 ):
+    network = Network(partial(_circular, pooling=pooling), (2, 4, 6), (3,))
     for loss in ("mse", "mse-sum"):
-        errors = found_errors(CIRCULAR, loss, approximation, coordinates=coordinates)
+        errors = found_errors(network, loss, approximation, coordinates=coordinates)
         assert_exact(errors, ["7"])
         (assert_exact if approximation in REDUCE else assert_different)(errors, CONVS)
 

@@ -191,6 +191,7 @@ def test_one_linear_layer_with_squared_error_has_the_exact_inverse():
 SHARING = {
     "positions-linear": {"kfac-expand", "xkfac", "xkfac-nested"},
     "positions-pooled-linear": {"kfac-reduce", "xkfac-nested"},
+    "positions-summed-linear": {"kfac-reduce", "xkfac-nested"},
 }
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ekfac_rs import describe
 from ekfac_rs.errors import OptionError, UnsupportedLayerError
 from ekfac_rs.layers import find_layers
 
@@ -156,6 +157,35 @@ def test_a_batchnorm_that_no_layer_alone_feeds_is_a_layer_of_its_own(case, examp
         module.requires_grad_(name in used)
     found = find_layers(model, example=example)
     assert {layer.name: layer.batchnorm_name for layer in found} == expected
+
+
+def found_pairs(model, example):
+    return {x.name: x.batchnorm_name for x in find_layers(model, example=example)}
+
+
+def test_an_example_tells_a_batchnorm_over_features_from_one_over_positions():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    assert found_pairs(model, torch.randn(6, 4)) == {"0": "1"}
+    assert found_pairs(model, torch.randn(6, 3, 4)) == {"0": None, "1": "1"}
+
+
+# BatchNorms whose axis 1 is not the Linear's outputs, with or without an example.
+OVER_POSITIONS = {
+    "another width": (nn.BatchNorm1d(5), (6, 5, 4)),
+    "images": (nn.BatchNorm2d(3), (6, 3, 2, 4)),
+    "volumes": (nn.BatchNorm3d(3), (6, 3, 2, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("observed", [False, True], ids=["traced", "observed"])
+@pytest.mark.parametrize("case", OVER_POSITIONS)
+def test_a_batchnorm_that_must_be_over_positions_is_never_paired(case, observed):
+    batchnorm, shape = OVER_POSITIONS[case]
+    model = nn.Sequential(nn.Linear(4, 3), batchnorm)
+    x = torch.randn(shape)
+    assert found_pairs(model, x if observed else None) == {"0": None, "1": "1"}
+    description = describe(model, example=x if observed else None)
+    assert not any("merged with" in p.block for p in description.parameters)
 
 
 REFUSED = {
