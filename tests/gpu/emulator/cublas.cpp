@@ -1,0 +1,369 @@
+// cuBLAS, emulated: column-major products and triangular solves, in the type of their operands.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <set>
+#include <vector>
+
+#include "emulator.h"
+
+namespace {
+
+enum : int {
+    CUBLAS_STATUS_SUCCESS = 0,
+    CUBLAS_STATUS_NOT_INITIALIZED = 1,
+    CUBLAS_STATUS_INVALID_VALUE = 7,
+};
+
+enum : int { CUBLAS_FILL_MODE_LOWER = 0, CUBLAS_FILL_MODE_UPPER = 1 };
+enum : int { CUBLAS_DIAG_NON_UNIT = 0, CUBLAS_DIAG_UNIT = 1 };
+enum : int { CUBLAS_SIDE_LEFT = 0, CUBLAS_SIDE_RIGHT = 1 };
+enum : int { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1, CUBLAS_OP_C = 2 };
+
+struct StatusText {
+    int status;
+    const char* name;
+    const char* text;
+};
+
+const StatusText status_texts[] = {
+    {0, "CUBLAS_STATUS_SUCCESS", "success"},
+    {1, "CUBLAS_STATUS_NOT_INITIALIZED", "the library was not initialized"},
+    {3, "CUBLAS_STATUS_ALLOC_FAILED", "the resource allocation failed"},
+    {7, "CUBLAS_STATUS_INVALID_VALUE",
+     "an unsupported value or parameter was passed to the function"},
+    {8, "CUBLAS_STATUS_ARCH_MISMATCH",
+     "the requested functionality requires some feature absent from the device architecture"},
+    {11, "CUBLAS_STATUS_MAPPING_ERROR", "an access to GPU memory space failed"},
+    {13, "CUBLAS_STATUS_EXECUTION_FAILED", "the GPU program failed to execute"},
+    {14, "CUBLAS_STATUS_INTERNAL_ERROR", "an internal operation failed"},
+    {15, "CUBLAS_STATUS_NOT_SUPPORTED", "the functionality requested is not supported"},
+    {16, "CUBLAS_STATUS_LICENSE_ERROR", "the functionality requested requires a license"},
+};
+
+struct Handle {
+    void* workspace = nullptr;
+    std::size_t workspace_bytes = 0;
+};
+
+std::mutex handles_mutex;
+std::set<Handle*> handles;
+
+int check_handle(Handle* handle) {
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    return handles.count(handle) == 1 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_INITIALIZED;
+}
+
+#define RETURN_FAILURE(check)                                          \
+    do {                                                               \
+        if (const int failure = (check); failure != 0) return failure; \
+    } while (false)
+#define REQUIRE(condition)                                    \
+    do {                                                      \
+        if (!(condition)) return CUBLAS_STATUS_INVALID_VALUE; \
+    } while (false)
+
+// The real library may write to its workspace in any call; a workspace that is gone must show.
+void scribble(Handle* handle) {
+    if (handle->workspace == nullptr) return;
+    std::memset(handle->workspace, 0xa5, std::min<std::size_t>(handle->workspace_bytes, 4096));
+}
+
+bool is_operation(int operation) { return operation >= CUBLAS_OP_N && operation <= CUBLAS_OP_C; }
+bool is_fill_mode(int fill) {
+    return fill == CUBLAS_FILL_MODE_LOWER || fill == CUBLAS_FILL_MODE_UPPER;
+}
+bool is_leading(std::int64_t leading, std::int64_t rows) {
+    return leading >= std::max<std::int64_t>(1, rows);
+}
+
+// A matrix whose columns lie one after another in memory: the operand itself or a transposed copy.
+template <typename Real>
+struct Columns {
+    const Real* data;
+    std::int64_t leading;
+    std::vector<Real> copy;
+
+    Columns(const Real* source, std::int64_t source_leading, int operation, std::int64_t rows,
+            std::int64_t columns)
+        : data(source), leading(source_leading) {
+        if (operation == CUBLAS_OP_N) return;
+        leading = std::max<std::int64_t>(1, rows);
+        copy.resize(static_cast<std::size_t>(rows * columns));
+        for (std::int64_t row = 0; row < rows; ++row) {
+            for (std::int64_t column = 0; column < columns; ++column) {
+                copy[row + column * leading] = source[column + row * source_leading];
+            }
+        }
+        data = copy.data();
+    }
+
+    const Real* column(std::int64_t index) const { return data + index * leading; }
+};
+
+// Rows `first` to `last` of one column of alpha A B + beta C. The sums over the inner dimension
+// grow in `Real`, four terms at a time.
+template <typename Real>
+void product_column(const Columns<Real>& a, const Real* b, std::int64_t inner, Real alpha,
+                    Real beta, Real* c, std::int64_t first, std::int64_t last) {
+    constexpr std::int64_t block_rows = 512;
+    Real sums[block_rows];
+    for (std::int64_t start = first; start < last; start += block_rows) {
+        const std::int64_t rows = std::min(block_rows, last - start);
+        std::fill(sums, sums + rows, Real(0));
+        std::int64_t index = 0;
+        for (; index + 4 <= inner; index += 4) {
+            const Real* const a0 = a.column(index) + start;
+            const Real* const a1 = a.column(index + 1) + start;
+            const Real* const a2 = a.column(index + 2) + start;
+            const Real* const a3 = a.column(index + 3) + start;
+            const Real b0 = b[index], b1 = b[index + 1], b2 = b[index + 2], b3 = b[index + 3];
+            for (std::int64_t row = 0; row < rows; ++row) {
+                sums[row] += (a0[row] * b0 + a1[row] * b1) + (a2[row] * b2 + a3[row] * b3);
+            }
+        }
+        for (; index < inner; ++index) {
+            const Real* const a0 = a.column(index) + start;
+            for (std::int64_t row = 0; row < rows; ++row) sums[row] += a0[row] * b[index];
+        }
+        Real* const target = c + start;
+        for (std::int64_t row = 0; row < rows; ++row) {
+            // C may hold anything, also NaN, where beta is zero.
+            const Real old = beta == Real(0) ? Real(0) : beta * target[row];
+            target[row] = alpha * sums[row] + old;
+        }
+    }
+}
+
+template <typename Real>
+void gemm_unchecked(int operation_a, int operation_b, std::int64_t m, std::int64_t n,
+                    std::int64_t k, Real alpha, const Real* a, std::int64_t lda, const Real* b,
+                    std::int64_t ldb, Real beta, Real* c, std::int64_t ldc) {
+    // With alpha zero the operands are not read.
+    if (alpha == Real(0)) k = 0;
+    const Columns<Real> left(a, lda, operation_a, m, k);
+    const Columns<Real> right(b, ldb, operation_b, k, n);
+    for (std::int64_t column = 0; column < n; ++column) {
+        product_column(left, right.column(column), k, alpha, beta, c + column * ldc,
+                       std::int64_t(0), m);
+    }
+}
+
+template <typename Real>
+int gemm(Handle* handle, int operation_a, int operation_b, std::int64_t m, std::int64_t n,
+         std::int64_t k, const Real* alpha, const Real* a, std::int64_t lda, std::int64_t stride_a,
+         const Real* b, std::int64_t ldb, std::int64_t stride_b, const Real* beta, Real* c,
+         std::int64_t ldc, std::int64_t stride_c, std::int64_t count) {
+    RETURN_FAILURE(check_handle(handle));
+    REQUIRE(is_operation(operation_a) && is_operation(operation_b));
+    REQUIRE(m >= 0 && n >= 0 && k >= 0 && count >= 0);
+    REQUIRE(is_leading(lda, operation_a == CUBLAS_OP_N ? m : k));
+    REQUIRE(is_leading(ldb, operation_b == CUBLAS_OP_N ? k : n));
+    REQUIRE(is_leading(ldc, m));
+    if (m == 0 || n == 0 || count == 0) return CUBLAS_STATUS_SUCCESS;
+    REQUIRE(alpha != nullptr && beta != nullptr && c != nullptr);
+    REQUIRE(k == 0 || *alpha == Real(0) || (a != nullptr && b != nullptr));
+    // Results of one batch must not overlap: the real library writes them at the same time.
+    REQUIRE(count == 1 || std::abs(stride_c) >= ldc * (n - 1) + m);
+    scribble(handle);
+    for (std::int64_t index = 0; index < count; ++index) {
+        gemm_unchecked(operation_a, operation_b, m, n, k, *alpha, a + index * stride_a, lda,
+                       b + index * stride_b, ldb, *beta, c + index * stride_c, ldc);
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+template <typename Real>
+int syrk(Handle* handle, int fill, int operation, std::int64_t n, std::int64_t k,
+         const Real* alpha, const Real* a, std::int64_t lda, const Real* beta, Real* c,
+         std::int64_t ldc) {
+    RETURN_FAILURE(check_handle(handle));
+    REQUIRE(is_fill_mode(fill) && is_operation(operation));
+    REQUIRE(n >= 0 && k >= 0);
+    REQUIRE(is_leading(lda, operation == CUBLAS_OP_N ? n : k));
+    REQUIRE(is_leading(ldc, n));
+    if (n == 0) return CUBLAS_STATUS_SUCCESS;
+    REQUIRE(alpha != nullptr && beta != nullptr && c != nullptr);
+    if (*alpha == Real(0)) k = 0;
+    REQUIRE(k == 0 || a != nullptr);
+    scribble(handle);
+    const int transposed = operation == CUBLAS_OP_N ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const Columns<Real> left(a, lda, operation, n, k);
+    const Columns<Real> right(a, lda, transposed, k, n);
+    for (std::int64_t column = 0; column < n; ++column) {
+        const std::int64_t first = fill == CUBLAS_FILL_MODE_LOWER ? column : 0;
+        const std::int64_t last = fill == CUBLAS_FILL_MODE_LOWER ? n : column + 1;
+        product_column(left, right.column(column), k, *alpha, *beta, c + column * ldc, first, last);
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// target -= factor * source
+template <typename Real>
+void subtract(Real* target, Real factor, const Real* source, std::int64_t count) {
+    for (std::int64_t index = 0; index < count; ++index) target[index] -= factor * source[index];
+}
+
+template <typename Real>
+int trsm(Handle* handle, int side, int fill, int operation, int diagonal, std::int64_t m,
+         std::int64_t n, const Real* alpha, const Real* a, std::int64_t lda, Real* b,
+         std::int64_t ldb) {
+    RETURN_FAILURE(check_handle(handle));
+    REQUIRE(side == CUBLAS_SIDE_LEFT || side == CUBLAS_SIDE_RIGHT);
+    REQUIRE(is_fill_mode(fill) && is_operation(operation));
+    REQUIRE(diagonal == CUBLAS_DIAG_NON_UNIT || diagonal == CUBLAS_DIAG_UNIT);
+    REQUIRE(m >= 0 && n >= 0);
+    const std::int64_t order = side == CUBLAS_SIDE_LEFT ? m : n;
+    REQUIRE(is_leading(lda, order) && is_leading(ldb, m));
+    if (m == 0 || n == 0) return CUBLAS_STATUS_SUCCESS;
+    REQUIRE(alpha != nullptr && b != nullptr && (*alpha == Real(0) || a != nullptr));
+    scribble(handle);
+    for (std::int64_t column = 0; column < n; ++column) {
+        for (std::int64_t row = 0; row < m; ++row) {
+            Real& value = b[row + column * ldb];
+            value = *alpha == Real(0) ? Real(0) : *alpha * value;
+        }
+    }
+    if (*alpha == Real(0)) return CUBLAS_STATUS_SUCCESS;
+
+    // op(A), dense: only the named triangle of A is read, and no diagonal of ones.
+    std::vector<Real> triangle(static_cast<std::size_t>(order * order), Real(0));
+    for (std::int64_t column = 0; column < order; ++column) {
+        const std::int64_t first = fill == CUBLAS_FILL_MODE_LOWER ? column : 0;
+        const std::int64_t last = fill == CUBLAS_FILL_MODE_LOWER ? order : column + 1;
+        for (std::int64_t row = first; row < last; ++row) {
+            const bool is_one = row == column && diagonal == CUBLAS_DIAG_UNIT;
+            const Real value = is_one ? Real(1) : a[row + column * lda];
+            const bool is_same = operation == CUBLAS_OP_N;
+            triangle[is_same ? row + column * order : column + row * order] = value;
+        }
+    }
+    const bool is_lower = (fill == CUBLAS_FILL_MODE_LOWER) == (operation == CUBLAS_OP_N);
+    if (side == CUBLAS_SIDE_LEFT) {
+        for (std::int64_t column = 0; column < n; ++column) {
+            Real* const x = b + column * ldb;
+            for (std::int64_t step = 0; step < order; ++step) {
+                const std::int64_t pivot = is_lower ? step : order - 1 - step;
+                const Real* const t = &triangle[pivot * order];
+                x[pivot] /= t[pivot];
+                const std::int64_t first = is_lower ? pivot + 1 : 0;
+                subtract(x + first, x[pivot], t + first, order - 1 - step);
+            }
+        }
+    } else {
+        for (std::int64_t step = 0; step < order; ++step) {
+            const std::int64_t column = is_lower ? order - 1 - step : step;
+            Real* const x = b + column * ldb;
+            const Real* const t = &triangle[column * order];
+            const std::int64_t first = is_lower ? column + 1 : 0;
+            for (std::int64_t other = first; other < first + step; ++other) {
+                subtract(x, t[other], b + other * ldb, m);
+            }
+            for (std::int64_t row = 0; row < m; ++row) x[row] /= t[column];
+        }
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+}  // namespace
+
+EMULATOR_API int cublasCreate_v2(Handle** handle) {
+    RETURN_INJECTED_FAULT();
+    REQUIRE(handle != nullptr);
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    *handle = new Handle;
+    handles.insert(*handle);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+EMULATOR_API int cublasDestroy_v2(Handle* handle) {
+    RETURN_INJECTED_FAULT();
+    std::lock_guard<std::mutex> lock(handles_mutex);
+    if (handles.erase(handle) == 0) return CUBLAS_STATUS_NOT_INITIALIZED;
+    delete handle;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+EMULATOR_API int cublasSetStream_v2(Handle* handle, void*) {
+    RETURN_INJECTED_FAULT();
+    RETURN_FAILURE(check_handle(handle));
+    // As documented: a new stream takes the caller's workspace away.
+    *handle = Handle{};
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+EMULATOR_API int cublasSetWorkspace_v2(Handle* handle, void* workspace, std::size_t bytes) {
+    RETURN_INJECTED_FAULT();
+    RETURN_FAILURE(check_handle(handle));
+    REQUIRE(reinterpret_cast<std::uintptr_t>(workspace) % 256 == 0);
+    *handle = Handle{workspace, bytes};
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+EMULATOR_API int cublasSetMathMode(Handle* handle, int mode) {
+    RETURN_INJECTED_FAULT();
+    RETURN_FAILURE(check_handle(handle));
+    // The low bits are the mode, 16 disallows reductions in lower precision.
+    REQUIRE(mode >= 0 && mode < 32);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+EMULATOR_API int cublasGetVersion_v2(Handle*, int* version) {
+    RETURN_INJECTED_FAULT();
+    REQUIRE(version != nullptr);
+    *version = static_cast<int>(emulator::injected_value("cublasGetVersion_v2").value_or(130000));
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+EMULATOR_API const char* cublasGetStatusName(int status) {
+    for (const StatusText& known : status_texts) {
+        if (known.status == status) return known.name;
+    }
+    return "unknown cublasStatus_t";
+}
+
+EMULATOR_API const char* cublasGetStatusString(int status) {
+    for (const StatusText& known : status_texts) {
+        if (known.status == status) return known.text;
+    }
+    return "unknown cublasStatus_t";
+}
+
+// Every routine for both types, with 32-bit and with 64-bit sizes.
+#define EMULATE_ROUTINES(letter, Real, suffix, batched_suffix, Integer)                            \
+    EMULATOR_API int cublas##letter##gemm##suffix(                                                 \
+        Handle* handle, int operation_a, int operation_b, Integer m, Integer n, Integer k,         \
+        const Real* alpha, const Real* a, Integer lda, const Real* b, Integer ldb,                 \
+        const Real* beta, Real* c, Integer ldc) {                                                  \
+        RETURN_INJECTED_FAULT();                                                                   \
+        return gemm<Real>(handle, operation_a, operation_b, m, n, k, alpha, a, lda, 0, b, ldb, 0,  \
+                          beta, c, ldc, 0, 1);                                                     \
+    }                                                                                              \
+    EMULATOR_API int cublas##letter##gemmStridedBatched##batched_suffix(                           \
+        Handle* handle, int operation_a, int operation_b, Integer m, Integer n, Integer k,         \
+        const Real* alpha, const Real* a, Integer lda, long long stride_a, const Real* b,          \
+        Integer ldb, long long stride_b, const Real* beta, Real* c, Integer ldc,                   \
+        long long stride_c, Integer count) {                                                       \
+        RETURN_INJECTED_FAULT();                                                                   \
+        return gemm<Real>(handle, operation_a, operation_b, m, n, k, alpha, a, lda, stride_a, b,   \
+                          ldb, stride_b, beta, c, ldc, stride_c, count);                           \
+    }                                                                                              \
+    EMULATOR_API int cublas##letter##syrk##suffix(Handle* handle, int fill, int operation,         \
+                                                  Integer n, Integer k, const Real* alpha,         \
+                                                  const Real* a, Integer lda, const Real* beta,    \
+                                                  Real* c, Integer ldc) {                          \
+        RETURN_INJECTED_FAULT();                                                                   \
+        return syrk<Real>(handle, fill, operation, n, k, alpha, a, lda, beta, c, ldc);           \
+    }                                                                                            \
+    EMULATOR_API int cublas##letter##trsm##suffix(                                               \
+        Handle* handle, int side, int fill, int operation, int diagonal, Integer m, Integer n,   \
+        const Real* alpha, const Real* a, Integer lda, Real* b, Integer ldb) {                   \
+        RETURN_INJECTED_FAULT();                                                                 \
+        return trsm<Real>(handle, side, fill, operation, diagonal, m, n, alpha, a, lda, b, ldb); \
+    }
+
+EMULATE_ROUTINES(S, float, _v2, , int)
+EMULATE_ROUTINES(D, double, _v2, , int)
+EMULATE_ROUTINES(S, float, _v2_64, _64, std::int64_t)
+EMULATE_ROUTINES(D, double, _v2_64, _64, std::int64_t)

@@ -1,0 +1,66 @@
+"""Builds the emulated CUDA libraries, with which the CUDA backend runs on a CPU in tests.
+
+A process uses them when it starts with ``LD_LIBRARY_PATH`` set to the folder that `build` returns;
+they then answer to the names under which the backend loads CUDA. More variables of the environment:
+
+- ``EKFAC_EMULATOR_DEVICES``: how many devices there are, one by default.
+- ``EKFAC_EMULATOR_CACHE``: a folder for compiled kernels, shared by processes.
+- ``EKFAC_EMULATOR_FAULT``: comma-separated, ``cuInit=100`` makes a function return that status
+  at every call, ``cuDriverGetVersion=12000!`` makes it report that value. Values that can be
+  set: ``cuDriverGetVersion``, ``cuDeviceGetCount``, ``cuDeviceGetAttribute.75`` (by number),
+  ``cuStreamIsCapturing``, ``nvrtcVersion``, ``cublasGetVersion_v2``, ``cusolverGetVersion``,
+  ``potrf.info``, ``syevd.info`` and ``syevBatched.info``.
+
+Each library also has ``long emulator_calls(const char *name)``: how often the process called one of
+its functions.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+_SOURCES = Path(__file__).parent / "emulator"
+_LIBRARIES = ("cuda", "cublas", "cusolver", "nvrtc")
+
+
+class CompilerMissingError(RuntimeError):
+    """There is no g++ here to build the emulator with."""
+
+
+def build(directory: Path, without: Sequence[str] = ()) -> Path:
+    """Compile the four libraries into a directory and return it.
+
+    The functions named in `without` are left out, as they are in a library that is too old.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise CompilerMissingError("the CUDA emulator is built with g++, which is not installed")
+    directory.mkdir(parents=True, exist_ok=True)
+    version_script = directory / "exports.map"
+    # A full name wins over a pattern.
+    hidden = "".join(f"{name}; " for name in without)
+    version_script.write_text(f"{{ global: cu*; nvrtc*; emulator_calls; local: {hidden}*; }};\n")
+    processes = {
+        library: subprocess.Popen(
+            [
+                compiler,
+                *("-std=c++17", "-O3", "-fPIC", "-shared", "-Wall"),
+                *("-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"),
+                f"-Wa,-I,{_SOURCES}",
+                f"-Wl,--version-script={version_script}",
+                *("-o", str(directory / f"lib{library}.so")),
+                str(_SOURCES / f"{library}.cpp"),
+                *("-ldl", "-pthread"),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for library in _LIBRARIES
+    }
+    # Each is waited for, also when an earlier one failed.
+    errors = {library: process.communicate()[1] for library, process in processes.items()}
+    for library, process in processes.items():
+        if process.returncode != 0:
+            raise RuntimeError(f"g++ could not build lib{library}.so:\n{errors[library]}")
+    return directory
