@@ -31,6 +31,10 @@ test-rust:
 test-python *args: dev
     {{python}} -m pytest {{args}}
 
+# Tests of the Python package that need an NVIDIA GPU
+test-gpu *args: dev
+    {{python}} -m pytest -m cuda {{args}}
+
 # Check formatting, lints, types and stubs
 lint: dev
     cargo fmt --all --check
@@ -53,6 +57,10 @@ experiments *args="permuted-mnist --preset quick": dev
 # Compare with torch in one run: factor passes, penalty, Gram matrices
 bench *args: dev
     {{python}} benchmarks/bench.py {{args}}
+
+# Compare with torch on an NVIDIA GPU; --device cpu --quick for a dry run without one
+bench-gpu *args: dev
+    {{python}} benchmarks/bench_gpu.py {{args}}
 
 # Benchmarks of the Rust core alone
 bench-rust:

@@ -8,18 +8,15 @@ import argparse
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from statistics import median
 
 import torch
+from timing import Work, medians
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekfac_rs as ek
-
-Work = Callable[[], object]
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -39,19 +36,6 @@ def images(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     rows = order.repeat(-(-examples // len(order)))[:examples]
     labels = torch.from_numpy(mnist.train_labels).long()
     return image_features(mnist.train_images)[rows], labels[rows]
-
-
-def medians(candidates: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each candidate, taken in turns after one warm-up each."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for work in candidates.values():
-        work()
-    for _ in range(rounds):
-        for name, work in candidates.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: median(values) for name, values in times.items()}
 
 
 def report(title: str, results: dict[str, float], base: str, goals: dict[str, float]) -> None:
@@ -245,7 +229,9 @@ def bench_gram(rounds: int) -> None:
         out = torch.zeros(columns, columns)
 
         def ours(x: Tensor = x, out: Tensor = out) -> None:
-            _core.accumulate_gram(borrow(x), [borrow(out)], "kfac-expand", "gradient", False, 1.0)
+            _core.accumulate_gram(
+                borrow(x), [borrow(out)], "kfac-expand", "gradient", False, 1.0, "ieee"
+            )
 
         def theirs(x: Tensor = x, out: Tensor = out) -> None:
             torch.addmm(out, x.T, x, out=out)

@@ -15,8 +15,9 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("torch finds no CUDA device")
-        if ek.build_info()["cuda_backend"] == "not in this build":
-            pytest.skip("this build of ekfac_rs has no CUDA backend")
+        info = ek.cuda_info()
+        if not info["usable"]:
+            pytest.skip(f"ekfac_rs cannot use CUDA: {info['problem']}")
     return request.param
 
 

@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  first: it makes the CUDA libraries visible
 
 from ekfac_rs import errors, likelihood, metrics
 from ekfac_rs._core import build_info, num_threads, set_num_threads
+from ekfac_rs._cuda import cuda_info
 from ekfac_rs.batchnorm import Anchor, merge_batchnorm, merged_weights, raw_weights, reparameterize
 from ekfac_rs.curvature import Curvature, estimate_curvature
 from ekfac_rs.description import Description, describe
@@ -28,6 +29,7 @@ __all__ = [
     "StabilityWarning",
     "__version__",
     "build_info",
+    "cuda_info",
     "describe",
     "errors",
     "estimate_curvature",

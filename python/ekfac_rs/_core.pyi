@@ -1,7 +1,7 @@
 """The Rust core. Tensors cross as borrowed descriptors, never as copies."""
 
-from collections.abc import Sequence
-from typing import TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, final
 
 __all__ = [
     "KroneckerInverse",
@@ -12,7 +12,10 @@ __all__ = [
     "accumulate_gram",
     "accumulate_patch_gram",
     "build_info",
+    "compile_cuda_kernels",
     "conjugate_gradients",
+    "cuda_info",
+    "cuda_kernels",
     "eigh",
     "kronecker_compress",
     "kronecker_dense",
@@ -23,6 +26,7 @@ __all__ = [
     "kronecker_top_eigenvalue",
     "kronecker_trace",
     "num_threads",
+    "set_cuda_allocator",
     "set_num_threads",
     "strata",
     "symmetrize",
@@ -40,6 +44,25 @@ Term: TypeAlias = tuple[Tensor, Tensor]
 def build_info() -> dict[str, str]: ...
 def set_num_threads(threads: int) -> None: ...
 def num_threads() -> int: ...
+def cuda_info() -> dict[str, Any]:
+    """See `ekfac_rs.cuda_info`."""
+
+def set_cuda_allocator(
+    allocate: Callable[[int, int, int], int], release: Callable[[int], None]
+) -> None:
+    """Set where device memory comes from.
+
+    ``allocate(bytes, device, stream)`` returns an address and ``release(address)`` takes it back;
+    what is released may be handed out at once to later work on the same stream. Any exception of
+    the former becomes an `OutOfMemoryError`.
+    """
+
+def cuda_kernels() -> list[str]: ...
+def compile_cuda_kernels(element: str, real: str, architecture: str) -> bytes:
+    """Compile all kernels that read dtype ``element`` and compute in ``real`` ("float32" or
+    "float64"), for an architecture such as "sm_90"; needs NVRTC, but no device.
+    """
+
 def strata() -> dict[str, list[str]]: ...
 def accumulate_gram(
     x: Tensor,
@@ -48,13 +71,15 @@ def accumulate_gram(
     role: str,
     append_one: bool,
     scale: float,
+    precision: str,
 ) -> list[int]:
     """Add ``scale * N * F_k`` of a mini-batch to the lower triangle of ``out[k]``, per stratum k.
 
     ``x`` is ``[N, K]`` or ``[N, T, K]``; ``role`` is "input" or "gradient"; ``append_one`` (inputs
     only) appends a constant 1 to every unit. Outputs are ``[K', K']`` with K' = K or K + 1, float32
     or float64. Outputs ``[groups, K', K']`` split the features into consecutive blocks with a
-    factor each: K' is then K / groups, or one more. Returns the strata's degrees of freedom.
+    factor each: K' is then K / groups, or one more. ``precision`` of float32 products on a GPU is
+    "ieee" or "tf32". Returns the strata's degrees of freedom.
     """
 
 def accumulate_patch_gram(
@@ -67,6 +92,7 @@ def accumulate_patch_gram(
     padding: Sequence[tuple[int, int]],
     append_one: bool,
     scale: float,
+    precision: str,
 ) -> list[int]:
     """As `accumulate_gram` for the inputs of a convolution, without unfolding them.
 
@@ -124,6 +150,8 @@ class KroneckerOperator:
     """A sum of terms packed for many products (numerically rank-deficient factors as thin ones)."""
 
     def __new__(cls, terms: Sequence[Term]) -> KroneckerOperator: ...
-    def apply(self, v: Tensor, out: Tensor) -> float: ...
+    def apply(self, v: Tensor, out: Tensor) -> float | None:
+        """Write the product; its inner product with ``v`` is returned on the CPU only."""
+
     @property
     def flops(self) -> int: ...

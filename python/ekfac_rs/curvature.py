@@ -57,6 +57,7 @@ from ekfac_rs.storage import STORAGES, pack, unpack
 DIAGONAL = "diagonal"
 APPROXIMATIONS = (*_core.strata(), DIAGONAL)
 BATCHNORM_MODES = ("batch", "running")
+PRECISIONS = ("ieee", "tf32")
 
 _FORMAT = 1
 _METADATA_KEY = "ekfac_rs"
@@ -338,6 +339,7 @@ def estimate_curvature(
     generator: torch.Generator | None = None,
     max_examples: int | None = None,
     layers: Collection[str] | None = None,
+    precision: str = "ieee",
     progress: bool = False,
 ) -> Curvature:
     """Accumulate the curvature of the mean loss over a loader, one block for each layer.
@@ -381,6 +383,9 @@ def estimate_curvature(
         Stop after this many.
     layers : collection of str, optional
         Names of the wanted layers. Default: all, and every trainable parameter must have a block.
+    precision : {"ieee", "tf32"}
+        Of float32 factors on a GPU: "tf32" rounds inputs and gradients to a mantissa of ten bits
+        (a relative error of about 5e-4 in each) for the speed of tensor cores.
     progress : bool
         Show a tqdm bar.
 
@@ -391,7 +396,9 @@ def estimate_curvature(
     Raises
     ------
     OptionError
-        An unknown option, draws below 1, or an unknown layer name.
+        An unknown option, draws below 1, an unknown layer name, or "tf32" on the CPU.
+    CudaError, OutOfMemoryError
+        The model is on a GPU and CUDA cannot be used there, or has no room for the factors.
     UnsupportedLayerError, UnsupportedLossError
         The model or the loss has a part without known curvature; the message names it.
     BatchNormError
@@ -408,6 +415,7 @@ def estimate_curvature(
     require_choice("coordinates", coordinates, COORDINATES)
     require_choice("batchnorm", batchnorm, BATCHNORM_MODES)
     require_choice("labels", labels, LABELS)
+    require_choice("precision", precision, PRECISIONS)
     require_count("draws", draws)
     if max_examples is not None:
         require_count("max_examples", max_examples)
@@ -433,7 +441,8 @@ def estimate_curvature(
         found = find_layers(model, coordinates=coordinates, layers=layers, example=example)
         _refuse_merged(found, batchnorm)
         accumulators = {
-            layer.name: _accumulator(layer, approximation, coordinates) for layer in found
+            layer.name: _accumulator(layer, approximation, coordinates, precision)
+            for layer in found
         }
         examples, count, total_loss = 0, 0, 0.0
         bar = tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False)
@@ -487,11 +496,14 @@ def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
 class _Accumulator:
     """Sums of a layer's factors over mini-batches, lower triangles only."""
 
-    def __init__(self, layer: AffineLayer, approximation: str, coordinates: str) -> None:
+    def __init__(
+        self, layer: AffineLayer, approximation: str, coordinates: str, precision: str
+    ) -> None:
         weight = layer.module.weight
         like = torch.empty((), dtype=accumulation_dtype(weight.dtype), device=weight.device)
         terms = len(_core.strata()[approximation])
         self.approximation = approximation
+        self.precision = precision
         self.append_one = layer.has_shift(coordinates)
         self.examples = 0
         # A stratum without degrees of freedom in a mini-batch (one example, say) has no gradient
@@ -506,11 +518,17 @@ class _Accumulator:
         out = [borrow(A) for A in self.A]
         if geometry is None:
             degrees_of_freedom = _core.accumulate_gram(
-                borrow(a), out, self.approximation, "input", self.append_one, 1.0
+                borrow(a), out, self.approximation, "input", self.append_one, 1.0, self.precision
             )
         else:
             degrees_of_freedom = _core.accumulate_patch_gram(
-                borrow(a), out, self.approximation, *geometry, self.append_one, 1.0
+                borrow(a),
+                out,
+                self.approximation,
+                *geometry,
+                self.append_one,
+                1.0,
+                self.precision,
             )
         self.examples += len(a)
         for k, dof in enumerate(degrees_of_freedom):
@@ -518,7 +536,9 @@ class _Accumulator:
 
     def add_gradients(self, g: Tensor, weight: float) -> None:
         out = [borrow(G) for G in self.G]
-        _core.accumulate_gram(borrow(g), out, self.approximation, "gradient", False, weight)
+        _core.accumulate_gram(
+            borrow(g), out, self.approximation, "gradient", False, weight, self.precision
+        )
 
     def block(self) -> KroneckerSum:
         """Mean over examples; a stratum that never had a degree of freedom is no term."""
@@ -619,11 +639,11 @@ def _conv_weight_gradients(x: Tensor, g: Tensor, geometry: Geometry, groups: int
 
 
 def _accumulator(
-    layer: AffineLayer, approximation: str, coordinates: str
+    layer: AffineLayer, approximation: str, coordinates: str, precision: str
 ) -> _Accumulator | _DiagonalAccumulator:
     if approximation == DIAGONAL:
         return _DiagonalAccumulator(layer, coordinates)
-    return _Accumulator(layer, approximation, coordinates)
+    return _Accumulator(layer, approximation, coordinates, precision)
 
 
 Accumulators = Mapping[str, _Accumulator | _DiagonalAccumulator]

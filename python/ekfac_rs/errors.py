@@ -7,6 +7,7 @@ was expected and what came.
 
 __all__ = [
     "BatchNormError",
+    "CudaError",
     "DeviceError",
     "DtypeError",
     "EkfacError",
@@ -18,6 +19,7 @@ __all__ = [
     "NonFiniteError",
     "NumericalError",
     "OptionError",
+    "OutOfMemoryError",
     "ShapeError",
     "UnknownLayerError",
     "UnsupportedLayerError",
@@ -57,6 +59,14 @@ class NonFiniteError(EkfacError, ValueError):
 
 class NumericalError(EkfacError, ArithmeticError):
     """A decomposition or an iteration failed on finite input."""
+
+
+class CudaError(EkfacError, RuntimeError):
+    """The CUDA driver or a library is missing, too old or failed, or cannot do what was asked."""
+
+
+class OutOfMemoryError(CudaError, MemoryError):
+    """A device has no room for the bytes that were asked for."""
 
 
 class LabelError(EkfacError, ValueError):

@@ -18,7 +18,13 @@ from ekfac_rs._tensors import (
     require_like,
     require_nonnegative,
 )
-from ekfac_rs.errors import IncompatibleError, NumericalError, OptionError, ShapeError
+from ekfac_rs.errors import (
+    DtypeError,
+    IncompatibleError,
+    NumericalError,
+    OptionError,
+    ShapeError,
+)
 
 # Above this many rows a dense matrix is no longer a fallback anyone wants.
 _DENSE_LIMIT = 4096
@@ -64,6 +70,8 @@ class KroneckerSum:
         if not self.terms:
             raise OptionError("terms: expected at least one pair (A, G), got none")
         reference, first_G = self.terms[0]
+        if reference.dtype not in (torch.float32, torch.float64):
+            raise DtypeError(f"terms: expected dtype float32 or float64, got {reference.dtype}")
         stack = _stack_of(reference)
         K, D = reference.shape[-1], first_G.shape[-1]
         for k, (A, G) in enumerate(self.terms):
@@ -71,13 +79,17 @@ class KroneckerSum:
             require_like(f"terms[{k}] factor G", G, (*stack, D, D), reference)
             require_finite(f"terms[{k}] factor A", A)
             require_finite(f"terms[{k}] factor G", G)
-        self._borrowed = [(borrow(A), borrow(G)) for A, G in self.terms]
 
     def __repr__(self) -> str:
         groups = f", groups={self.groups}" if self.groups > 1 else ""
         return (
             f"KroneckerSum(shape={self.shape}, terms={len(self.terms)}{groups}, dtype={self.dtype})"
         )
+
+    @property
+    def _borrowed(self) -> list[_core.Term]:
+        """The terms for one call: on a GPU, on the stream that is current then."""
+        return [(borrow(A), borrow(G)) for A, G in self.terms]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -128,12 +128,13 @@ class QuadraticPenalty:
             A layer was replaced; there was no forward pass in train mode yet; or the parameters
             changed since the last one.
         NonFiniteError
-            The current weights are NaN or infinite.
+            The current weights are NaN or infinite. On a GPU nothing is looked at, so that nothing
+            waits for it, and the value is NaN or infinite, too.
         """
         deviations = [self._deviation(layer) for layer in self._layers]
         operators = [self._operators[layer.name] for layer in self._layers]
         value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, *deviations)
-        if not is_finite(value):
+        if not value.is_cuda and not is_finite(value):
             self._raise_non_finite(deviations)
         return value
 
@@ -267,10 +268,15 @@ def _versions(layer: AffineLayer) -> tuple[int, ...]:
 # --- operators: one layer's blocks of all tasks --------------------------------------------------
 
 
+def _inner(V: Tensor, W: Tensor) -> Tensor:
+    """Inner product in double precision; on a GPU nobody waits for it."""
+    return (V * W).sum(dtype=torch.float64)
+
+
 class _NoOperator:
     """No curvature: damping alone."""
 
-    def apply(self, V: Tensor, out: Tensor) -> float:
+    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
         out.zero_()
         return 0.0
 
@@ -282,9 +288,9 @@ class _DiagonalOperator:
     def __init__(self, block: DiagonalBlock) -> None:
         self.block = block
 
-    def apply(self, V: Tensor, out: Tensor) -> float:
+    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
         torch.mul(self.block.values, V, out=out)
-        return float(torch.dot(V.reshape(-1), out.reshape(-1)))
+        return _inner(V, out)
 
     def top_eigenvalue(self) -> float:
         return self.block.top_eigenvalue()
@@ -297,8 +303,9 @@ class _KroneckerOperator:
         self.block = block
         self._packed = _core.KroneckerOperator([(borrow(A), borrow(G)) for A, G in block.terms])
 
-    def apply(self, V: Tensor, out: Tensor) -> float:
-        return self._packed.apply(borrow(V), borrow(out))
+    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
+        inner = self._packed.apply(borrow(V), borrow(out))
+        return _inner(V, out) if inner is None else inner
 
     def top_eigenvalue(self) -> float:
         return self.block.top_eigenvalue()
@@ -348,18 +355,20 @@ class _Quadratic(torch.autograd.Function):
     def forward(
         ctx: Any, operators: Sequence[_Operator], scale: float, damping: float, *deviations: Tensor
     ) -> Tensor:
-        value, gradients = 0.0, []
+        value: float | Tensor = 0.0
+        gradients = []
         for operator, D in zip(operators, deviations, strict=True):
             D = D.contiguous()
             gradient = torch.empty_like(D)
             value += scale * operator.apply(D, gradient)
             gradient.mul_(scale)
             if damping:
-                value += damping * float(torch.linalg.vector_norm(D)) ** 2
+                value += damping * torch.linalg.vector_norm(D).double() ** 2
                 gradient.add_(D, alpha=damping)
             gradients.append(gradient)
         ctx.save_for_backward(*gradients)
-        return deviations[0].new_tensor(0.5 * value)
+        first = deviations[0]
+        return torch.as_tensor(0.5 * value, dtype=first.dtype, device=first.device)
 
     @staticmethod
     @once_differentiable

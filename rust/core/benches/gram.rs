@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ekfac_core::Cancel;
-use ekfac_core::gram::{GramOptions, accumulate};
+use ekfac_core::gram::{GramOptions, Precision, accumulate};
 use ekfac_core::strata::{Approximation, Role};
 use ekfac_core::view::{TensorView, TensorViewMut};
 use ndarray::{Array2, Array3};
@@ -33,6 +33,7 @@ fn gram(criterion: &mut Criterion) {
                 role: Role::Input,
                 append_one: false,
                 scale: 1e-3,
+                precision: Precision::Ieee,
             };
             group.bench_function(
                 BenchmarkId::from_parameter(approximation.name()),

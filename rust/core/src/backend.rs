@@ -1,14 +1,18 @@
 //! What a device must be able to do.
 //!
 //! Matrix views are pointer, shape and strides; on a backend other than the CPU the pointer is the
-//! device's and nothing outside the backend may follow it.
+//! device's and nothing outside the backend may follow it. Operations on a GPU are queued on a
+//! stream; only those that return numbers to the host wait for it.
+
+use std::ops::Deref;
 
 use faer::{MatMut, MatRef};
 
 use crate::cancel::Cancel;
-use crate::error::Result;
-use crate::gram::{StratumWeight, Units};
-use crate::view::Real;
+use crate::error::{Error, Result};
+use crate::gram::{GramTask, Units};
+use crate::kronecker::Group;
+use crate::view::{Device, Place, Real, TensorView, TensorViewMut};
 
 pub mod cpu;
 pub mod cuda;
@@ -49,43 +53,101 @@ impl Spectrum {
 }
 
 /// The operations every device offers; the mathematics above them is written once.
-pub trait Backend: Sync {
+pub trait Backend: Sized + Sync {
     /// Memory of this device.
     type Matrix<T: Real>: Storage<T> + Send + Sync;
 
+    /// A sum of Kronecker products made ready for many products with it.
+    type Packed<T: Real>: Send + Sync;
+
+    /// How a backend is held.
+    type Handle: Deref<Target = Self>;
+
+    /// The backend for tensors at this place.
+    fn at(place: Place) -> Result<Self::Handle>;
+
+    /// As [`Self::at`], for [`Self::apply_packed`] alone, which a CUDA graph may capture.
+    fn at_for_packed(place: Place) -> Result<Self::Handle> {
+        Self::at(place)
+    }
+
+    /// Where this backend computes.
+    fn device(&self) -> Device;
+
+    /// Lets no work queued after this on `home` reuse memory that was made there before the work
+    /// queued here so far is done: for objects that outlive the call that made them.
+    fn hold_for(&self, _home: Place) -> Result<()> {
+        Ok(())
+    }
+
+    /// The matrices of a tensor on this device.
+    fn matrices<'a, T: Real>(&self, x: &TensorView<'a>) -> Result<Vec<MatRef<'a, T>>> {
+        x.layout().expect_device(self.device())?;
+        x.matrices()
+    }
+
+    /// The matrices of a tensor on this device, to be written to.
+    fn matrices_mut<'a, T: Real>(
+        &self,
+        x: &'a mut TensorViewMut<'_>,
+    ) -> Result<Vec<MatMut<'a, T>>> {
+        x.layout().expect_device(self.device())?;
+        x.matrices()
+    }
+
+    /// A tensor of two dimensions as a matrix.
+    fn matrix<'a, T: Real>(&self, x: &TensorView<'a>) -> Result<MatRef<'a, T>> {
+        expect_single(self.matrices(x)?, x.shape())
+    }
+
+    /// A tensor of two dimensions as a matrix, to be written to.
+    fn matrix_mut<'a, T: Real>(&self, x: &'a mut TensorViewMut<'_>) -> Result<MatMut<'a, T>> {
+        let shape = x.shape().to_vec();
+        expect_single(self.matrices_mut(x)?, &shape)
+    }
+
     /// A matrix of zeros.
-    fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Self::Matrix<T>;
+    fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<Self::Matrix<T>>;
 
     /// Copies a matrix from host memory.
-    fn upload<T: Real>(&self, host: MatRef<'_, T>) -> Self::Matrix<T>;
+    fn upload<T: Real>(&self, host: MatRef<'_, T>) -> Result<Self::Matrix<T>>;
 
     /// Copies, rounding or widening where the types differ.
-    fn copy<S: Real, T: Real>(&self, from: MatRef<'_, S>, to: MatMut<'_, T>);
+    fn copy<S: Real, T: Real>(&self, from: MatRef<'_, S>, to: MatMut<'_, T>) -> Result<()>;
 
     /// For each stratum, adds its weighted sums of squares and products to the lower triangles of
-    /// the matching outputs, one for each group of consecutive features. Non-finite input is
-    /// reported before any output changes.
+    /// the matching outputs, one for each group of consecutive features; what is above them is
+    /// left undefined. Non-finite input is reported before any output changes.
     fn accumulate_gram<T: Real>(
         &self,
         units: &Units<'_>,
         out: Vec<Vec<MatMut<'_, T>>>,
-        strata: &[StratumWeight],
-        append_one: bool,
+        task: &GramTask,
         cancel: &Cancel,
     ) -> Result<()>;
 
-    /// Copies the lower triangle to the upper one.
-    fn symmetrize<T: Real>(&self, x: MatMut<'_, T>);
+    /// Copies the lower triangle of each matrix to the upper one.
+    fn symmetrize<T: Real>(&self, x: Vec<MatMut<'_, T>>) -> Result<()>;
 
-    /// Eigenvalues in ascending order and eigenvectors as columns; reads the lower triangle only.
-    fn eigh<T: Real>(&self, x: MatRef<'_, T>, vectors: MatMut<'_, T>) -> Result<Vec<f64>>;
+    /// For each of these matrices of one size, eigenvalues in ascending order and eigenvectors as
+    /// columns; reads the lower triangles only.
+    fn eigh<T: Real>(
+        &self,
+        x: &[MatRef<'_, T>],
+        vectors: Vec<MatMut<'_, T>>,
+    ) -> Result<Vec<Vec<f64>>>;
 
-    /// Replaces the lower triangle by its Cholesky factor and zeroes the strict upper one; the
-    /// error is the index of the first pivot that is not positive.
-    fn cholesky<T: Real>(&self, x: MatMut<'_, T>) -> Result<(), usize>;
+    /// Replaces the lower triangle by its Cholesky factor and zeroes the strict upper one, or
+    /// returns the index of the first pivot that is not positive.
+    fn cholesky<T: Real>(&self, x: MatMut<'_, T>) -> Result<Option<usize>>;
 
     /// Overwrites `x` with the solution of a triangular system.
-    fn solve_triangular<T: Real>(&self, l: MatRef<'_, T>, triangle: Triangle, x: MatMut<'_, T>);
+    fn solve_triangular<T: Real>(
+        &self,
+        l: MatRef<'_, T>,
+        triangle: Triangle,
+        x: MatMut<'_, T>,
+    ) -> Result<()>;
 
     /// `out = keep * out + alpha * a * b`, where `keep` is 1 or 0.
     fn gemm<T: Real>(
@@ -95,7 +157,7 @@ pub trait Backend: Sync {
         a: MatRef<'_, T>,
         b: MatRef<'_, T>,
         alpha: f64,
-    );
+    ) -> Result<()>;
 
     /// `out_s = sum_k G_k V_s A_k + damping * V_s` for every matrix of the stack; terms are
     /// (A, G).
@@ -108,28 +170,82 @@ pub trait Backend: Sync {
         cancel: &Cancel,
     ) -> Result<()>;
 
+    /// Packs the terms of all groups.
+    fn pack<T: Real>(&self, groups: &[Group<'_, T>]) -> Result<Self::Packed<T>>;
+
+    /// Writes the product with V; returns its inner product with V where that is at hand, and
+    /// nothing where it would have to be waited for.
+    fn apply_packed<T: Real>(
+        &self,
+        packed: &Self::Packed<T>,
+        v: MatRef<'_, T>,
+        out: MatMut<'_, T>,
+    ) -> Result<Option<f64>>;
+
+    /// Floating-point operations of one product with a packed sum.
+    fn packed_flops<T: Real>(packed: &Self::Packed<T>) -> usize;
+
     /// The sum of the elementwise product, accumulated in double precision.
-    fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> f64;
+    fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<f64>;
 
     /// `y += alpha * x`.
-    fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>);
+    fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()>;
 
     /// Multiplies each element by the matching entry of the spectrum to the given power.
-    fn scale_by_spectrum<T: Real>(&self, x: MatMut<'_, T>, spectrum: &Spectrum, power: f64);
+    fn scale_by_spectrum<T: Real>(
+        &self,
+        x: MatMut<'_, T>,
+        spectrum: &Spectrum,
+        power: f64,
+    ) -> Result<()>;
 
     /// The diagonal, on the host.
-    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Vec<f64>;
+    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Result<Vec<f64>>;
 
     /// Writes the sum of the Kronecker products `G_k (x) A_k`.
     fn dense_kronecker<T: Real>(
         &self,
         terms: &[(MatRef<'_, T>, MatRef<'_, T>)],
         out: MatMut<'_, T>,
-    );
+    ) -> Result<()>;
 
     /// Writes the entries of the spectrum.
-    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, out: MatMut<'_, T>);
+    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, out: MatMut<'_, T>) -> Result<()>;
 
-    /// [`crate::Error::NonFinite`] naming `what` if any element is NaN or infinite.
-    fn check_finite<T: Real>(&self, x: MatRef<'_, T>, what: &str) -> Result<()>;
+    /// [`Error::NonFinite`] if any element of these matrices of one size is NaN or infinite, with
+    /// the name of its matrix.
+    fn check_finite<T: Real>(
+        &self,
+        x: &[MatRef<'_, T>],
+        name: &dyn Fn(usize) -> String,
+    ) -> Result<()>;
 }
+
+fn expect_single<M>(mut matrices: Vec<M>, shape: &[usize]) -> Result<M> {
+    match (shape.len(), matrices.pop()) {
+        (2, Some(matrix)) => Ok(matrix),
+        _ => Err(Error::Shape(format!(
+            "expected a matrix, got shape {shape:?}"
+        ))),
+    }
+}
+
+/// Runs a body with the backend for tensors at this place.
+macro_rules! on_device {
+    ($place:expr, $backend:ident => $body:expr) => {{
+        let place: $crate::view::Place = $place;
+        match place.device {
+            $crate::view::Device::Cpu => {
+                let handle = <$crate::backend::cpu::Cpu as $crate::backend::Backend>::at(place)?;
+                let $backend = &*handle;
+                $body
+            }
+            $crate::view::Device::Cuda(_) => {
+                let handle = <$crate::backend::cuda::Cuda as $crate::backend::Backend>::at(place)?;
+                let $backend = &*handle;
+                $body
+            }
+        }
+    }};
+}
+pub(crate) use on_device;

@@ -25,6 +25,12 @@ pub enum Error {
     /// A decomposition or an iteration failed on finite input.
     #[error("{0}")]
     Numerical(String),
+    /// The CUDA driver or one of its libraries is missing, too old, or failed.
+    #[error("{0}")]
+    Cuda(String),
+    /// A device has no room for what was asked.
+    #[error("{0}")]
+    OutOfMemory(String),
     /// The work was cancelled from outside; outputs may be partly written.
     #[error("interrupted before the work was complete")]
     Interrupted,

@@ -1,13 +1,46 @@
 //! Factors of the curvature: sums of squares and products of each stratum of a mini-batch.
 
-use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, on_device};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::linalg::expect_squares;
 use crate::strata::{Approximation, Role, Stratum};
 use crate::view::{Dtype, Real, TensorView, TensorViewMut};
+
+/// How single-precision products are rounded on a GPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// As IEEE 754 has it.
+    #[default]
+    Ieee,
+    /// Factors with a mantissa of ten bits, on tensor cores.
+    Tf32,
+}
+
+impl Precision {
+    /// `ieee` or `tf32`.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "ieee" => Ok(Self::Ieee),
+            "tf32" => Ok(Self::Tf32),
+            other => Err(Error::Option(format!(
+                "unknown precision: expected ieee or tf32, got {other:?}"
+            ))),
+        }
+    }
+}
+
+/// What a backend is to do with the units of a mini-batch.
+#[derive(Debug, Clone)]
+pub struct GramTask {
+    /// The strata, in the order of the outputs.
+    pub strata: Vec<StratumWeight>,
+    /// Whether a constant 1 is appended to each unit.
+    pub append_one: bool,
+    /// Of single-precision products.
+    pub precision: Precision,
+}
 
 /// A stratum and the number its sum of squares and products is multiplied by.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,6 +68,30 @@ impl<'a> Units<'a> {
             Self::Dense(x) | Self::Patches(x, _) => x,
         }
     }
+
+    /// The error for an element of the tensor that is NaN or infinite.
+    pub(crate) fn non_finite(&self, index: &[usize], value: f64) -> Error {
+        let place = match (self, index) {
+            (Self::Dense(_), &[example, location, feature]) => {
+                place_of_unit(example, location, feature)
+            }
+            (Self::Patches(..), &[example, channel, ref location @ ..]) => {
+                place_in_image(example, channel, location)
+            }
+            _ => format!("{index:?}"),
+        };
+        Error::NonFinite(format!("x contains {value} at {place}"))
+    }
+}
+
+/// What error messages call an element of `[N, T, K]`.
+pub(crate) fn place_of_unit(example: usize, location: usize, feature: usize) -> String {
+    format!("example {example}, location {location}, feature {feature}")
+}
+
+/// What error messages call an element of `[N, C, *spatial]`.
+pub(crate) fn place_in_image(example: usize, channel: usize, location: &[usize]) -> String {
+    format!("example {example}, channel {channel}, location {location:?}")
 }
 
 /// How [`accumulate`] and [`accumulate_patches`] read a mini-batch.
@@ -48,6 +105,8 @@ pub struct GramOptions {
     pub append_one: bool,
     /// The weight of this mini-batch per example.
     pub scale: f64,
+    /// Of single-precision products, on a GPU; on the CPU only [`Precision::Ieee`].
+    pub precision: Precision,
 }
 
 /// Adds `scale * N * F_k` to the lower triangle of `out[k]` for each stratum k, where N is the
@@ -155,10 +214,14 @@ impl Batch<'_> {
     ) -> Result<Vec<usize>> {
         self.check(options)?;
         self.check_outputs(out, options)?;
-        let strata = weights(options, self.examples, self.locations);
+        let task = GramTask {
+            strata: weights(options, self.examples, self.locations),
+            append_one: options.append_one,
+            precision: options.precision,
+        };
         match out.first().map(TensorViewMut::dtype) {
-            Some(Dtype::Float32) => self.run::<f32>(out, &strata, options.append_one, cancel)?,
-            Some(Dtype::Float64) => self.run::<f64>(out, &strata, options.append_one, cancel)?,
+            Some(Dtype::Float32) => self.run::<f32>(out, &task, cancel)?,
+            Some(Dtype::Float64) => self.run::<f64>(out, &task, cancel)?,
             other => {
                 return Err(Error::Dtype(format!(
                     "outputs must be float32 or float64, got {}",
@@ -175,16 +238,16 @@ impl Batch<'_> {
     fn run<T: Real>(
         &self,
         out: &mut [TensorViewMut<'_>],
-        strata: &[StratumWeight],
-        append_one: bool,
+        task: &GramTask,
         cancel: &Cancel,
     ) -> Result<()> {
-        self.units.tensor().expect_cpu()?;
-        let out = out
-            .iter_mut()
-            .map(TensorViewMut::matrices::<T>)
-            .collect::<Result<_>>()?;
-        Cpu::current().accumulate_gram(&self.units, out, strata, append_one, cancel)
+        on_device!(self.units.tensor().place(), backend => {
+            let out = out
+                .iter_mut()
+                .map(|out| backend.matrices_mut::<T>(out))
+                .collect::<Result<_>>()?;
+            backend.accumulate_gram(&self.units, out, task, cancel)
+        })
     }
 
     fn check(&self, options: GramOptions) -> Result<()> {

@@ -12,12 +12,11 @@ use std::ops::Range;
 
 use faer::{MatMut, MatRef};
 
-use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Spectrum, Storage};
+use crate::backend::{Backend, Spectrum, Storage, on_device};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::linalg::expect_squares;
-use crate::view::{Dtype, Real, TensorView, TensorViewMut, with_real};
+use crate::view::{Dtype, Place, Real, TensorView, TensorViewMut, with_real};
 
 mod compress;
 mod conjugate;
@@ -32,12 +31,14 @@ pub use self::operator::KroneckerOperator;
 pub use self::root::KroneckerRoot;
 
 /// A term as matrices (A, G).
-pub(crate) type Pair<'a, T> = (MatRef<'a, T>, MatRef<'a, T>);
+pub type Pair<'a, T> = (MatRef<'a, T>, MatRef<'a, T>);
 
 /// The rows of V that one group acts on, and its terms.
-pub(crate) struct Group<'a, T> {
-    pub(crate) rows: Range<usize>,
-    pub(crate) terms: Vec<Pair<'a, T>>,
+pub struct Group<'a, T> {
+    /// Consecutive rows.
+    pub rows: Range<usize>,
+    /// Terms (A, G).
+    pub terms: Vec<Pair<'a, T>>,
 }
 
 impl<T: Real> Group<'_, T> {
@@ -60,6 +61,7 @@ pub struct KroneckerSum<'a> {
     inputs: usize,
     outputs: usize,
     dtype: Dtype,
+    place: Place,
 }
 
 impl<'a> KroneckerSum<'a> {
@@ -95,7 +97,7 @@ impl<'a> KroneckerSum<'a> {
                         factor.dtype()
                     )));
                 }
-                factor.expect_cpu()?;
+                factor.layout().expect_device(first_a.layout().device)?;
             }
         }
         Ok(Self {
@@ -103,6 +105,7 @@ impl<'a> KroneckerSum<'a> {
             inputs,
             outputs: groups * outputs,
             dtype,
+            place: first_a.place(),
             terms,
         })
     }
@@ -132,6 +135,11 @@ impl<'a> KroneckerSum<'a> {
         self.outputs
     }
 
+    /// Device and stream of the factors.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
     /// Floating-point operations of one product with a single V.
     pub fn flops(&self) -> f64 {
         let (inputs, outputs) = (self.inputs as f64, self.outputs as f64);
@@ -149,32 +157,31 @@ impl<'a> KroneckerSum<'a> {
         check_stack("v", v.shape(), self.outputs, self.inputs)?;
         check_like_v(v.shape(), out.shape())?;
         self.check_dtypes(&[("v", v.dtype()), ("out", out.dtype())])?;
-        with_real!(self.dtype, T => {
-            let (v, mut out) = (v.matrices::<T>()?, out.matrices::<T>()?);
-            let cpu = Cpu::current();
-            for group in self.by_group::<T>()? {
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let (v, mut out) = (backend.matrices::<T>(v)?, backend.matrices_mut::<T>(out)?);
+            for group in self.by_group::<_, T>(backend)? {
                 let v: Vec<_> = v.iter().map(|&v| group.of(v)).collect();
                 let out = out.iter_mut().map(|out| group.of_mut(out.as_mut())).collect();
-                cpu.kronecker_product(&group.terms, &v, out, damping, cancel)?;
+                backend.kronecker_product(&group.terms, &v, out, damping, cancel)?;
             }
             Ok(())
-        })
+        }))
     }
 
     /// `sum_k <V, G_k V A_k>`, summed over the stack if V is `[S, D, K]`.
     pub fn quadratic(&self, v: &TensorView<'_>, cancel: &Cancel) -> Result<f64> {
         check_stack("v", v.shape(), self.outputs, self.inputs)?;
         self.check_dtypes(&[("v", v.dtype())])?;
-        with_real!(self.dtype, T => {
-            let (v, cpu) = (v.matrices::<T>()?, Cpu::current());
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let v = backend.matrices::<T>(v)?;
             let mut total = 0.0;
-            for group in self.by_group::<T>()? {
+            for group in self.by_group::<_, T>(backend)? {
                 for &v in &v {
-                    total += quadratic(&*cpu, &group.terms, group.of(v), cancel)?;
+                    total += quadratic(backend, &group.terms, group.of(v), cancel)?;
                 }
             }
             Ok(total)
-        })
+        }))
     }
 
     /// The Frobenius inner product with another sum of the same sizes.
@@ -188,39 +195,38 @@ impl<'a> KroneckerSum<'a> {
             )));
         }
         self.check_dtypes(&[("the other sum", other.dtype)])?;
-        with_real!(self.dtype, T => {
-            let (cpu, groups) = (Cpu::current(), self.by_group::<T>()?);
-            let others = other.by_group::<T>()?;
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let groups = self.by_group::<_, T>(backend)?;
+            let others = other.by_group::<_, T>(backend)?;
             let pairs = groups.iter().zip(&others);
-            Ok(pairs.map(|(group, other)| inner(&*cpu, &group.terms, &other.terms)).sum())
-        })
+            pairs.map(|(group, other)| inner(backend, &group.terms, &other.terms)).sum()
+        }))
     }
 
     /// The trace, `sum_k tr(A_k) tr(G_k)` of every group.
     pub fn trace(&self) -> Result<f64> {
-        with_real!(self.dtype, T => {
-            let cpu = Cpu::current();
-            let trace = |x: MatRef<'_, T>| cpu.diagonal(x).iter().sum::<f64>();
-            let groups = self.by_group::<T>()?;
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let trace = |x| -> Result<f64> { Ok(backend.diagonal::<T>(x)?.iter().sum()) };
+            let groups = self.by_group::<_, T>(backend)?;
             let terms = groups.iter().flat_map(|group| &group.terms);
-            Ok(terms.map(|&(a, g)| trace(a) * trace(g)).sum())
-        })
+            terms.map(|&(a, g)| Ok(trace(a)? * trace(g)?)).sum()
+        }))
     }
 
     /// Writes the diagonal as a `[D, K]` matrix.
     pub fn diagonal(&self, out: &mut TensorViewMut<'_>) -> Result<()> {
         self.check_shape("out", out.shape(), [self.outputs, self.inputs])?;
         self.check_dtypes(&[("out", out.dtype())])?;
-        with_real!(self.dtype, T => {
-            let (cpu, mut out) = (Cpu::current(), out.matrix::<T>()?);
-            for group in self.by_group::<T>()? {
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let mut out = backend.matrix_mut::<T>(out)?;
+            for group in self.by_group::<_, T>(backend)? {
                 let terms = group.terms.iter();
-                let pairs = terms.map(|&(a, g)| (cpu.diagonal(g), cpu.diagonal(a)));
-                let diagonal = Spectrum { constant: 0.0, pairs: pairs.collect() };
-                cpu.write_spectrum(&diagonal, group.of_mut(out.as_mut()));
+                let pairs = terms.map(|&(a, g)| Ok((backend.diagonal(g)?, backend.diagonal(a)?)));
+                let diagonal = Spectrum { constant: 0.0, pairs: pairs.collect::<Result<_>>()? };
+                backend.write_spectrum(&diagonal, group.of_mut(out.as_mut()))?;
             }
             Ok(())
-        })
+        }))
     }
 
     /// Writes the whole `[D K, D K]` matrix; row and column indices are `d * K + k`. It is zero
@@ -229,37 +235,36 @@ impl<'a> KroneckerSum<'a> {
         let size = self.outputs * self.inputs;
         self.check_shape("out", out.shape(), [size, size])?;
         self.check_dtypes(&[("out", out.dtype())])?;
-        with_real!(self.dtype, T => {
-            let (cpu, mut out) = (Cpu::current(), out.matrix::<T>()?);
-            let groups = self.by_group::<T>()?;
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let mut out = backend.matrix_mut::<T>(out)?;
+            let groups = self.by_group::<_, T>(backend)?;
             if groups.len() > 1 {
-                cpu.write_spectrum(&Spectrum::default(), out.as_mut());
+                backend.write_spectrum(&Spectrum::default(), out.as_mut())?;
             }
             for Group { rows, terms } in groups {
                 let (start, size) = (rows.start * self.inputs, rows.len() * self.inputs);
                 let block = out.as_mut().submatrix_mut(start, start, size, size);
-                cpu.dense_kronecker(&terms, block);
+                backend.dense_kronecker(&terms, block)?;
             }
             Ok(())
-        })
+        }))
     }
 
     /// The largest eigenvalue of the sum plus `damping`, the largest of all groups: exact for one
     /// term and for small groups, otherwise by Lanczos iterations, from below, to a relative
     /// accuracy of about 1e-4 or better.
     pub fn top_eigenvalue(&self, damping: f64, cancel: &Cancel) -> Result<f64> {
-        with_real!(self.dtype, T => {
-            let cpu = Cpu::current();
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
             let mut largest = f64::NEG_INFINITY;
-            for group in self.finite_by_group::<T>(&cpu)? {
-                largest = largest.max(eigenvalue::top(&*cpu, &group.terms, cancel)?);
+            for group in self.finite_by_group::<_, T>(backend)? {
+                largest = largest.max(eigenvalue::top(backend, &group.terms, cancel)?);
             }
             Ok(largest + damping)
-        })
+        }))
     }
 
     /// The terms of each group.
-    pub(crate) fn by_group<T: Real>(&self) -> Result<Vec<Group<'a, T>>> {
+    pub(crate) fn by_group<B: Backend, T: Real>(&self, backend: &B) -> Result<Vec<Group<'a, T>>> {
         let height = self.outputs / self.groups;
         let group = |index: usize| Group {
             rows: index * height..(index + 1) * height,
@@ -267,7 +272,10 @@ impl<'a> KroneckerSum<'a> {
         };
         let mut groups: Vec<_> = (0..self.groups).map(group).collect();
         for (a, g) in &self.terms {
-            let pairs = a.matrices::<T>()?.into_iter().zip(g.matrices::<T>()?);
+            let pairs = backend
+                .matrices::<T>(a)?
+                .into_iter()
+                .zip(backend.matrices::<T>(g)?);
             for (group, pair) in groups.iter_mut().zip(pairs) {
                 group.terms.push(pair);
             }
@@ -276,16 +284,15 @@ impl<'a> KroneckerSum<'a> {
     }
 
     /// The terms, after making sure that decompositions will not meet NaN or infinity.
-    fn finite_by_group<T: Real>(&self, cpu: &Cpu) -> Result<Vec<Group<'a, T>>> {
-        let groups = self.by_group::<T>()?;
-        for (index, group) in groups.iter().enumerate() {
-            let place = self.name_of_group(index);
-            for (term, &(a, g)) in group.terms.iter().enumerate() {
-                cpu.check_finite(a, &format!("A of term {term}{place}"))?;
-                cpu.check_finite(g, &format!("G of term {term}{place}"))?;
+    fn finite_by_group<B: Backend, T: Real>(&self, backend: &B) -> Result<Vec<Group<'a, T>>> {
+        for (term, (a, g)) in self.terms.iter().enumerate() {
+            for (factor, name) in [(a, "A"), (g, "G")] {
+                backend.check_finite::<T>(&backend.matrices(factor)?, &|group| {
+                    format!("{name} of term {term}{}", self.name_of_group(group))
+                })?;
             }
         }
-        Ok(groups)
+        self.by_group(backend)
     }
 
     /// What error messages add to say which group is meant.
@@ -324,14 +331,18 @@ fn quadratic<B: Backend, T: Real>(
     v: MatRef<'_, T>,
     cancel: &Cancel,
 ) -> Result<f64> {
-    let mut product = backend.zeros::<T>(v.nrows(), v.ncols());
+    let mut product = backend.zeros::<T>(v.nrows(), v.ncols())?;
     backend.kronecker_product(terms, &[v], vec![product.view_mut()], 0.0, cancel)?;
-    Ok(backend.dot(v, product.view()))
+    backend.dot(v, product.view())
 }
 
-fn inner<B: Backend, T: Real>(backend: &B, terms: &[Pair<'_, T>], others: &[Pair<'_, T>]) -> f64 {
+fn inner<B: Backend, T: Real>(
+    backend: &B,
+    terms: &[Pair<'_, T>],
+    others: &[Pair<'_, T>],
+) -> Result<f64> {
     let product = |&(a, g): &Pair<'_, T>, &(other_a, other_g): &Pair<'_, T>| {
-        backend.dot(a, other_a) * backend.dot(g, other_g)
+        Ok(backend.dot(a, other_a)? * backend.dot(g, other_g)?)
     };
     terms
         .iter()
@@ -340,10 +351,34 @@ fn inner<B: Backend, T: Real>(backend: &B, terms: &[Pair<'_, T>], others: &[Pair
 }
 
 /// A copy in double precision.
-fn widen<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>) -> B::Matrix<f64> {
-    let mut wide = backend.zeros::<f64>(x.nrows(), x.ncols());
-    backend.copy(x, wide.view_mut());
-    wide
+fn widen<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>) -> Result<B::Matrix<f64>> {
+    let mut wide = backend.zeros::<f64>(x.nrows(), x.ncols())?;
+    backend.copy(x, wide.view_mut())?;
+    Ok(wide)
+}
+
+/// Eigenvalues in ascending order, and eigenvectors as columns.
+type Decomposition<B, T> = (Vec<f64>, <B as Backend>::Matrix<T>);
+
+/// Eigenvalues in ascending order and eigenvectors of each of these matrices of one size.
+fn decompose_all<B: Backend>(
+    backend: &B,
+    x: &[B::Matrix<f64>],
+) -> Result<Vec<Decomposition<B, f64>>> {
+    let views: Vec<_> = x.iter().map(Storage::view).collect();
+    let vectors = views
+        .iter()
+        .map(|x| backend.zeros::<f64>(x.nrows(), x.nrows()));
+    let mut vectors = vectors.collect::<Result<Vec<_>>>()?;
+    let values = backend.eigh(&views, vectors.iter_mut().map(Storage::view_mut).collect())?;
+    Ok(values.into_iter().zip(vectors).collect())
+}
+
+/// Eigenvalues in ascending order and eigenvectors as columns.
+fn decompose<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>) -> Result<Decomposition<B, T>> {
+    let mut vectors = backend.zeros::<T>(x.nrows(), x.nrows())?;
+    let values = backend.eigh(&[x], vec![vectors.view_mut()])?;
+    Ok((values.into_iter().flatten().collect(), vectors))
 }
 
 fn check_stack(name: &str, shape: &[usize], outputs: usize, inputs: usize) -> Result<()> {

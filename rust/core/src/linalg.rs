@@ -1,18 +1,16 @@
 //! Dense symmetric matrices on their own.
 
-use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
+use faer::Mat;
+
+use crate::backend::{Backend, Storage, on_device};
 use crate::error::{Error, Result};
 use crate::view::{Real, TensorView, TensorViewMut, with_real};
 
 /// Copies the lower triangle of a square matrix, or of each one of a stack, to its upper one.
 pub fn symmetrize(x: &mut TensorViewMut<'_>) -> Result<()> {
     expect_squares("x", x.shape())?;
-    x.expect_cpu()?;
-    with_real!(x.dtype(), T => {
-        let cpu = Cpu::current();
-        x.matrices::<T>()?.into_iter().for_each(|x| cpu.symmetrize(x));
-        Ok(())
+    on_device!(x.place(), backend => {
+        with_real!(x.dtype(), T => backend.symmetrize(backend.matrices_mut::<T>(x)?))
     })
 }
 
@@ -34,28 +32,27 @@ pub fn eigh(
             vectors.shape()
         )));
     }
-    x.expect_cpu()?;
-    with_real!(x.dtype(), T => write_eigh::<T>(x, values, vectors))
+    on_device!(x.place(), backend => {
+        with_real!(x.dtype(), T => write_eigh::<_, T>(backend, x, values, vectors))
+    })
 }
 
-fn write_eigh<T: Real>(
+fn write_eigh<B: Backend, T: Real>(
+    backend: &B,
     x: &TensorView<'_>,
     values: &mut TensorViewMut<'_>,
     vectors: &mut TensorViewMut<'_>,
 ) -> Result<()> {
-    let (x, vectors) = (x.matrices::<T>()?, vectors.matrices::<T>()?);
+    let x = backend.matrices::<T>(x)?;
+    let vectors = backend.matrices_mut::<T>(vectors)?;
     let mut values = values.as_rows();
-    let mut values = values.matrix::<T>()?;
-    let cpu = Cpu::current();
-    for &x in &x {
-        cpu.check_finite(x, "x")?;
-    }
-    for (row, (x, vectors)) in x.into_iter().zip(vectors).enumerate() {
-        for (column, value) in cpu.eigh(x, vectors)?.into_iter().enumerate() {
-            values[(row, column)] = T::from_f64(value);
-        }
-    }
-    Ok(())
+    let values = backend.matrix_mut::<T>(&mut values)?;
+    backend.check_finite(&x, &|_| "x".to_owned())?;
+    let found = backend.eigh(&x, vectors)?;
+    let found = Mat::from_fn(values.nrows(), values.ncols(), |row, column| {
+        T::from_f64(found[row][column])
+    });
+    backend.copy(backend.upload(found.as_ref())?.view(), values)
 }
 
 /// Number and size of non-empty square matrices: one (`[n, n]`), or a stack (`[groups, n, n]`).

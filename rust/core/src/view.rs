@@ -108,6 +108,15 @@ impl fmt::Display for Device {
     }
 }
 
+/// A device, and the stream that orders work there (0 on the CPU).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Place {
+    /// The device.
+    pub device: Device,
+    /// The handle of a CUDA stream.
+    pub stream: usize,
+}
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
@@ -208,6 +217,14 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Device and stream.
+    pub fn place(&self) -> Place {
+        Place {
+            device: self.device,
+            stream: self.stream,
+        }
+    }
+
     /// Number of elements from the first to just behind the last one that can be reached; 0 for
     /// an empty tensor.
     fn span(&self) -> Result<usize> {
@@ -294,14 +311,15 @@ impl Layout {
         }
     }
 
-    fn expect_cpu(&self) -> Result<()> {
-        match self.device {
-            Device::Cpu => Ok(()),
-            Device::Cuda(_) => Err(Error::Device(format!(
-                "a tensor lives on {}, but the CUDA backend is not in this build: move it to the \
-                 CPU first",
+    /// Fails unless the tensor is on this device.
+    pub(crate) fn expect_device(&self, expected: Device) -> Result<()> {
+        if self.device == expected {
+            Ok(())
+        } else {
+            Err(Error::Device(format!(
+                "all tensors must be on one device: expected {expected}, got one on {}",
                 self.device
-            ))),
+            )))
         }
     }
 
@@ -392,9 +410,9 @@ impl<'a> TensorView<'a> {
         self.layout.dtype
     }
 
-    /// Fails unless the tensor is in host memory.
-    pub fn expect_cpu(&self) -> Result<()> {
-        self.layout.expect_cpu()
+    /// Device and stream.
+    pub fn place(&self) -> Place {
+        self.layout.place()
     }
 
     /// `[N, K]` seen as `[N, 1, K]`; other tensors as they are.
@@ -454,7 +472,7 @@ impl<'a> TensorView<'a> {
 
     /// The tensor as an array in host memory.
     pub fn array<T: Element>(&self) -> Result<ArrayViewD<'a, T>> {
-        self.layout.expect_cpu()?;
+        self.layout.expect_device(Device::Cpu)?;
         self.layout.expect_dtype(T::DTYPE)?;
         let shape = IxDyn(&self.layout.shape).strides(IxDyn(&self.layout.strides));
         // SAFETY: device and dtype were checked just above, alignment and size at construction;
@@ -462,15 +480,18 @@ impl<'a> TensorView<'a> {
         Ok(unsafe { ArrayView::from_shape_ptr(shape, self.host_pointer::<T>()) })
     }
 
-    /// The matrices in the trailing two dimensions of a tensor in host memory, in row-major order
-    /// of the leading ones.
-    pub fn matrices<T: Real>(&self) -> Result<Vec<MatRef<'a, T>>> {
-        self.layout.expect_cpu()?;
+    /// The matrices in the trailing two dimensions, in row-major order of the leading ones.
+    ///
+    /// They are for [`Backend::matrices`](crate::backend::Backend::matrices), which checks the
+    /// device: the memory of a tensor on a GPU is out of reach here.
+    pub(crate) fn matrices<T: Real>(&self) -> Result<Vec<MatRef<'a, T>>> {
         self.layout.expect_dtype(T::DTYPE)?;
         let (matrix, starts) = self.layout.as_matrices()?;
         let origin = self.host_pointer::<T>();
         let at = |start| {
-            // SAFETY: as in `array`; the start of each matrix lies inside the tensor.
+            // SAFETY: as in `array`, but for the device: nothing is read through the matrices
+            // except by the backend of the tensor's own device. The start of each matrix lies
+            // inside the tensor.
             unsafe {
                 MatRef::from_raw_parts(
                     origin.wrapping_add(start),
@@ -484,10 +505,9 @@ impl<'a> TensorView<'a> {
         Ok(starts.into_iter().map(at).collect())
     }
 
-    /// The `[rows, columns]` tensor as a matrix in host memory.
-    pub fn matrix<T: Real>(&self) -> Result<MatRef<'a, T>> {
-        expect_single(&self.layout)?;
-        self.matrices().map(|matrices| matrices[0])
+    /// The address of the first element.
+    pub(crate) fn address(&self) -> usize {
+        self.pointer.expose_provenance()
     }
 
     fn host_pointer<T>(&self) -> *const T {
@@ -555,15 +575,13 @@ impl<'a> TensorViewMut<'a> {
         self.layout.dtype
     }
 
-    /// Fails unless the tensor is in host memory.
-    pub fn expect_cpu(&self) -> Result<()> {
-        self.layout.expect_cpu()
+    /// Device and stream.
+    pub fn place(&self) -> Place {
+        self.layout.place()
     }
 
-    /// The matrices in the trailing two dimensions of a tensor in host memory, in row-major order
-    /// of the leading ones.
-    pub fn matrices<T: Real>(&mut self) -> Result<Vec<MatMut<'_, T>>> {
-        self.layout.expect_cpu()?;
+    /// As [`TensorView::matrices`], to be written to.
+    pub(crate) fn matrices<T: Real>(&mut self) -> Result<Vec<MatMut<'_, T>>> {
         self.layout.expect_dtype(T::DTYPE)?;
         let (matrix, starts) = self.layout.as_matrices()?;
         let origin: *mut T = if self.pointer.is_null() {
@@ -572,8 +590,9 @@ impl<'a> TensorViewMut<'a> {
             self.pointer.cast()
         };
         let at = |start| {
-            // SAFETY: device and dtype were checked just above, the rest at construction;
-            // `check_distinct` makes the matrices disjoint, and `&mut self` exclusive.
+            // SAFETY: the dtype was checked just above, the rest at construction; on the device
+            // see `TensorView::matrices`. `check_distinct` makes the matrices disjoint, and
+            // `&mut self` exclusive.
             unsafe {
                 MatMut::from_raw_parts_mut(
                     origin.wrapping_add(start),
@@ -585,12 +604,6 @@ impl<'a> TensorViewMut<'a> {
             }
         };
         Ok(starts.into_iter().map(at).collect())
-    }
-
-    /// The `[rows, columns]` tensor as a matrix in host memory.
-    pub fn matrix<T: Real>(&mut self) -> Result<MatMut<'_, T>> {
-        expect_single(&self.layout)?;
-        self.matrices().map(|mut matrices| matrices.remove(0))
     }
 
     /// A vector as a matrix of one row; other tensors as they are.
@@ -605,17 +618,6 @@ impl<'a> TensorViewMut<'a> {
             layout,
             memory: PhantomData,
         }
-    }
-}
-
-fn expect_single(layout: &Layout) -> Result<()> {
-    if layout.shape.len() == 2 {
-        Ok(())
-    } else {
-        Err(Error::Shape(format!(
-            "expected a matrix, got shape {:?}",
-            layout.shape
-        )))
     }
 }
 

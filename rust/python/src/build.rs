@@ -2,16 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use ekfac_core::backend::{cpu, cuda};
+use ekfac_core::backend::cpu;
 use pyo3::prelude::*;
 
 use crate::error::to_python;
 
-/// Version, profile, instruction sets found at run time and CUDA libraries found.
+/// Version, profile and instruction sets found at run time.
 #[pyfunction]
 pub fn build_info() -> BTreeMap<&'static str, &'static str> {
-    let found = |present: bool| if present { "found" } else { "not found" };
-    let libraries = cuda::probe();
     let profile = if cfg!(debug_assertions) {
         "debug"
     } else {
@@ -21,11 +19,6 @@ pub fn build_info() -> BTreeMap<&'static str, &'static str> {
         ("version", env!("CARGO_PKG_VERSION")),
         ("profile", profile),
         ("simd", cpu::simd()),
-        ("cuda_backend", "not in this build"),
-        ("cuda_driver", found(libraries.driver)),
-        ("cublas", found(libraries.cublas)),
-        ("cusolver", found(libraries.cusolver)),
-        ("nvrtc", found(libraries.nvrtc)),
     ])
 }
 

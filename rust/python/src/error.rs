@@ -13,6 +13,8 @@ pub fn to_python(py: Python<'_>, error: &Error) -> PyErr {
         Error::Device(_) => "DeviceError",
         Error::NonFinite(_) => "NonFiniteError",
         Error::Numerical(_) => "NumericalError",
+        Error::Cuda(_) => "CudaError",
+        Error::OutOfMemory(_) => "OutOfMemoryError",
         Error::Interrupted => return PyKeyboardInterrupt::new_err(error.to_string()),
         _ => return PyRuntimeError::new_err(error.to_string()),
     };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use ekfac_core::Result;
 use ekfac_core::geometry::Geometry;
-use ekfac_core::gram::{self, GramOptions};
+use ekfac_core::gram::{self, GramOptions, Precision};
 use ekfac_core::strata::{Approximation, Role, Stratum};
 use ekfac_core::view::TensorViewMut;
 use pyo3::prelude::*;
@@ -28,6 +28,7 @@ pub fn strata() -> BTreeMap<&'static str, Vec<&'static str>> {
 /// Adds `scale * N * F_k` of this mini-batch to the lower triangle of each output; returns the
 /// degrees of freedom of the strata.
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the signature of the contract")]
 pub fn accumulate_gram(
     py: Python<'_>,
     x: RawTensor,
@@ -36,6 +37,7 @@ pub fn accumulate_gram(
     role: &str,
     append_one: bool,
     scale: f64,
+    precision: &str,
 ) -> PyResult<Vec<usize>> {
     let flops = x.elements() * width(&out);
     run(py, flops, |cancel| {
@@ -44,6 +46,7 @@ pub fn accumulate_gram(
             role: Role::from_name(role)?,
             append_one,
             scale,
+            precision: Precision::from_name(precision)?,
         };
         gram::accumulate(&x.view()?, &mut views(&mut out, &x)?, options, cancel)
     })
@@ -63,6 +66,7 @@ pub fn accumulate_patch_gram(
     padding: Vec<(usize, usize)>,
     append_one: bool,
     scale: f64,
+    precision: &str,
 ) -> PyResult<Vec<usize>> {
     let geometry = Geometry {
         kernel,
@@ -82,6 +86,7 @@ pub fn accumulate_patch_gram(
             role: Role::Input,
             append_one,
             scale,
+            precision: Precision::from_name(precision)?,
         };
         let x_view = x.view()?;
         gram::accumulate_patches(

@@ -217,9 +217,16 @@ impl KroneckerOperator {
         .map(Self)
     }
 
-    /// Writes the product and returns its inner product with `v`.
-    fn apply(&self, py: Python<'_>, v: RawTensor, mut out: RawTensor) -> PyResult<f64> {
-        run(py, self.0.flops() as f64, |_| {
+    /// Writes the product and returns its inner product with `v`; nothing on a GPU, where it would
+    /// have to be waited for.
+    fn apply(&self, py: Python<'_>, v: RawTensor, mut out: RawTensor) -> PyResult<Option<f64>> {
+        // Work on a GPU is only queued here.
+        let flops = if v.is_on_cpu() {
+            self.0.flops() as f64
+        } else {
+            0.0
+        };
+        run(py, flops, |_| {
             check_disjoint(&[&out], [&v])?;
             self.0.apply(&v.view()?, &mut out.view_mut()?)
         })

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 
 mod build;
 mod call;
+mod cuda;
 mod error;
 mod gram;
 mod kronecker;
@@ -27,6 +28,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::build::{build_info, num_threads, set_num_threads};
+    #[pymodule_export]
+    use crate::cuda::{compile_cuda_kernels, cuda_info, cuda_kernels, set_cuda_allocator};
     #[pymodule_export]
     use crate::gram::{accumulate_gram, accumulate_patch_gram, strata};
     #[pymodule_export]

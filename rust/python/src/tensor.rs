@@ -66,6 +66,11 @@ impl RawTensor {
         &self.layout.shape
     }
 
+    /// Whether the host computes on it.
+    pub fn is_on_cpu(&self) -> bool {
+        self.layout.device == Device::Cpu
+    }
+
     /// Number of elements, as an estimate of work.
     pub fn elements(&self) -> f64 {
         self.layout

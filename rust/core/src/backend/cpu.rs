@@ -6,14 +6,16 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::{cholesky::llt, evd, triangular_solve};
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
+use self::operator::Packed;
 use self::patches::Patches;
 use self::pool::{Shelves, lock};
 use self::units::Dense;
 use super::{Backend, Spectrum, Storage, Triangle};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::gram::{StratumWeight, Units};
-use crate::view::{Dtype, Real};
+use crate::gram::{GramTask, Precision, Units};
+use crate::kronecker::Group;
+use crate::view::{Device, Dtype, Place, Real};
 
 mod gram;
 mod operator;
@@ -24,7 +26,6 @@ mod simd;
 mod syrk;
 mod units;
 
-pub(crate) use self::operator::Packed;
 pub use self::pool::{num_threads, set_num_threads};
 
 /// Below this many flops a second thread costs more to wake than it saves.
@@ -113,37 +114,53 @@ impl<T: Real> Storage<T> for Mat<T> {
 
 impl Backend for Cpu {
     type Matrix<T: Real> = Mat<T>;
+    type Packed<T: Real> = Packed<T>;
+    type Handle = Arc<Self>;
 
-    fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Mat<T> {
-        Mat::zeros(rows, columns)
+    fn at(_: Place) -> Result<Arc<Self>> {
+        Ok(Self::current())
     }
 
-    fn upload<T: Real>(&self, host: MatRef<'_, T>) -> Mat<T> {
-        host.to_owned()
+    fn device(&self) -> Device {
+        Device::Cpu
     }
 
-    fn copy<S: Real, T: Real>(&self, from: MatRef<'_, S>, to: MatMut<'_, T>) {
+    fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<Mat<T>> {
+        Ok(Mat::zeros(rows, columns))
+    }
+
+    fn upload<T: Real>(&self, host: MatRef<'_, T>) -> Result<Mat<T>> {
+        Ok(host.to_owned())
+    }
+
+    fn copy<S: Real, T: Real>(&self, from: MatRef<'_, S>, to: MatMut<'_, T>) -> Result<()> {
         zip_elements(to, from, |to, from| *to = T::from_element(from));
+        Ok(())
     }
 
     fn accumulate_gram<T: Real>(
         &self,
         units: &Units<'_>,
         out: Vec<Vec<MatMut<'_, T>>>,
-        strata: &[StratumWeight],
-        append_one: bool,
+        task: &GramTask,
         cancel: &Cancel,
     ) -> Result<()> {
+        if task.precision != Precision::Ieee {
+            return Err(Error::Option(
+                "precision: expected \"ieee\" on the CPU, got \"tf32\", which is for GPUs"
+                    .to_owned(),
+            ));
+        }
         macro_rules! accumulate {
             ($element:ty) => {
                 match units {
                     Units::Dense(x) => {
                         let source = Dense::<$element>::new(x)?;
-                        gram::accumulate(self, &source, out, strata, append_one, cancel)
+                        gram::accumulate(self, &source, out, &task.strata, task.append_one, cancel)
                     }
                     Units::Patches(x, geometry) => {
                         let source = Patches::<$element>::new(x, geometry)?;
-                        gram::accumulate(self, &source, out, strata, append_one, cancel)
+                        gram::accumulate(self, &source, out, &task.strata, task.append_one, cancel)
                     }
                 }
             };
@@ -156,75 +173,21 @@ impl Backend for Cpu {
         }
     }
 
-    fn symmetrize<T: Real>(&self, x: MatMut<'_, T>) {
-        const BLOCK: usize = 64;
-        let size = x.nrows();
-        let mut rest = x;
-        // Peel off one block of columns (lower part) and the matching block of rows (upper part).
-        let mut start = 0;
-        while start < size {
-            let width = BLOCK.min(size - start);
-            let (mut corner, mut upper, lower, below) = rest.split_at_mut(width, width);
-            for i in 0..width {
-                for j in 0..i {
-                    corner[(j, i)] = corner[(i, j)];
-                }
-            }
-            let remaining = size - start - width;
-            for block in (0..remaining).step_by(BLOCK) {
-                for i in block..(block + BLOCK).min(remaining) {
-                    for j in 0..width {
-                        upper[(j, i)] = lower[(i, j)];
-                    }
-                }
-            }
-            rest = below;
-            start += width;
-        }
+    fn symmetrize<T: Real>(&self, x: Vec<MatMut<'_, T>>) -> Result<()> {
+        x.into_iter().for_each(symmetrize);
+        Ok(())
     }
 
-    fn eigh<T: Real>(&self, x: MatRef<'_, T>, vectors: MatMut<'_, T>) -> Result<Vec<f64>> {
-        let size = x.nrows();
-        let mut values = faer::Mat::<T>::zeros(size, 1);
-        let mut columns = Mat::<T>::zeros(size, size);
-        let flops = 10.0 * (size as f64).powi(3);
-        let mut decompose = |par: Par| {
-            let request = evd::self_adjoint_evd_scratch::<T>(
-                size,
-                evd::ComputeEigenvectors::Yes,
-                par,
-                Default::default(),
-            );
-            let mut memory = faer::dyn_stack::MemBuffer::new(request);
-            evd::self_adjoint_evd(
-                x,
-                values.as_mut().col_mut(0).as_diagonal_mut(),
-                Some(columns.as_mut()),
-                par,
-                faer::dyn_stack::MemStack::new(&mut memory),
-                Default::default(),
-            )
-        };
-        let outcome = if self.pieces(flops) > 1 {
-            self.within_pool(decompose)
-        } else {
-            decompose(Par::Seq)
-        };
-        outcome.map_err(|_| {
-            Error::Numerical(format!(
-                "the eigendecomposition of a {size} x {size} matrix did not converge"
-            ))
-        })?;
-        self.copy(columns.as_ref(), vectors);
-        Ok(values
-            .as_ref()
-            .col(0)
-            .iter()
-            .map(|value| value.to_f64())
-            .collect())
+    fn eigh<T: Real>(
+        &self,
+        x: &[MatRef<'_, T>],
+        vectors: Vec<MatMut<'_, T>>,
+    ) -> Result<Vec<Vec<f64>>> {
+        let pairs = x.iter().zip(vectors);
+        pairs.map(|(&x, vectors)| eigh(self, x, vectors)).collect()
     }
 
-    fn cholesky<T: Real>(&self, mut x: MatMut<'_, T>) -> Result<(), usize> {
+    fn cholesky<T: Real>(&self, mut x: MatMut<'_, T>) -> Result<Option<usize>> {
         let size = x.nrows();
         let outcome = self.within_pool(|par| {
             let request =
@@ -244,18 +207,24 @@ impl Backend for Cpu {
             }
         }
         match outcome {
-            Ok(_) => Ok(()),
-            Err(llt::factor::LltError::NonPositivePivot { index }) => Err(index),
+            Ok(_) => Ok(None),
+            Err(llt::factor::LltError::NonPositivePivot { index }) => Ok(Some(index)),
         }
     }
 
-    fn solve_triangular<T: Real>(&self, l: MatRef<'_, T>, triangle: Triangle, x: MatMut<'_, T>) {
+    fn solve_triangular<T: Real>(
+        &self,
+        l: MatRef<'_, T>,
+        triangle: Triangle,
+        x: MatMut<'_, T>,
+    ) -> Result<()> {
         self.within_pool(|par| match triangle {
             Triangle::Lower => triangular_solve::solve_lower_triangular_in_place(l, x, par),
             Triangle::LowerTransposed => {
                 triangular_solve::solve_upper_triangular_in_place(l.transpose(), x, par);
             }
         });
+        Ok(())
     }
 
     fn gemm<T: Real>(
@@ -265,23 +234,10 @@ impl Backend for Cpu {
         a: MatRef<'_, T>,
         b: MatRef<'_, T>,
         alpha: f64,
-    ) {
+    ) -> Result<()> {
         let accumulate = if keep { Accum::Add } else { Accum::Replace };
-        let alpha = T::from_f64(alpha);
-        let flops = 2.0 * (out.nrows() * out.ncols()) as f64 * a.ncols() as f64;
-        if out.nrows() >= out.ncols() {
-            let blocks = split_rows(out, self.pieces(flops));
-            self.run(blocks, |(start, block)| {
-                let rows = a.subrows(start, block.nrows());
-                matmul(block, accumulate, rows, b, alpha, Par::Seq);
-            });
-        } else {
-            let blocks = split_columns(out, self.pieces(flops));
-            self.run(blocks, |(start, block)| {
-                let columns = b.subcols(start, block.ncols());
-                matmul(block, accumulate, a, columns, alpha, Par::Seq);
-            });
-        }
+        gemm(self, out, accumulate, a, b, T::from_f64(alpha));
+        Ok(())
     }
 
     fn kronecker_product<T: Real>(
@@ -295,16 +251,39 @@ impl Backend for Cpu {
         product::kronecker_product(self, terms, v, out, damping, cancel)
     }
 
-    fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> f64 {
-        dot(a, b)
+    fn pack<T: Real>(&self, groups: &[Group<'_, T>]) -> Result<Packed<T>> {
+        Ok(Packed::new(self, groups))
     }
 
-    fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) {
+    fn apply_packed<T: Real>(
+        &self,
+        packed: &Packed<T>,
+        v: MatRef<'_, T>,
+        out: MatMut<'_, T>,
+    ) -> Result<Option<f64>> {
+        Ok(Some(packed.apply(self, v, out)))
+    }
+
+    fn packed_flops<T: Real>(packed: &Packed<T>) -> usize {
+        packed.flops()
+    }
+
+    fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<f64> {
+        Ok(dot(a, b))
+    }
+
+    fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()> {
         let alpha = T::from_f64(alpha);
         zip_elements(y, x, |y, x| *y += alpha * x);
+        Ok(())
     }
 
-    fn scale_by_spectrum<T: Real>(&self, mut x: MatMut<'_, T>, spectrum: &Spectrum, power: f64) {
+    fn scale_by_spectrum<T: Real>(
+        &self,
+        mut x: MatMut<'_, T>,
+        spectrum: &Spectrum,
+        power: f64,
+    ) -> Result<()> {
         for j in 0..x.ncols() {
             for i in 0..x.nrows() {
                 let entry = spectrum.at(i, j);
@@ -316,19 +295,20 @@ impl Backend for Cpu {
                 x[(i, j)] *= T::from_f64(factor);
             }
         }
+        Ok(())
     }
 
-    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Vec<f64> {
-        (0..x.nrows()).map(|i| x[(i, i)].to_f64()).collect()
+    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Result<Vec<f64>> {
+        Ok((0..x.nrows()).map(|i| x[(i, i)].to_f64()).collect())
     }
 
     fn dense_kronecker<T: Real>(
         &self,
         terms: &[(MatRef<'_, T>, MatRef<'_, T>)],
         mut out: MatMut<'_, T>,
-    ) {
+    ) -> Result<()> {
         let Some((first_a, _)) = terms.first() else {
-            return;
+            return Ok(());
         };
         let size = first_a.nrows();
         for row in 0..out.nrows() {
@@ -341,28 +321,132 @@ impl Backend for Cpu {
                 out[(row, column)] = T::from_f64(entry);
             }
         }
+        Ok(())
     }
 
-    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, mut out: MatMut<'_, T>) {
+    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, mut out: MatMut<'_, T>) -> Result<()> {
         for i in 0..out.nrows() {
             for j in 0..out.ncols() {
                 out[(i, j)] = T::from_f64(spectrum.at(i, j));
             }
         }
+        Ok(())
     }
 
-    fn check_finite<T: Real>(&self, x: MatRef<'_, T>, what: &str) -> Result<()> {
-        for i in 0..x.nrows() {
-            for j in 0..x.ncols() {
-                let value = x[(i, j)].to_f64();
-                if !value.is_finite() {
-                    return Err(Error::NonFinite(format!(
-                        "{what} contains {value} at [{i}, {j}]"
-                    )));
+    fn check_finite<T: Real>(
+        &self,
+        x: &[MatRef<'_, T>],
+        name: &dyn Fn(usize) -> String,
+    ) -> Result<()> {
+        for (index, x) in x.iter().enumerate() {
+            for i in 0..x.nrows() {
+                for j in 0..x.ncols() {
+                    let value = x[(i, j)].to_f64();
+                    if !value.is_finite() {
+                        return Err(non_finite(&name(index), value, i, j));
+                    }
                 }
             }
         }
         Ok(())
+    }
+}
+
+/// The error for a matrix that contains NaN or infinity.
+pub(super) fn non_finite(name: &str, value: f64, i: usize, j: usize) -> Error {
+    Error::NonFinite(format!("{name} contains {value} at [{i}, {j}]"))
+}
+
+fn symmetrize<T: Real>(x: MatMut<'_, T>) {
+    const BLOCK: usize = 64;
+    let size = x.nrows();
+    let mut rest = x;
+    // Peel off one block of columns (lower part) and the matching block of rows (upper part).
+    let mut start = 0;
+    while start < size {
+        let width = BLOCK.min(size - start);
+        let (mut corner, mut upper, lower, below) = rest.split_at_mut(width, width);
+        for i in 0..width {
+            for j in 0..i {
+                corner[(j, i)] = corner[(i, j)];
+            }
+        }
+        let remaining = size - start - width;
+        for block in (0..remaining).step_by(BLOCK) {
+            for i in block..(block + BLOCK).min(remaining) {
+                for j in 0..width {
+                    upper[(j, i)] = lower[(i, j)];
+                }
+            }
+        }
+        rest = below;
+        start += width;
+    }
+}
+
+fn eigh<T: Real>(cpu: &Cpu, x: MatRef<'_, T>, vectors: MatMut<'_, T>) -> Result<Vec<f64>> {
+    let size = x.nrows();
+    let mut values = faer::Mat::<T>::zeros(size, 1);
+    let mut columns = Mat::<T>::zeros(size, size);
+    let flops = 10.0 * (size as f64).powi(3);
+    let mut decompose = |par: Par| {
+        let request = evd::self_adjoint_evd_scratch::<T>(
+            size,
+            evd::ComputeEigenvectors::Yes,
+            par,
+            Default::default(),
+        );
+        let mut memory = faer::dyn_stack::MemBuffer::new(request);
+        evd::self_adjoint_evd(
+            x,
+            values.as_mut().col_mut(0).as_diagonal_mut(),
+            Some(columns.as_mut()),
+            par,
+            faer::dyn_stack::MemStack::new(&mut memory),
+            Default::default(),
+        )
+    };
+    let outcome = if cpu.pieces(flops) > 1 {
+        cpu.within_pool(decompose)
+    } else {
+        decompose(Par::Seq)
+    };
+    outcome.map_err(|_| {
+        Error::Numerical(format!(
+            "the eigendecomposition of a {size} x {size} matrix did not converge"
+        ))
+    })?;
+    cpu.copy(columns.as_ref(), vectors)?;
+    Ok(values
+        .as_ref()
+        .col(0)
+        .iter()
+        .map(|value| value.to_f64())
+        .collect())
+}
+
+/// `out (+)= alpha a b`, cut along the longer side of `out`.
+fn gemm<T: Real>(
+    cpu: &Cpu,
+    out: MatMut<'_, T>,
+    accumulate: Accum,
+    a: MatRef<'_, T>,
+    b: MatRef<'_, T>,
+    alpha: T,
+) {
+    let flops = 2.0 * (out.nrows() * out.ncols()) as f64 * a.ncols() as f64;
+    if out.nrows() >= out.ncols() {
+        let blocks = split_rows(out, cpu.pieces(flops));
+        cpu.run(blocks, |(start, block)| {
+            let rows = a.subrows(start, block.nrows());
+            matmul(block, accumulate, rows, b, alpha, Par::Seq);
+        });
+    } else {
+        let blocks = split_columns(out, cpu.pieces(flops));
+        cpu.run(blocks, |(start, block)| {
+            let columns = b.subcols(start, block.ncols());
+            matmul(block, accumulate, a, columns, alpha, Par::Seq);
+        });
     }
 }
 

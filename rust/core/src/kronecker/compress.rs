@@ -3,8 +3,8 @@
 use faer::{Mat, MatMut};
 
 use super::{KroneckerSum, Pair};
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, on_device};
 use crate::error::{Error, Result};
 use crate::view::{Real, TensorViewMut, with_real};
 
@@ -38,19 +38,19 @@ impl KroneckerSum<'_> {
                 self.check_dtypes(&[(&name, factor.dtype())])?;
             }
         }
-        let cpu = Cpu::current();
-        with_real!(self.dtype, T => {
-            let groups = self.finite_by_group::<T>(&cpu)?;
-            let truncations = groups.iter().map(|group| truncate(&*cpu, &group.terms));
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let groups = self.finite_by_group::<_, T>(backend)?;
+            let truncations = groups.iter().map(|group| truncate(backend, &group.terms));
             let truncations = truncations.collect::<Result<Vec<_>>>()?;
             for (index, (a, g)) in out.iter_mut().enumerate() {
-                let targets = a.matrices::<T>()?.into_iter().zip(g.matrices::<T>()?);
+                let targets_a = backend.matrices_mut::<T>(a)?.into_iter();
+                let targets = targets_a.zip(backend.matrices_mut::<T>(g)?);
                 for ((group, truncation), (a, g)) in groups.iter().zip(&truncations).zip(targets) {
-                    truncation.write(&*cpu, &group.terms, index, a, g);
+                    truncation.write(backend, &group.terms, index, a, g)?;
                 }
             }
             Ok(relative_error(&truncations, out.len()))
-        })
+        }))
     }
 }
 
@@ -67,28 +67,32 @@ fn truncate<B: Backend, T: Real>(backend: &B, pairs: &[Pair<'_, T>]) -> Result<T
     let count = pairs.len();
     // Terms of unit length each side, so that weak terms do not drown in the rounding of strong
     // ones; the lengths go back in at the end.
-    let length = |x| backend.dot(x, x).sqrt();
-    let lengths: Vec<[f64; 2]> = pairs.iter().map(|&(a, g)| [length(a), length(g)]).collect();
+    let length = |x| -> Result<f64> { Ok(backend.dot(x, x)?.sqrt()) };
+    let lengths = pairs.iter().map(|&(a, g)| Ok([length(a)?, length(g)?]));
+    let lengths: Vec<[f64; 2]> = lengths.collect::<Result<_>>()?;
     let unit = |length: f64| if length > 0.0 { length.recip() } else { 0.0 };
-    let gram = |factors: &[faer::MatRef<'_, T>], which: usize| {
-        Mat::<f64>::from_fn(count, count, |k, l| {
-            let scale = unit(lengths[k][which]) * unit(lengths[l][which]);
-            backend.dot(factors[k], factors[l]) * scale
-        })
+    let gram = |factors: &[faer::MatRef<'_, T>], which: usize| -> Result<Mat<f64>> {
+        let mut gram = Mat::zeros(count, count);
+        for k in 0..count {
+            for l in 0..count {
+                let scale = unit(lengths[k][which]) * unit(lengths[l][which]);
+                gram[(k, l)] = backend.dot(factors[k], factors[l])? * scale;
+            }
+        }
+        Ok(gram)
     };
     // Weights of the normalised terms, moved into the side of G.
     let weights: Vec<f64> = lengths.iter().map(|[a, g]| a * g).collect();
     let (factors_a, factors_g): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
-    let gram_a = gram(&factors_a, 0);
-    let gram_g = gram(&factors_g, 1);
+    let gram_a = gram(&factors_a, 0)?;
+    let gram_g = gram(&factors_g, 1)?;
     let gram_g = Mat::from_fn(count, count, |k, l| {
         weights[k] * gram_g[(k, l)] * weights[l]
     });
 
     // With gram_a = U diag(s) U^T, the columns of [vec A] U diag(s)^-1/2 are orthonormal.
     let host = Cpu::current();
-    let mut u = Mat::<f64>::zeros(count, count);
-    let s = host.eigh(gram_a.as_ref(), u.as_mut())?;
+    let (s, u) = super::decompose(&*host, gram_a.as_ref())?;
     let floor = f64::EPSILON * count as f64 * s[count - 1].max(0.0);
     let kept: Vec<usize> = (0..count).filter(|&index| s[index] > floor).collect();
     let root = Mat::from_fn(count, kept.len(), |k, j| {
@@ -96,13 +100,12 @@ fn truncate<B: Backend, T: Real>(backend: &B, pairs: &[Pair<'_, T>]) -> Result<T
     });
     let mut half = Mat::<f64>::zeros(count, kept.len());
     let mut small = Mat::<f64>::zeros(kept.len(), kept.len());
-    host.gemm(half.as_mut(), false, gram_g.as_ref(), root.as_ref(), 1.0);
-    host.gemm(small.as_mut(), false, root.transpose(), half.as_ref(), 1.0);
-    let mut w = Mat::<f64>::zeros(kept.len(), kept.len());
-    let squares = if kept.is_empty() {
-        Vec::new()
+    host.gemm(half.as_mut(), false, gram_g.as_ref(), root.as_ref(), 1.0)?;
+    host.gemm(small.as_mut(), false, root.transpose(), half.as_ref(), 1.0)?;
+    let (squares, w) = if kept.is_empty() {
+        (Vec::new(), small)
     } else {
-        host.eigh(small.as_ref(), w.as_mut())?
+        super::decompose(&*host, small.as_ref())?
     };
 
     let mut truncation = Truncation {
@@ -135,23 +138,23 @@ impl Truncation {
         index: usize,
         mut a: MatMut<'_, T>,
         mut g: MatMut<'_, T>,
-    ) {
-        backend.write_spectrum(&Default::default(), a.as_mut());
-        backend.write_spectrum(&Default::default(), g.as_mut());
+    ) -> Result<()> {
+        backend.write_spectrum(&Default::default(), a.as_mut())?;
+        backend.write_spectrum(&Default::default(), g.as_mut())?;
         let Some(&singular) = self.singular.get(index).filter(|&&singular| singular > 0.0) else {
-            return;
+            return Ok(());
         };
         let (left, right) = (&self.left[index], &self.right[index]);
-        let traces = pairs
-            .iter()
-            .zip(right)
-            .map(|(&(a, _), part)| part * backend.diagonal(a).iter().sum::<f64>());
-        let sign = if traces.sum::<f64>() < 0.0 { -1.0 } else { 1.0 };
-        let share = sign * singular.sqrt();
-        for (k, &(term_a, term_g)) in pairs.iter().enumerate() {
-            backend.add_scaled(right[k] * share, term_a, a.as_mut());
-            backend.add_scaled(left[k] / share, term_g, g.as_mut());
+        let mut trace = 0.0;
+        for (&(a, _), part) in pairs.iter().zip(right) {
+            trace += part * backend.diagonal(a)?.iter().sum::<f64>();
         }
+        let share = singular.sqrt() * if trace < 0.0 { -1.0 } else { 1.0 };
+        for (k, &(term_a, term_g)) in pairs.iter().enumerate() {
+            backend.add_scaled(right[k] * share, term_a, a.as_mut())?;
+            backend.add_scaled(left[k] / share, term_g, g.as_mut())?;
+        }
+        Ok(())
     }
 }
 

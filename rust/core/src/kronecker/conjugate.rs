@@ -1,9 +1,8 @@
 //! Conjugate gradients, for sums that have no closed-form inverse.
 
 use super::inverse::{DiagonalInBasis, Map, check_damping};
-use super::{KroneckerSum, widen};
-use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Spectrum, Storage};
+use super::{KroneckerSum, decompose, widen};
+use crate::backend::{Backend, Spectrum, Storage, on_device};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
 use crate::view::{Real, TensorView, TensorViewMut, with_real};
@@ -54,25 +53,22 @@ impl KroneckerSum<'_> {
         super::check_stack("v", v.shape(), self.outputs, self.inputs)?;
         super::check_like_v(v.shape(), out.shape())?;
         self.check_dtypes(&[("v", v.dtype()), ("out", out.dtype())])?;
-        let cpu = Cpu::current();
-        with_real!(self.dtype, T => {
-            let (v, mut out) = (v.matrices::<T>()?, out.matrices::<T>()?);
-            for &v in &v {
-                cpu.check_finite(v, "v")?;
-            }
+        on_device!(self.place, backend => with_real!(self.dtype, T => {
+            let (v, mut out) = (backend.matrices::<T>(v)?, backend.matrices_mut::<T>(out)?);
+            backend.check_finite(&v, &|_| "v".to_owned())?;
             let mut worst = Convergence::default();
-            for group in self.finite_by_group::<T>(&cpu)? {
-                let solver = Solver::new(&*cpu, &group.terms, damping, cancel)?;
+            for group in self.finite_by_group::<_, T>(backend)? {
+                let solver = Solver::new(backend, &group.terms, damping, cancel)?;
                 for (&v, out) in v.iter().zip(&mut out) {
-                    let right = widen(&*cpu, group.of(v));
+                    let right = widen(backend, group.of(v))?;
                     let (x, convergence) = solver.solve(right, stopping, cancel)?;
-                    cpu.copy(x.view(), group.of_mut(out.as_mut()));
+                    backend.copy(x.view(), group.of_mut(out.as_mut()))?;
                     worst.iterations = worst.iterations.max(convergence.iterations);
                     worst.residual = worst.residual.max(convergence.residual);
                 }
             }
             Ok(worst)
-        })
+        }))
     }
 }
 
@@ -94,10 +90,10 @@ impl<'b, B: Backend> Solver<'b, B> {
         damping: f64,
         cancel: &Cancel,
     ) -> Result<Self> {
-        let terms: Vec<_> = pairs
+        let terms = pairs
             .iter()
-            .map(|&(a, g)| (widen(backend, a), widen(backend, g)))
-            .collect();
+            .map(|&(a, g)| Ok((widen(backend, a)?, widen(backend, g)?)))
+            .collect::<Result<Vec<_>>>()?;
         cancel.check()?;
         let preconditioner = diagonal_of_sum(backend, &terms, damping)?;
         Ok(Self {
@@ -114,7 +110,7 @@ impl<'b, B: Backend> Solver<'b, B> {
             .iter()
             .map(|(a, g)| (a.view(), g.view()))
             .collect();
-        let mut out = self.backend.zeros(v.view().nrows(), v.view().ncols());
+        let mut out = self.backend.zeros(v.view().nrows(), v.view().ncols())?;
         let target = vec![out.view_mut()];
         self.backend
             .kronecker_product(&terms, &[v.view()], target, self.damping, cancel)?;
@@ -129,19 +125,21 @@ impl<'b, B: Backend> Solver<'b, B> {
     ) -> Result<(B::Matrix<f64>, Convergence)> {
         let backend = self.backend;
         let dot = |a: &B::Matrix<f64>, b: &B::Matrix<f64>| backend.dot(a.view(), b.view());
-        let mut x = backend.zeros::<f64>(v.view().nrows(), v.view().ncols());
-        let norm = dot(&v, &v).sqrt();
+        let mut x = backend.zeros::<f64>(v.view().nrows(), v.view().ncols())?;
+        let norm = dot(&v, &v)?.sqrt();
         if norm == 0.0 {
             return Ok((x, Convergence::default()));
         }
         let mut residual = v;
-        let mut direction = self.preconditioner.apply(backend, &residual, Map::Inverse);
-        let mut energy = dot(&residual, &direction);
+        let mut direction = self
+            .preconditioner
+            .apply(backend, &residual, Map::Inverse)?;
+        let mut energy = dot(&residual, &direction)?;
         let mut reached = 1.0;
         for iteration in 1..=stopping.max_iterations {
             cancel.check()?;
             let image = self.multiply(&direction, cancel)?;
-            let curvature = dot(&direction, &image);
+            let curvature = dot(&direction, &image)?;
             if curvature.is_nan() || curvature <= 0.0 {
                 return Err(Error::Numerical(format!(
                     "the damped sum is not positive definite (curvature {curvature:.3e} along a \
@@ -149,9 +147,9 @@ impl<'b, B: Backend> Solver<'b, B> {
                 )));
             }
             let step = energy / curvature;
-            backend.add_scaled(step, direction.view(), x.view_mut());
-            backend.add_scaled(-step, image.view(), residual.view_mut());
-            reached = dot(&residual, &residual).sqrt() / norm;
+            backend.add_scaled(step, direction.view(), x.view_mut())?;
+            backend.add_scaled(-step, image.view(), residual.view_mut())?;
+            reached = dot(&residual, &residual)?.sqrt() / norm;
             if reached <= stopping.tolerance {
                 let convergence = Convergence {
                     iterations: iteration,
@@ -159,9 +157,11 @@ impl<'b, B: Backend> Solver<'b, B> {
                 };
                 return Ok((x, convergence));
             }
-            let mut next = self.preconditioner.apply(backend, &residual, Map::Inverse);
-            let next_energy = dot(&residual, &next);
-            backend.add_scaled(next_energy / energy, direction.view(), next.view_mut());
+            let mut next = self
+                .preconditioner
+                .apply(backend, &residual, Map::Inverse)?;
+            let next_energy = dot(&residual, &next)?;
+            backend.add_scaled(next_energy / energy, direction.view(), next.view_mut())?;
             (direction, energy) = (next, next_energy);
         }
         Err(Error::Numerical(format!(
@@ -206,24 +206,28 @@ fn common_basis<B: Backend>(
     factors: &[&B::Matrix<f64>],
 ) -> Result<CommonBasis<B::Matrix<f64>>> {
     let size = factors[0].view().nrows();
-    let mut sum = backend.zeros::<f64>(size, size);
+    let mut sum = backend.zeros::<f64>(size, size)?;
     for factor in factors {
-        let trace: f64 = backend.diagonal(factor.view()).iter().sum();
+        let trace: f64 = backend.diagonal(factor.view())?.iter().sum();
         if trace > 0.0 {
-            backend.add_scaled(trace.recip(), factor.view(), sum.view_mut());
+            backend.add_scaled(trace.recip(), factor.view(), sum.view_mut())?;
         }
     }
-    let mut basis = backend.zeros::<f64>(size, size);
-    backend.eigh(sum.view(), basis.view_mut())?;
-    let mut image = backend.zeros::<f64>(size, size);
+    let (_, vectors) = decompose(backend, sum.view())?;
+    let mut image = backend.zeros::<f64>(size, size)?;
+    let mut congruent = backend.zeros::<f64>(size, size)?;
+    let basis = vectors.view();
     let diagonals = factors.iter().map(|factor| {
-        backend.gemm(image.view_mut(), false, factor.view(), basis.view(), 1.0);
-        let column = |j| backend.dot(image.view().subcols(j, 1), basis.view().subcols(j, 1));
-        (0..size).map(column).collect()
+        backend.gemm(image.view_mut(), false, factor.view(), basis, 1.0)?;
+        backend.gemm(
+            congruent.view_mut(),
+            false,
+            basis.transpose(),
+            image.view(),
+            1.0,
+        )?;
+        backend.diagonal(congruent.view())
     });
-    let diagonals = diagonals.collect();
-    Ok(CommonBasis {
-        vectors: basis,
-        diagonals,
-    })
+    let diagonals = diagonals.collect::<Result<_>>()?;
+    Ok(CommonBasis { vectors, diagonals })
 }

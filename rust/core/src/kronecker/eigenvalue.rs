@@ -40,8 +40,8 @@ pub(super) fn top<B: Backend, T: Real>(
             Ok(products.fold(f64::NEG_INFINITY, f64::max))
         }
         [first, ..] if size(first) <= SMALL => {
-            let mut whole = backend.zeros::<T>(size(first), size(first));
-            backend.dense_kronecker(terms, whole.view_mut());
+            let mut whole = backend.zeros::<T>(size(first), size(first))?;
+            backend.dense_kronecker(terms, whole.view_mut())?;
             extremes(backend, whole.view(), cancel).map(|[_, largest]| largest)
         }
         _ => {
@@ -60,14 +60,13 @@ fn extremes<B: Backend, T: Real>(
     if x.nrows() >= LARGE {
         let largest = top_of_factor(backend, x, cancel)?.value;
         // The smallest one is the distance of `largest - x` from the largest one.
-        let minus = backend.upload(constant(-1.0).as_ref());
+        let minus = backend.upload(constant(-1.0).as_ref())?;
         let terms = [(x, minus.view())];
-        let start = noise(backend, 1, x.nrows());
+        let start = noise(backend, 1, x.nrows())?;
         let range = lanczos(backend, &terms, largest, start, cancel)?.value;
         return Ok([largest - range, largest]);
     }
-    let mut vectors = backend.zeros::<T>(x.nrows(), x.nrows());
-    let values = backend.eigh(x, vectors.view_mut())?;
+    let (values, _) = super::decompose(backend, x)?;
     Ok([values[0], values[x.nrows() - 1]])
 }
 
@@ -77,8 +76,8 @@ fn top_of_factor<B: Backend, T: Real>(
     x: MatRef<'_, T>,
     cancel: &Cancel,
 ) -> Result<Sweep<B::Matrix<T>>> {
-    let one = backend.upload(constant(1.0).as_ref());
-    let start = noise(backend, 1, x.nrows());
+    let one = backend.upload(constant(1.0).as_ref())?;
+    let start = noise(backend, 1, x.nrows())?;
     lanczos(backend, &[(x, one.view())], 0.0, start, cancel)
 }
 
@@ -90,22 +89,22 @@ fn separable_start<B: Backend, T: Real>(
     cancel: &Cancel,
 ) -> Result<B::Matrix<T>> {
     let mut largest = f64::NEG_INFINITY;
-    let mut start = backend.zeros::<T>(0, 0);
+    let mut start = backend.zeros::<T>(0, 0)?;
     for &(a, g) in terms {
         let of_a = top_of_factor(backend, a, cancel)?;
         let of_g = top_of_factor(backend, g, cancel)?;
         let value = of_a.value * of_g.value;
         if value > largest {
             largest = value;
-            start = backend.zeros(g.nrows(), a.nrows());
+            start = backend.zeros(g.nrows(), a.nrows())?;
             let column = of_g.vector.view().transpose();
-            backend.gemm(start.view_mut(), false, column, of_a.vector.view(), 1.0);
+            backend.gemm(start.view_mut(), false, column, of_a.vector.view(), 1.0)?;
         }
     }
     let (rows, columns) = (start.view().nrows(), start.view().ncols());
-    let mut noise = noise::<B, T>(backend, rows, columns);
-    normalize(backend, &mut noise);
-    backend.add_scaled(NOISE, noise.view(), start.view_mut());
+    let mut noise = noise::<B, T>(backend, rows, columns)?;
+    normalize(backend, &mut noise)?;
+    backend.add_scaled(NOISE, noise.view(), start.view_mut())?;
     Ok(start)
 }
 
@@ -150,12 +149,12 @@ fn sweep<B: Backend, T: Real>(
     let mut basis: Vec<B::Matrix<T>> = Vec::with_capacity(limit);
     let (mut diagonal, mut offdiagonal) = (Vec::new(), Vec::new());
     let mut next = start;
-    normalize(backend, &mut next);
+    normalize(backend, &mut next)?;
     loop {
         cancel.check()?;
         basis.push(next);
         let current = &basis[basis.len() - 1];
-        let mut image = backend.zeros::<T>(rows, columns);
+        let mut image = backend.zeros::<T>(rows, columns)?;
         backend.kronecker_product(
             terms,
             &[current.view()],
@@ -163,24 +162,24 @@ fn sweep<B: Backend, T: Real>(
             damping,
             cancel,
         )?;
-        diagonal.push(backend.dot(current.view(), image.view()));
+        diagonal.push(backend.dot(current.view(), image.view())?);
         // Orthogonalising against the whole basis, twice, keeps rounding from bringing the same
         // eigenvalue up again and again.
         for _ in 0..2 {
             for vector in &basis {
-                let overlap = backend.dot(vector.view(), image.view());
-                backend.add_scaled(-overlap, vector.view(), image.view_mut());
+                let overlap = backend.dot(vector.view(), image.view())?;
+                backend.add_scaled(-overlap, vector.view(), image.view_mut())?;
             }
         }
-        let norm = normalize(backend, &mut image);
+        let norm = normalize(backend, &mut image)?;
         let ritz = top_ritz(&diagonal, &offdiagonal)?;
         let residual = norm * ritz.vector[basis.len() - 1].abs();
         let scale = diagonal.iter().fold(0.0f64, |scale, x| scale.max(x.abs()));
         let exhausted = norm <= T::EPSILON * scale || basis.len() == limit;
         if exhausted || residual <= TOLERANCE * ritz.value.abs() {
-            let mut vector = backend.zeros::<T>(rows, columns);
+            let mut vector = backend.zeros::<T>(rows, columns)?;
             for (weight, member) in ritz.vector.iter().zip(&basis) {
-                backend.add_scaled(*weight, member.view(), vector.view_mut());
+                backend.add_scaled(*weight, member.view(), vector.view_mut())?;
             }
             return Ok(Sweep {
                 value: ritz.value,
@@ -206,8 +205,7 @@ fn top_ritz(diagonal: &[f64], offdiagonal: &[f64]) -> Result<Ritz> {
         1 => offdiagonal[i.min(j)],
         _ => 0.0,
     });
-    let mut vectors = Mat::<f64>::zeros(size, size);
-    let values = Cpu::current().eigh(tridiagonal.as_ref(), vectors.as_mut())?;
+    let (values, vectors) = super::decompose(&*Cpu::current(), tridiagonal.as_ref())?;
     Ok(Ritz {
         value: values[size - 1],
         vector: (0..size).map(|i| vectors[(i, size - 1)]).collect(),
@@ -215,22 +213,22 @@ fn top_ritz(diagonal: &[f64], offdiagonal: &[f64]) -> Result<Ritz> {
 }
 
 /// Scales to unit length and returns the length before; zero stays zero.
-fn normalize<B: Backend, T: Real>(backend: &B, x: &mut B::Matrix<T>) -> f64 {
-    let norm = backend.dot(x.view(), x.view()).sqrt();
+fn normalize<B: Backend, T: Real>(backend: &B, x: &mut B::Matrix<T>) -> Result<f64> {
+    let norm = backend.dot(x.view(), x.view())?.sqrt();
     if norm > 0.0 {
         let (rows, columns) = (x.view().nrows(), x.view().ncols());
-        let mut scaled = backend.zeros::<T>(rows, columns);
-        backend.add_scaled(norm.recip(), x.view(), scaled.view_mut());
+        let mut scaled = backend.zeros::<T>(rows, columns)?;
+        backend.add_scaled(norm.recip(), x.view(), scaled.view_mut())?;
         *x = scaled;
     }
-    norm
+    Ok(norm)
 }
 
 fn constant<T: Real>(value: f64) -> Mat<T> {
     Mat::from_fn(1, 1, |_, _| T::from_f64(value))
 }
 
-fn noise<B: Backend, T: Real>(backend: &B, rows: usize, columns: usize) -> B::Matrix<T> {
+fn noise<B: Backend, T: Real>(backend: &B, rows: usize, columns: usize) -> Result<B::Matrix<T>> {
     backend.upload(pseudo_random::<T>(rows, columns).as_ref())
 }
 

@@ -1,11 +1,10 @@
 //! Exact inverses: of one damped term, and of a sum of two terms.
 
-use super::{Group, KroneckerSum, Pair};
-use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Spectrum, Storage, Triangle};
+use super::{Group, KroneckerSum, decompose, decompose_all, widen};
+use crate::backend::{Backend, Spectrum, Storage, Triangle, on_device};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::view::{Real, TensorView, TensorViewMut, with_real};
+use crate::view::{Place, Real, TensorView, TensorViewMut, with_real};
 
 /// The inverse of `G (x) A + damping * I`, or of `G_1 (x) A_1 + G_2 (x) A_2`, ready to be applied.
 ///
@@ -13,7 +12,11 @@ use crate::view::{Real, TensorView, TensorViewMut, with_real};
 /// the vectors that diagonalise `A_1` and `A_2` (and `G_1` and `G_2`) at once. Everything is kept
 /// and applied in double precision, whatever the dtype of the terms. Groups are inverted one by one.
 pub struct KroneckerInverse {
-    groups: Vec<DiagonalInBasis<Cpu>>,
+    /// (D, K).
+    size: (usize, usize),
+    flops: f64,
+    logdet: f64,
+    inverse: Box<dyn Apply>,
 }
 
 impl KroneckerInverse {
@@ -38,20 +41,39 @@ impl KroneckerInverse {
                  conjugate gradients, or damp the factors themselves"
             )));
         }
-        let cpu = Cpu::current();
-        let groups = with_real!(sum.dtype, T => {
+        on_device!(sum.place, backend => with_real!(sum.dtype, T => {
+            let groups = sum.finite_by_group::<_, T>(backend)?;
+            Self::diagonalise(backend, &groups, damping, sum.place, cancel)
+        }))
+    }
+
+    fn diagonalise<B: Backend + 'static, T: Real>(
+        backend: &B,
+        groups: &[Group<'_, T>],
+        damping: f64,
+        home: Place,
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let groups = if groups[0].terms.len() == 1 {
+            one_term(backend, groups, damping)?
+        } else {
             let invert = |group: &Group<'_, T>| {
                 cancel.check()?;
-                let inverse = match group.terms[..] {
-                    [pair] => one_term(&*cpu, pair, damping),
-                    _ => two_terms(&*cpu, group.terms[0], group.terms[1], cancel),
-                }?;
-                inverse.expect_positive()?;
-                Ok(inverse)
+                two_terms(backend, group, cancel)
             };
-            sum.finite_by_group::<T>(&cpu)?.iter().map(invert).collect::<Result<_>>()
-        })?;
-        Ok(Self { groups })
+            groups.iter().map(invert).collect::<Result<Vec<_>>>()?
+        };
+        groups
+            .iter()
+            .try_for_each(DiagonalInBasis::expect_positive)?;
+        let (outputs, inputs) = groups[0].size();
+        let flops = 4 * groups.len() * outputs * inputs * (outputs + inputs);
+        Ok(Self {
+            size: (groups.len() * outputs, inputs),
+            flops: flops as f64,
+            logdet: groups.iter().map(DiagonalInBasis::logdet).sum(),
+            inverse: Box::new(Inverse { groups, home }),
+        })
     }
 
     /// Writes `H^-1 V` for V of shape `[D, K]` or `[S, D, K]`.
@@ -76,22 +98,12 @@ impl KroneckerInverse {
 
     /// The natural logarithm of the determinant of H.
     pub fn logdet(&self) -> f64 {
-        self.groups.iter().map(DiagonalInBasis::logdet).sum()
+        self.logdet
     }
 
     /// Floating-point operations of one solve with a single V.
     pub fn flops(&self) -> f64 {
-        let flops = self.groups.iter().map(|group| {
-            let (outputs, inputs) = group.size();
-            4.0 * (outputs * inputs * (outputs + inputs)) as f64
-        });
-        flops.sum()
-    }
-
-    /// (D, K).
-    fn size(&self) -> (usize, usize) {
-        let (outputs, inputs) = self.groups[0].size();
-        (self.groups.len() * outputs, inputs)
+        self.flops
     }
 
     fn map(
@@ -101,7 +113,7 @@ impl KroneckerInverse {
         map: Map,
         cancel: &Cancel,
     ) -> Result<()> {
-        let (outputs, inputs) = self.size();
+        let (outputs, inputs) = self.size;
         super::check_stack("v", v.shape(), outputs, inputs)?;
         super::check_like_v(v.shape(), out.shape())?;
         if out.dtype() != v.dtype() {
@@ -111,19 +123,51 @@ impl KroneckerInverse {
                 out.dtype()
             )));
         }
-        let cpu = Cpu::current();
+        self.inverse.apply(v, out, map, cancel)
+    }
+}
+
+/// An inverse of any backend.
+trait Apply: Send + Sync {
+    fn apply(
+        &self,
+        v: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        map: Map,
+        cancel: &Cancel,
+    ) -> Result<()>;
+}
+
+struct Inverse<B: Backend> {
+    groups: Vec<DiagonalInBasis<B>>,
+    home: Place,
+}
+
+impl<B: Backend> Apply for Inverse<B> {
+    fn apply(
+        &self,
+        v: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        map: Map,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        v.layout().expect_device(self.home.device)?;
+        let handle = B::at(v.place())?;
+        let backend = &*handle;
         with_real!(v.dtype(), T => {
-            let height = outputs / self.groups.len();
-            for (v, mut out) in v.matrices::<T>()?.into_iter().zip(out.matrices::<T>()?) {
-                cpu.check_finite(v, "v")?;
+            let (v, out) = (backend.matrices::<T>(v)?, backend.matrices_mut::<T>(out)?);
+            backend.check_finite(&v, &|_| "v".to_owned())?;
+            for (v, mut out) in v.into_iter().zip(out) {
+                let height = v.nrows() / self.groups.len();
                 for (index, group) in self.groups.iter().enumerate() {
                     cancel.check()?;
-                    let wide = super::widen(&*cpu, v.subrows(index * height, height));
-                    let result = group.apply(&*cpu, &wide, map);
-                    cpu.copy(result.view(), out.as_mut().subrows_mut(index * height, height));
+                    let start = index * height;
+                    let wide = widen(backend, v.subrows(start, height))?;
+                    let result = group.apply(backend, &wide, map)?;
+                    backend.copy(result.view(), out.as_mut().subrows_mut(start, height))?;
                 }
             }
-            Ok(())
+            backend.hold_for(self.home)
         })
     }
 }
@@ -190,22 +234,27 @@ impl<B: Backend> DiagonalInBasis<B> {
     }
 
     /// A new matrix, the function of the operator applied to V.
-    pub(super) fn apply(&self, backend: &B, v: &B::Matrix<f64>, map: Map) -> B::Matrix<f64> {
+    pub(super) fn apply(
+        &self,
+        backend: &B,
+        v: &B::Matrix<f64>,
+        map: Map,
+    ) -> Result<B::Matrix<f64>> {
         let (outputs, inputs) = self.size();
-        let mut half = backend.zeros::<f64>(outputs, inputs);
-        let mut full = backend.zeros::<f64>(outputs, inputs);
+        let mut half = backend.zeros::<f64>(outputs, inputs)?;
+        let mut full = backend.zeros::<f64>(outputs, inputs)?;
         let (a, g) = (self.basis_a.view(), self.basis_g.view());
         if map == Map::Inverse {
-            backend.gemm(half.view_mut(), false, g.transpose(), v.view(), 1.0);
-            backend.gemm(full.view_mut(), false, half.view(), a, 1.0);
-            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -1.0);
+            backend.gemm(half.view_mut(), false, g.transpose(), v.view(), 1.0)?;
+            backend.gemm(full.view_mut(), false, half.view(), a, 1.0)?;
+            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -1.0)?;
         } else {
-            backend.copy(v.view(), full.view_mut());
-            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -0.5);
+            backend.copy(v.view(), full.view_mut())?;
+            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -0.5)?;
         }
-        backend.gemm(half.view_mut(), false, g, full.view(), 1.0);
-        backend.gemm(full.view_mut(), false, half.view(), a.transpose(), 1.0);
-        full
+        backend.gemm(half.view_mut(), false, g, full.view(), 1.0)?;
+        backend.gemm(full.view_mut(), false, half.view(), a.transpose(), 1.0)?;
+        Ok(full)
     }
 
     fn logdet(&self) -> f64 {
@@ -218,26 +267,29 @@ impl<B: Backend> DiagonalInBasis<B> {
 
 fn one_term<B: Backend, T: Real>(
     backend: &B,
-    (a, g): Pair<'_, T>,
+    groups: &[Group<'_, T>],
     damping: f64,
-) -> Result<DiagonalInBasis<B>> {
-    let decompose = |x: faer::MatRef<'_, T>| -> Result<(Vec<f64>, B::Matrix<f64>)> {
-        let wide = super::widen(backend, x);
-        let mut vectors = backend.zeros::<f64>(x.nrows(), x.nrows());
-        let values = backend.eigh(wide.view(), vectors.view_mut())?;
-        Ok((values, vectors))
-    };
-    let ((values_a, basis_a), (values_g, basis_g)) = (decompose(a)?, decompose(g)?);
-    if damping == 0.0 {
-        for (name, values) in [("A", &values_a), ("G", &values_g)] {
-            expect_regular(name, values)?;
-        }
+) -> Result<Vec<DiagonalInBasis<B>>> {
+    let (mut a, mut g) = (Vec::new(), Vec::new());
+    for group in groups {
+        let (term_a, term_g) = group.terms[0];
+        a.push(widen(backend, term_a)?);
+        g.push(widen(backend, term_g)?);
     }
-    let spectrum = Spectrum {
-        constant: damping,
-        pairs: vec![(values_g, values_a)],
-    };
-    Ok(DiagonalInBasis::orthonormal(basis_a, basis_g, spectrum))
+    let (a, g) = (decompose_all(backend, &a)?, decompose_all(backend, &g)?);
+    let diagonals = a.into_iter().zip(g);
+    let diagonals = diagonals.map(|((values_a, basis_a), (values_g, basis_g))| {
+        if damping == 0.0 {
+            expect_regular("A", &values_a)?;
+            expect_regular("G", &values_g)?;
+        }
+        let spectrum = Spectrum {
+            constant: damping,
+            pairs: vec![(values_g, values_a)],
+        };
+        Ok(DiagonalInBasis::orthonormal(basis_a, basis_g, spectrum))
+    });
+    diagonals.collect()
 }
 
 fn expect_regular(name: &str, values: &[f64]) -> Result<()> {
@@ -257,10 +309,10 @@ fn singular(name: &str, smallest: f64, largest: f64) -> Error {
 
 fn two_terms<B: Backend, T: Real>(
     backend: &B,
-    (a1, g1): Pair<'_, T>,
-    (a2, g2): Pair<'_, T>,
+    group: &Group<'_, T>,
     cancel: &Cancel,
 ) -> Result<DiagonalInBasis<B>> {
+    let ((a1, g1), (a2, g2)) = (group.terms[0], group.terms[1]);
     let a = diagonalise_together(backend, "A", a1, a2)?;
     cancel.check()?;
     let g = diagonalise_together(backend, "G", g1, g2)?;
@@ -295,21 +347,21 @@ fn diagonalise_together<B: Backend, T: Real>(
     x2: faer::MatRef<'_, T>,
 ) -> Result<Together<B::Matrix<f64>>> {
     let size = x1.nrows();
-    let (x1, x2) = (super::widen(backend, x1), super::widen(backend, x2));
-    let mean = |x: &B::Matrix<f64>| {
-        let mean = backend.diagonal(x.view()).iter().sum::<f64>() / size as f64;
-        if mean > 0.0 { mean } else { 1.0 }
+    let (x1, x2) = (widen(backend, x1)?, widen(backend, x2)?);
+    let mean = |x: &B::Matrix<f64>| -> Result<f64> {
+        let mean = backend.diagonal(x.view())?.iter().sum::<f64>() / size as f64;
+        Ok(if mean > 0.0 { mean } else { 1.0 })
     };
-    let (t1, t2) = (mean(&x1), mean(&x2));
-    let mut l = backend.zeros::<f64>(size, size);
-    backend.add_scaled(t1.recip(), x1.view(), l.view_mut());
-    backend.add_scaled(t2.recip(), x2.view(), l.view_mut());
-    let largest = backend.diagonal(l.view()).into_iter().fold(0.0, f64::max);
+    let (t1, t2) = (mean(&x1)?, mean(&x2)?);
+    let mut l = backend.zeros::<f64>(size, size)?;
+    backend.add_scaled(t1.recip(), x1.view(), l.view_mut())?;
+    backend.add_scaled(t2.recip(), x2.view(), l.view_mut())?;
+    let largest = backend.diagonal(l.view())?.into_iter().fold(0.0, f64::max);
     let sum = format!("the sum of the two {name}");
-    backend
-        .cholesky(l.view_mut())
-        .map_err(|_| singular(&sum, 0.0, largest))?;
-    let pivots = backend.diagonal(l.view());
+    if backend.cholesky(l.view_mut())?.is_some() {
+        return Err(singular(&sum, 0.0, largest));
+    }
+    let pivots = backend.diagonal(l.view())?;
     let smallest = pivots
         .iter()
         .fold(f64::INFINITY, |m, pivot| m.min(pivot * pivot));
@@ -317,10 +369,9 @@ fn diagonalise_together<B: Backend, T: Real>(
         return Err(singular(&sum, smallest, largest));
     }
     let mut congruent = x1;
-    congruence(backend, &l, &mut congruent);
-    let mut basis = backend.zeros::<f64>(size, size);
-    let first = backend.eigh(congruent.view(), basis.view_mut())?;
-    backend.solve_triangular(l.view(), Triangle::LowerTransposed, basis.view_mut());
+    congruence(backend, &l, &mut congruent)?;
+    let (first, mut basis) = decompose(backend, congruent.view())?;
+    backend.solve_triangular(l.view(), Triangle::LowerTransposed, basis.view_mut())?;
     // In this basis S is the identity, so the second diagonal follows from the first.
     let second = first.iter().map(|value| (t2 * (1.0 - value / t1)).max(0.0));
     Ok(Together {
@@ -332,9 +383,9 @@ fn diagonalise_together<B: Backend, T: Real>(
 }
 
 /// Replaces symmetric X by `L^-1 X L^-T`.
-fn congruence<B: Backend>(backend: &B, l: &B::Matrix<f64>, x: &mut B::Matrix<f64>) {
-    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut());
-    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut().transpose_mut());
+fn congruence<B: Backend>(backend: &B, l: &B::Matrix<f64>, x: &mut B::Matrix<f64>) -> Result<()> {
+    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut())?;
+    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut().transpose_mut())
 }
 
 pub(super) fn check_damping(damping: f64) -> Result<()> {

@@ -1,11 +1,10 @@
 //! A square root of a sum of Kronecker products, to draw samples with it as covariance.
 
-use super::{Group, KroneckerSum};
-use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, Storage};
+use super::KroneckerSum;
+use crate::backend::{Backend, Spectrum, Storage, on_device};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
-use crate::view::{Dtype, Real, TensorView, TensorViewMut};
+use crate::view::{Place, Real, TensorView, TensorViewMut, with_real};
 
 /// Symmetric roots of all factors: one independent draw of noise per term goes through them, and
 /// the sum over terms has covariance `sum_k G_k (x) A_k`.
@@ -13,30 +12,19 @@ pub struct KroneckerRoot {
     terms: usize,
     inputs: usize,
     outputs: usize,
-    roots: Roots,
+    roots: Box<dyn Apply>,
 }
-
-/// The roots of the terms of each group.
-enum Roots {
-    Single(Vec<Vec<Root<f32>>>),
-    Double(Vec<Vec<Root<f64>>>),
-}
-
-/// Roots of (A, G).
-type Root<T> = (<Cpu as Backend>::Matrix<T>, <Cpu as Backend>::Matrix<T>);
 
 impl KroneckerRoot {
-    /// Takes the roots of all factors, in double precision.
+    /// Takes the roots.
     ///
     /// # Errors
     ///
-    /// [`Error::Numerical`] if a factor has an eigenvalue that is negative beyond rounding.
+    /// [`Error::Numerical`] if a factor has an eigenvalue negative beyond rounding.
     pub fn new(sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Self> {
-        let cpu = Cpu::current();
-        let roots = match sum.dtype {
-            Dtype::Float32 => Roots::Single(roots(&cpu, sum, cancel)?),
-            _ => Roots::Double(roots(&cpu, sum, cancel)?),
-        };
+        let roots = on_device!(sum.place, backend => with_real!(sum.dtype, T => {
+            Roots::<_, T>::take(backend, sum, cancel)
+        }))?;
         Ok(Self {
             terms: sum.len(),
             inputs: sum.inputs,
@@ -76,25 +64,77 @@ impl KroneckerRoot {
                 out.shape()
             )));
         }
-        match &self.roots {
-            Roots::Single(roots) => apply(&Cpu::current(), roots, noise, out, cancel),
-            Roots::Double(roots) => apply(&Cpu::current(), roots, noise, out, cancel),
-        }
+        self.roots.apply(noise, out, cancel)
     }
 }
 
-fn roots<T: Real>(cpu: &Cpu, sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Vec<Vec<Root<T>>>> {
-    let of_group = |(index, group): (usize, &Group<'_, T>)| {
-        let place = sum.name_of_group(index);
-        let of_term = |(term, &(a, g))| {
-            cancel.check()?;
-            let root_a = root(cpu, a, &format!("A of term {term}{place}"))?;
-            Ok((root_a, root(cpu, g, &format!("G of term {term}{place}"))?))
-        };
-        group.terms.iter().enumerate().map(of_term).collect()
-    };
-    let groups = sum.finite_by_group::<T>(cpu)?;
-    groups.iter().enumerate().map(of_group).collect()
+/// Roots of any backend and type.
+trait Apply: Send + Sync {
+    fn apply(
+        &self,
+        noise: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        cancel: &Cancel,
+    ) -> Result<()>;
+}
+
+/// Roots of a term (A, G).
+type Root<B, T> = (<B as Backend>::Matrix<T>, <B as Backend>::Matrix<T>);
+
+/// Roots of the terms of each group.
+struct Roots<B: Backend, T: Real> {
+    groups: Vec<Vec<Root<B, T>>>,
+    home: Place,
+}
+
+impl<B: Backend + 'static, T: Real> Roots<B, T> {
+    fn take(backend: &B, sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Box<dyn Apply>> {
+        let mut groups = Vec::with_capacity(sum.groups);
+        for (index, group) in sum.finite_by_group::<B, T>(backend)?.iter().enumerate() {
+            let place = sum.name_of_group(index);
+            let of_term = |(term, &(a, g))| {
+                cancel.check()?;
+                let root_a = root(backend, a, &format!("A of term {term}{place}"))?;
+                Ok((
+                    root_a,
+                    root(backend, g, &format!("G of term {term}{place}"))?,
+                ))
+            };
+            let roots = group.terms.iter().enumerate().map(of_term);
+            groups.push(roots.collect::<Result<_>>()?);
+        }
+        let home = sum.place;
+        Ok(Box::new(Self { groups, home }))
+    }
+}
+
+impl<B: Backend, T: Real> Apply for Roots<B, T> {
+    fn apply(
+        &self,
+        noise: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        noise.layout().expect_device(self.home.device)?;
+        let backend = B::at(noise.place())?;
+        let noise = backend.matrices::<T>(noise)?;
+        let out = backend.matrices_mut::<T>(out)?;
+        for (noise, mut out) in noise.chunks(self.groups[0].len()).zip(out) {
+            let height = out.nrows() / self.groups.len();
+            let mut half = backend.zeros::<T>(height, out.ncols())?;
+            for (group, roots) in self.groups.iter().enumerate() {
+                cancel.check()?;
+                let start = group * height;
+                let mut out = out.as_mut().subrows_mut(start, height);
+                for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
+                    let noise = noise.subrows(start, height);
+                    backend.gemm(half.view_mut(), false, g.view(), noise, 1.0)?;
+                    backend.gemm(out.as_mut(), index > 0, half.view(), a.view(), 1.0)?;
+                }
+            }
+        }
+        backend.hold_for(self.home)
+    }
 }
 
 /// The symmetric root: unlike eigenvectors it does not depend on signs or on the order within
@@ -105,9 +145,8 @@ fn root<B: Backend, T: Real>(
     name: &str,
 ) -> Result<B::Matrix<T>> {
     let size = x.nrows();
-    let wide = super::widen(backend, x);
-    let mut vectors = backend.zeros::<f64>(size, size);
-    let values = backend.eigh(wide.view(), vectors.view_mut())?;
+    let wide = super::widen(backend, x)?;
+    let (values, mut vectors) = super::decompose(backend, wide.view())?;
     let (smallest, largest) = (values[0], values[size - 1].abs());
     if smallest < -T::EPSILON * size.max(100) as f64 * largest {
         return Err(Error::Numerical(format!(
@@ -119,41 +158,15 @@ fn root<B: Backend, T: Real>(
         .iter()
         .map(|value| value.max(0.0).powf(0.25))
         .collect();
-    let scale = crate::backend::Spectrum {
+    let scale = Spectrum {
         constant: 0.0,
         pairs: vec![(vec![1.0; size], fourth_roots)],
     };
-    backend.scale_by_spectrum(vectors.view_mut(), &scale, 1.0);
-    let mut root = backend.zeros::<f64>(size, size);
+    backend.scale_by_spectrum(vectors.view_mut(), &scale, 1.0)?;
+    let mut root = backend.zeros::<f64>(size, size)?;
     let scaled = vectors.view();
-    backend.gemm(root.view_mut(), false, scaled, scaled.transpose(), 1.0);
-    let mut narrow = backend.zeros::<T>(size, size);
-    backend.copy(root.view(), narrow.view_mut());
+    backend.gemm(root.view_mut(), false, scaled, scaled.transpose(), 1.0)?;
+    let mut narrow = backend.zeros::<T>(size, size)?;
+    backend.copy(root.view(), narrow.view_mut())?;
     Ok(narrow)
-}
-
-fn apply<T: Real>(
-    cpu: &Cpu,
-    groups: &[Vec<Root<T>>],
-    noise: &TensorView<'_>,
-    out: &mut TensorViewMut<'_>,
-    cancel: &Cancel,
-) -> Result<()> {
-    let noise = noise.matrices::<T>()?;
-    let out = out.matrices::<T>()?;
-    for (noise, mut out) in noise.chunks(groups[0].len()).zip(out) {
-        let height = out.nrows() / groups.len();
-        let mut half = cpu.zeros::<T>(height, out.ncols());
-        for (group, roots) in groups.iter().enumerate() {
-            cancel.check()?;
-            let start = group * height;
-            let mut out = out.as_mut().subrows_mut(start, height);
-            for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
-                let noise = noise.subrows(start, height);
-                cpu.gemm(half.view_mut(), false, g.view(), noise, 1.0);
-                cpu.gemm(out.as_mut(), index > 0, half.view(), a.view(), 1.0);
-            }
-        }
-    }
-    Ok(())
 }

@@ -1,6 +1,6 @@
 //! The strata by their definition.
 
-use ekfac_core::gram::GramOptions;
+use ekfac_core::gram::{GramOptions, Precision};
 use ekfac_core::strata::{Approximation, Role};
 use ndarray::{Array1, Array2, Array3, ArrayView3, Axis};
 use proptest::prelude::Strategy;
@@ -16,6 +16,7 @@ pub fn options(
         role,
         append_one,
         scale,
+        precision: Precision::Ieee,
     }
 }
 

@@ -27,7 +27,9 @@ use crate::kronecker::Group;
 use crate::view::Real;
 
 /// A packed sum, with everything that is written during a product.
-pub(crate) enum Packed<T> {
+pub struct Packed<T>(Form<T>);
+
+enum Form<T> {
     /// Each group by itself.
     Groups(Vec<PackedGroup<T>>, Mutex<Vec<Workspace<T>>>),
     /// Groups of a single row.
@@ -38,41 +40,30 @@ impl<T: Real> Packed<T> {
     /// Packs the terms of all groups.
     pub(crate) fn new(cpu: &Cpu, groups: &[Group<'_, T>]) -> Self {
         if groups.len() > 1 && groups.iter().all(|group| group.rows.len() == 1) {
-            return Self::Rows(PackedRows::new(groups));
+            return Self(Form::Rows(PackedRows::new(groups)));
         }
         let groups = groups
             .iter()
             .map(|group| PackedGroup::new(cpu, &group.terms));
         let (groups, workspaces) = groups.unzip();
-        Self::Groups(groups, Mutex::new(workspaces))
-    }
-
-    /// (D, K).
-    pub(crate) fn size(&self) -> (usize, usize) {
-        match self {
-            Self::Groups(groups, _) => {
-                let (outputs, inputs) = groups[0].frame.size;
-                (groups.len() * outputs, inputs)
-            }
-            Self::Rows(rows) => (rows.groups, rows.size),
-        }
+        Self(Form::Groups(groups, Mutex::new(workspaces)))
     }
 
     /// Floating-point operations of one product.
     pub(crate) fn flops(&self) -> usize {
-        match self {
-            Self::Groups(groups, _) => groups.iter().map(|group| group.flops).sum(),
-            Self::Rows(rows) => rows.flops(),
+        match &self.0 {
+            Form::Groups(groups, _) => groups.iter().map(|group| group.flops).sum(),
+            Form::Rows(rows) => rows.flops(),
         }
     }
 
     /// Writes the product with V and returns its inner product with V.
     pub(crate) fn apply(&self, cpu: &Cpu, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
-        match self {
-            Self::Groups(groups, workspaces) => {
+        match &self.0 {
+            Form::Groups(groups, workspaces) => {
                 apply_groups(cpu, groups, &mut lock(workspaces), v, out)
             }
-            Self::Rows(rows) => rows.apply(cpu, v, out),
+            Form::Rows(rows) => rows.apply(cpu, v, out),
         }
     }
 }
@@ -528,7 +519,7 @@ impl<T: Real> PackedGroup<T> {
 
 /// `out = a b` on as many threads as the size deserves.
 fn multiply_shared<T: Real>(cpu: &Cpu, out: MatMut<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>) {
-    super::Backend::gemm(cpu, out, false, a, b, 1.0);
+    super::gemm(cpu, out, Accum::Replace, a, b, T::from_f64(1.0));
 }
 
 fn assemble<T: Real>(

@@ -14,6 +14,7 @@ use super::units::{
 };
 use crate::error::Result;
 use crate::geometry::{Geometry, Slide};
+use crate::gram::place_in_image;
 use crate::view::{Element, Real, TensorView};
 
 /// The patches of every channel at every output location; the features of a channel are
@@ -21,6 +22,8 @@ use crate::view::{Element, Real, TensorView};
 pub(super) struct Patches<'a, S> {
     /// `[examples, channels, depth, height, width]`.
     x: ArrayView5<'a, S>,
+    /// How many spatial dimensions there are, of these three.
+    dimensions: usize,
     slides: [Slide; 3],
 }
 
@@ -33,7 +36,12 @@ impl<'a, S: Element> Patches<'a, S> {
             array = array.insert_axis(Axis(2));
         }
         let x = dimensions::<S, Ix5>(array)?;
-        Ok(Self { x, slides })
+        let dimensions = geometry.kernel.len();
+        Ok(Self {
+            x,
+            dimensions,
+            slides,
+        })
     }
 
     fn locations(&self) -> usize {
@@ -223,8 +231,9 @@ impl<S: Element> Source for Patches<'_, S> {
 
     fn non_finite(&self) -> Option<(f64, String)> {
         first_non_finite(&self.x).map(|((example, channel, z, y, x), value)| {
-            let place = format!("example {example}, channel {channel}, location [{z}, {y}, {x}]");
-            (value, place)
+            // Dimensions that were added in front have extent one.
+            let location = &[z, y, x][3 - self.dimensions..];
+            (value, place_in_image(example, channel, location))
         })
     }
 }

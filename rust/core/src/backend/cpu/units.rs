@@ -7,6 +7,7 @@ use ndarray::{ArrayView, ArrayView2, ArrayView3, ArrayViewD, Axis, Dimension, Ix
 
 use super::simd::{self, Loop};
 use crate::error::{Error, Result};
+use crate::gram::place_of_unit;
 use crate::view::{Element, Real, TensorView};
 
 /// Where the units of a mini-batch come from.
@@ -183,13 +184,12 @@ impl<S: Element> Source for Dense<'_, S> {
         // Narrow input of the right type; wider input gains from packing.
         let (_, flat) = self.flat.as_ref()?;
         let narrow = flat.shape()[1] <= WIDEST_IN_PLACE;
-        narrow.then(|| flat.matrix::<T>().ok()).flatten()
+        narrow.then(|| flat.matrices::<T>().ok()?.pop()).flatten()
     }
 
     fn non_finite(&self) -> Option<(f64, String)> {
         first_non_finite(&self.x).map(|((example, location, feature), value)| {
-            let place = format!("example {example}, location {location}, feature {feature}");
-            (value, place)
+            (value, place_of_unit(example, location, feature))
         })
     }
 }

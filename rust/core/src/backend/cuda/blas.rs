@@ -1,0 +1,331 @@
+//! Dense products and triangular solves through cuBLAS.
+//!
+//! cuBLAS reads matrices column by column. A matrix that lies row by row is the transpose of one
+//! that lies column by column, so every call here is turned into one on such transposes, and
+//! nothing is copied unless a matrix lies in neither way.
+
+use cudarc::cublas::sys::{
+    self, cublasDiagType_t, cublasFillMode_t, cublasOperation_t, cublasSideMode_t,
+};
+use faer::{MatMut, MatRef};
+
+use super::{Cuda, failed};
+use crate::backend::{Backend, Storage, Triangle};
+use crate::error::{Error, Result};
+use crate::view::{Dtype, Real};
+
+/// A matrix as cuBLAS sees it: read column by column, either the matrix itself or its transpose.
+#[derive(Debug, Clone, Copy)]
+struct Lying {
+    address: u64,
+    /// Distance between neighbouring columns (of what is seen).
+    leading: i64,
+    /// Whether the transpose is what is seen: the matrix lies row by row.
+    transposed: bool,
+}
+
+impl Lying {
+    /// How a matrix lies, if row by row or column by column.
+    fn of<T>(x: MatRef<'_, T>) -> Option<Self> {
+        let (rows, columns) = (x.nrows() as isize, x.ncols() as isize);
+        let (down, across) = (x.row_stride(), x.col_stride());
+        let address = x.as_ptr().expose_provenance() as u64;
+        let lying = |leading: isize, transposed| Self {
+            address,
+            leading: leading as i64,
+            transposed,
+        };
+        if (across == 1 || columns <= 1) && (down >= columns.max(1) || rows <= 1) {
+            Some(lying(if rows <= 1 { columns.max(1) } else { down }, true))
+        } else if (down == 1 || rows <= 1) && (across >= rows.max(1) || columns <= 1) {
+            Some(lying(
+                if columns <= 1 { rows.max(1) } else { across },
+                false,
+            ))
+        } else {
+            None
+        }
+    }
+
+    /// The operation that gives the transpose of the matrix.
+    fn transposing(self) -> cublasOperation_t {
+        if self.transposed {
+            cublasOperation_t::CUBLAS_OP_N
+        } else {
+            cublasOperation_t::CUBLAS_OP_T
+        }
+    }
+}
+
+/// Whether a matrix lies row by row or column by column.
+pub(super) fn lies_well<T>(x: MatRef<'_, T>) -> bool {
+    Lying::of(x).is_some()
+}
+
+/// A stack of products; strides of zero repeat a matrix.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Batch {
+    /// Number of products.
+    pub(super) count: usize,
+    /// Elements from each a, b and out to the next one.
+    pub(super) strides: [usize; 3],
+}
+
+const ONE: Batch = Batch {
+    count: 1,
+    strides: [0; 3],
+};
+
+impl Cuda {
+    /// `out = keep * out + alpha * a * b` for matrices of any strides.
+    pub(super) fn multiply<T: Real>(
+        &self,
+        mut out: MatMut<'_, T>,
+        keep: bool,
+        a: MatRef<'_, T>,
+        b: MatRef<'_, T>,
+        alpha: f64,
+    ) -> Result<()> {
+        if Lying::of(out.as_ref()).is_none() {
+            let mut product = self.matrix_of::<T>(out.nrows(), out.ncols())?;
+            self.multiply(product.view_mut(), false, a, b, alpha)?;
+            return if keep {
+                self.add_scaled(1.0, product.view(), out)
+            } else {
+                self.copy(product.view(), out)
+            };
+        }
+        let copies = [a, b].map(|x| match Lying::of(x) {
+            Some(_) => Ok(None),
+            None => self.copied(x).map(Some),
+        });
+        let [a_copy, b_copy] = copies;
+        let (a_copy, b_copy) = (a_copy?, b_copy?);
+        let a = a_copy.as_ref().map_or(a, Storage::view);
+        let b = b_copy.as_ref().map_or(b, Storage::view);
+        self.multiply_stack(out.as_mut(), keep, a, b, alpha, ONE)
+    }
+
+    /// As [`Self::multiply`] for stacks of which these are the first matrices; each lies row by
+    /// row or column by column.
+    pub(super) fn multiply_stack<T: Real>(
+        &self,
+        out: MatMut<'_, T>,
+        keep: bool,
+        a: MatRef<'_, T>,
+        b: MatRef<'_, T>,
+        alpha: f64,
+        batch: Batch,
+    ) -> Result<()> {
+        let (rows, columns, depth) = (out.nrows(), out.ncols(), a.ncols());
+        if rows == 0 || columns == 0 || batch.count == 0 {
+            return Ok(());
+        }
+        let (Some(target), Some(left), Some(right)) =
+            (Lying::of(out.as_ref()), Lying::of(a), Lying::of(b))
+        else {
+            return Err(Error::Cuda(
+                "a stack of products needs matrices by rows or by columns".to_owned(),
+            ));
+        };
+        if !target.transposed {
+            // The same product, transposed, lies row by row.
+            let [a_step, b_step, out_step] = batch.strides;
+            let strides = [b_step, a_step, out_step];
+            let batch = Batch { strides, ..batch };
+            let (a, b) = (b.transpose(), a.transpose());
+            return self.multiply_stack(out.transpose_mut(), keep, a, b, alpha, batch);
+        }
+        // out^T = b^T a^T, column by column.
+        let [a_step, b_step, out_step] = batch.strides.map(|step| step as i64);
+        let (m, n, k) = (columns as i64, rows as i64, depth as i64);
+        let count = batch.count as i64;
+        let beta = f64::from(u8::from(keep));
+        let handles = self.handles()?;
+        macro_rules! call {
+            ($type:ty, $one:path, $many:path) => {{
+                let (alpha, beta) = (alpha as $type, beta as $type);
+                let (a, b) = (left.address as *const $type, right.address as *const $type);
+                let c = target.address as *mut $type;
+                let (transpose_a, transpose_b) = (left.transposing(), right.transposing());
+                let (lda, ldb, ldc) = (left.leading, right.leading, target.leading);
+                // SAFETY: extents, strides and leading dimensions are those of matrices on this
+                // device that outlive the queued work (see memory.rs); alpha and beta are read
+                // before the call returns.
+                unsafe {
+                    if count == 1 {
+                        $one(
+                            handles.cublas,
+                            transpose_b,
+                            transpose_a,
+                            m,
+                            n,
+                            k,
+                            &alpha,
+                            b,
+                            ldb,
+                            a,
+                            lda,
+                            &beta,
+                            c,
+                            ldc,
+                        )
+                    } else {
+                        $many(
+                            handles.cublas,
+                            transpose_b,
+                            transpose_a,
+                            m,
+                            n,
+                            k,
+                            &alpha,
+                            b,
+                            ldb,
+                            b_step,
+                            a,
+                            lda,
+                            a_step,
+                            &beta,
+                            c,
+                            ldc,
+                            out_step,
+                            count,
+                        )
+                    }
+                }
+            }};
+        }
+        let status = match T::DTYPE {
+            Dtype::Float32 => call!(
+                f32,
+                sys::cublasSgemm_v2_64,
+                sys::cublasSgemmStridedBatched_64
+            ),
+            _ => call!(
+                f64,
+                sys::cublasDgemm_v2_64,
+                sys::cublasDgemmStridedBatched_64
+            ),
+        };
+        status
+            .result()
+            .map_err(|error| failed("cublas gemm", error.0))
+    }
+
+    /// Adds `weight * x^T x` to the lower triangle of `out`, for x row by row.
+    pub(super) fn add_squares<T: Real>(
+        &self,
+        mut out: MatMut<'_, T>,
+        x: MatRef<'_, T>,
+        weight: f64,
+    ) -> Result<()> {
+        let size = out.nrows();
+        let (Some(target), Some(units)) = (Lying::of(out.as_ref()), Lying::of(x)) else {
+            let mut squares = self.zeros::<T>(size, size)?;
+            self.add_squares(squares.view_mut(), x, weight)?;
+            return self.add_scaled(1.0, squares.view(), out.as_mut());
+        };
+        let triangle = if target.transposed {
+            cublasFillMode_t::CUBLAS_FILL_MODE_UPPER
+        } else {
+            cublasFillMode_t::CUBLAS_FILL_MODE_LOWER
+        };
+        let (n, k) = (size as i64, x.nrows() as i64);
+        let handles = self.handles()?;
+        macro_rules! call {
+            ($type:ty, $function:path) => {{
+                let (alpha, beta) = (weight as $type, 1.0);
+                // SAFETY: as in `multiply_stack`.
+                unsafe {
+                    $function(
+                        handles.cublas,
+                        triangle,
+                        units.transposing(),
+                        n,
+                        k,
+                        &alpha,
+                        units.address as *const $type,
+                        units.leading,
+                        &beta,
+                        target.address as *mut $type,
+                        target.leading,
+                    )
+                }
+            }};
+        }
+        let status = match T::DTYPE {
+            Dtype::Float32 => call!(f32, sys::cublasSsyrk_v2_64),
+            _ => call!(f64, sys::cublasDsyrk_v2_64),
+        };
+        status
+            .result()
+            .map_err(|error| failed("cublas syrk", error.0))
+    }
+
+    /// Overwrites `x` with the solution of a triangular system.
+    pub(super) fn solve_lower<T: Real>(
+        &self,
+        l: MatRef<'_, T>,
+        triangle: Triangle,
+        mut x: MatMut<'_, T>,
+    ) -> Result<()> {
+        let (Some(factor), Some(target)) = (Lying::of(l), Lying::of(x.as_ref())) else {
+            let l = self.copied(l)?;
+            let mut solution = self.copied(x.as_ref())?;
+            self.solve_lower(l.view(), triangle, solution.view_mut())?;
+            return self.copy(solution.view(), x.as_mut());
+        };
+        let (rows, columns) = (x.nrows() as i64, x.ncols() as i64);
+        if rows == 0 || columns == 0 {
+            return Ok(());
+        }
+        // What cuBLAS sees is L or its transpose, and X or its transpose.
+        let uplo = if factor.transposed {
+            cublasFillMode_t::CUBLAS_FILL_MODE_UPPER
+        } else {
+            cublasFillMode_t::CUBLAS_FILL_MODE_LOWER
+        };
+        let (side, m, n) = if target.transposed {
+            (cublasSideMode_t::CUBLAS_SIDE_RIGHT, columns, rows)
+        } else {
+            (cublasSideMode_t::CUBLAS_SIDE_LEFT, rows, columns)
+        };
+        // A system on the right is the transposed one: L X = B is X^T L^T = B^T.
+        let wants_transpose = (triangle == Triangle::LowerTransposed) != target.transposed;
+        let operation = if wants_transpose != factor.transposed {
+            cublasOperation_t::CUBLAS_OP_T
+        } else {
+            cublasOperation_t::CUBLAS_OP_N
+        };
+        let handles = self.handles()?;
+        macro_rules! call {
+            ($type:ty, $function:path) => {{
+                let one: $type = 1.0;
+                // SAFETY: as in `multiply_stack`.
+                unsafe {
+                    $function(
+                        handles.cublas,
+                        side,
+                        uplo,
+                        operation,
+                        cublasDiagType_t::CUBLAS_DIAG_NON_UNIT,
+                        m,
+                        n,
+                        &one,
+                        factor.address as *const $type,
+                        factor.leading,
+                        target.address as *mut $type,
+                        target.leading,
+                    )
+                }
+            }};
+        }
+        let status = match T::DTYPE {
+            Dtype::Float32 => call!(f32, sys::cublasStrsm_v2_64),
+            _ => call!(f64, sys::cublasDtrsm_v2_64),
+        };
+        status
+            .result()
+            .map_err(|error| failed("cublas trsm", error.0))
+    }
+}

@@ -1,0 +1,411 @@
+//! Strata of a mini-batch: sums, then tiles of packed (centred) units, squared by cuBLAS.
+
+use faer::MatMut;
+
+use super::blas::Batch;
+use super::kernels::Argument::{self, Number, Pointer, Words};
+use super::memory::DeviceMatrix;
+use super::{Cuda, address, count, step_of};
+use crate::backend::Storage;
+use crate::cancel::Cancel;
+use crate::error::{Error, Result};
+use crate::geometry::Slide;
+use crate::gram::{GramTask, Units};
+use crate::strata::Stratum;
+use crate::view::{Dtype, Real, TensorView};
+
+/// Bytes of packed units at a time: tall enough for full speed of the products, small beside the
+/// activations they come from.
+const TILE: usize = 128 << 20;
+
+/// Runs of units that are summed independently, at the least: enough threads where features are
+/// few.
+const RUNS: usize = 256;
+
+/// Adds the weighted sum of squares and products of each stratum to the lower triangles of its
+/// outputs, one for each group of consecutive features.
+pub(super) fn accumulate<T: Real>(
+    cuda: &Cuda,
+    units: &Units<'_>,
+    out: Vec<Vec<MatMut<'_, T>>>,
+    task: &GramTask,
+    cancel: &Cancel,
+) -> Result<()> {
+    let batch = MiniBatch::new(cuda, units, task)?;
+    for (out, weight) in out.into_iter().zip(&task.strata) {
+        cancel.check()?;
+        let stratum = if batch.source.locations == 1 {
+            weight.stratum.with_one_location()
+        } else {
+            Some(weight.stratum)
+        };
+        if let Some(stratum) = stratum.filter(|_| weight.weight != 0.0) {
+            batch.add_stratum(out, stratum, weight.weight, task, cancel)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where units are read from: the kernels of its kind, and how they find a unit.
+struct Source {
+    dtype: Dtype,
+    place: u64,
+    sum_kernel: &'static str,
+    pack_kernel: &'static str,
+    words: Vec<u64>,
+    examples: usize,
+    locations: usize,
+    features: usize,
+}
+
+impl Source {
+    fn new(units: &Units<'_>) -> Result<Self> {
+        let x = units.tensor();
+        let (dtype, place) = (x.dtype(), x.address() as u64);
+        let layout = x.layout();
+        match units {
+            Units::Dense(_) => {
+                let (&[examples, locations, features], steps) =
+                    (&layout.shape[..], &layout.strides[..])
+                else {
+                    return Err(wrong_dimensions(x));
+                };
+                Ok(Self {
+                    dtype,
+                    place,
+                    sum_kernel: "sum_dense",
+                    pack_kernel: "pack_dense",
+                    words: steps.iter().map(|&step| step as u64).collect(),
+                    examples,
+                    locations,
+                    features,
+                })
+            }
+            Units::Patches(_, geometry) => {
+                let ([examples, channels, extents @ ..], [over, across, steps @ ..]) =
+                    (&layout.shape[..], &layout.strides[..])
+                else {
+                    return Err(wrong_dimensions(x));
+                };
+                let slides = geometry.slides(extents)?;
+                let mut words = vec![*over as u64, *across as u64];
+                words.resize(2 + slides.len() - steps.len(), 0);
+                words.extend(steps.iter().map(|&step| step as u64));
+                words.extend(slides.iter().flat_map(words_of));
+                Ok(Self {
+                    dtype,
+                    place,
+                    sum_kernel: "sum_patches",
+                    pack_kernel: "pack_patches",
+                    words,
+                    examples: *examples,
+                    locations: slides.iter().map(|slide| slide.outputs).product(),
+                    features: channels * geometry.positions(),
+                })
+            }
+        }
+    }
+
+    /// Rows in double precision, such as the sums of examples.
+    fn rows(place: u64, rows: usize, features: usize) -> Self {
+        Self {
+            dtype: Dtype::Float64,
+            place,
+            sum_kernel: "sum_dense",
+            pack_kernel: "pack_dense",
+            words: vec![features as u64, 0, 1],
+            examples: rows,
+            locations: 1,
+            features,
+        }
+    }
+
+    fn units(&self) -> usize {
+        self.examples * self.locations
+    }
+
+    /// The arguments that every kernel of this source begins with.
+    fn arguments(&self) -> Vec<Argument> {
+        vec![
+            Pointer(self.place),
+            Words(self.words.clone()),
+            count(self.locations),
+        ]
+    }
+}
+
+fn wrong_dimensions(x: &TensorView<'_>) -> Error {
+    Error::Shape(format!(
+        "x has the wrong number of dimensions: {:?}",
+        x.shape()
+    ))
+}
+
+/// In the order of the structure in kernels.cu.
+fn words_of(slide: &Slide) -> [u64; 6] {
+    [
+        slide.input,
+        slide.before,
+        slide.kernel,
+        slide.stride,
+        slide.dilation,
+        slide.outputs,
+    ]
+    .map(|word| word as u64)
+}
+
+/// A mini-batch with the sums its strata need.
+struct MiniBatch<'a> {
+    cuda: &'a Cuda,
+    source: Source,
+    /// Sum over all units, `[1, features]`.
+    sums: DeviceMatrix<f64>,
+    /// Sums over the locations of each example, `[examples, features]`; only where a stratum tells
+    /// examples of more than one location apart.
+    example_sums: Option<DeviceMatrix<f64>>,
+}
+
+/// What is subtracted from units: sums, how far apart those of examples are, and their factor.
+type Centre<'a> = Option<(&'a DeviceMatrix<f64>, usize, f64)>;
+
+impl<'a> MiniBatch<'a> {
+    /// Takes the sums; a sum of finite numbers is finite, so they also show NaN and infinity.
+    fn new(cuda: &'a Cuda, units: &Units<'_>, task: &GramTask) -> Result<Self> {
+        let source = Source::new(units)?;
+        let apart = task
+            .strata
+            .iter()
+            .any(|weight| weight.stratum.tells_examples_apart());
+        let (examples, features) = (source.examples, source.features);
+        let by_example = apart && source.locations > 1;
+        // Runs must not cross examples where those are told apart.
+        let (outer, parts) = if by_example {
+            let parts = RUNS.div_ceil(examples).min(source.locations);
+            (examples, parts)
+        } else {
+            (1, RUNS.min(source.units()))
+        };
+        let partial = sum_units(cuda, &source, outer * parts)?;
+        let by_outer = reduce(cuda, &partial, parts, features, outer)?;
+        let (sums, example_sums) = if by_example {
+            let sums = reduce(cuda, &by_outer, examples, features, 1)?;
+            (sums, Some(by_outer))
+        } else {
+            (by_outer, None)
+        };
+        if cuda
+            .to_host(sums.view())?
+            .iter()
+            .any(|sum| !sum.is_finite())
+        {
+            return Err(what_overflowed(cuda, units)?);
+        }
+        Ok(Self {
+            cuda,
+            source,
+            sums,
+            example_sums,
+        })
+    }
+
+    fn add_stratum<T: Real>(
+        &self,
+        out: Vec<MatMut<'_, T>>,
+        stratum: Stratum,
+        weight: f64,
+        task: &GramTask,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let source = &self.source;
+        let (units, examples) = (source.units() as f64, source.examples);
+        let sums =
+            |rows: &DeviceMatrix<f64>, count| Source::rows(rows.address(), count, source.features);
+        let by_example = self.example_sums.as_ref();
+        let appended = task.append_one;
+        // Rows, what is subtracted from them, the appended coordinate (0 after centring), weight.
+        let missing = || Error::Cuda("sums of examples were not taken".to_owned());
+        let (rows, centre, constant, weight): (_, Centre<'_>, _, _) = match stratum {
+            Stratum::Total => (None, None, Some(1.0), weight),
+            Stratum::WithinBatch => (None, Some((&self.sums, 0, units.recip())), None, weight),
+            Stratum::WithinExample => {
+                let means = by_example.ok_or_else(missing)?;
+                let factor = (source.locations as f64).recip();
+                (None, Some((means, source.features, factor)), None, weight)
+            }
+            Stratum::ExampleTotals => {
+                let rows = sums(by_example.ok_or_else(missing)?, examples);
+                (Some(rows), None, Some(source.locations as f64), weight)
+            }
+            Stratum::BetweenExamples => {
+                let rows = sums(by_example.ok_or_else(missing)?, examples);
+                let centre = Some((&self.sums, 0, (examples as f64).recip()));
+                (Some(rows), centre, None, weight / source.locations as f64)
+            }
+            Stratum::Mean => (Some(sums(&self.sums, 1)), None, Some(units), weight / units),
+        };
+        let squares = Squares {
+            rows: rows.as_ref().unwrap_or(source),
+            centre,
+            constant: constant.filter(|_| appended),
+            weight,
+        };
+        squares.add(self.cuda, out, appended, cancel)
+    }
+}
+
+/// Rows whose squares are added.
+struct Squares<'a> {
+    rows: &'a Source,
+    centre: Centre<'a>,
+    /// What is appended to each row.
+    constant: Option<f64>,
+    weight: f64,
+}
+
+impl Squares<'_> {
+    fn add<T: Real>(
+        &self,
+        cuda: &Cuda,
+        out: Vec<MatMut<'_, T>>,
+        has_border: bool,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let groups = out.len();
+        let size = self.rows.features / groups;
+        let width = size + usize::from(self.constant.is_some());
+        // A centred coordinate that is constant is zero: its row and column gain nothing.
+        let mut out: Vec<_> = if has_border && self.constant.is_none() {
+            let inner = out.into_iter();
+            inner
+                .map(|out| out.submatrix_mut(0, 0, size, size))
+                .collect()
+        } else {
+            out
+        };
+        let columns = groups * width;
+        let height = (TILE / (columns * T::DTYPE.size()))
+            .max(1)
+            .min(self.rows.units());
+        let mut packed = cuda.matrix_of::<T>(height, columns)?;
+        for first in (0..self.rows.units()).step_by(height) {
+            cancel.check()?;
+            let rows = height.min(self.rows.units() - first);
+            self.pack(cuda, &mut packed, first, rows, size)?;
+            let packed = packed.view().subrows(0, rows);
+            let steps: Vec<_> = out.iter().map(|out| out.as_ref()).collect();
+            match step_of(&steps) {
+                Some(step) if groups > 1 => {
+                    let group = packed.subcols(0, width);
+                    let batch = Batch {
+                        count: groups,
+                        strides: [width, width, step],
+                    };
+                    let target = out[0].as_mut();
+                    // Small symmetric products: both triangles at once are faster than calls one
+                    // by one.
+                    cuda.multiply_stack(
+                        target,
+                        true,
+                        group.transpose(),
+                        group,
+                        self.weight,
+                        batch,
+                    )?;
+                }
+                _ => {
+                    for (group, out) in out.iter_mut().enumerate() {
+                        let own = packed.subcols(group * width, width);
+                        cuda.add_squares(out.as_mut(), own, self.weight)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes rows from `first` on, minus their centre, each group followed by the constant.
+    fn pack<T: Real>(
+        &self,
+        cuda: &Cuda,
+        packed: &mut DeviceMatrix<T>,
+        first: usize,
+        rows: usize,
+        size: usize,
+    ) -> Result<()> {
+        let target = packed.view();
+        let columns = target.ncols();
+        let (means, step, factor) = match self.centre {
+            Some((means, step, factor)) => (means.address(), step, factor),
+            None => (0, 0, 0.0),
+        };
+        let mut arguments = self.rows.arguments();
+        arguments.extend([first, rows, size, usize::from(self.constant.is_some())].map(count));
+        arguments.push(Number(self.constant.unwrap_or(0.0)));
+        arguments.extend([Pointer(means), count(step), Number(factor)]);
+        arguments.extend([count(columns), address(target)]);
+        let types = [self.rows.dtype, T::DTYPE];
+        // SAFETY: the source describes a tensor on this device; the packed matrix is exclusive and
+        // has room for the rows; means have an entry for every feature (of every example).
+        unsafe { cuda.launch(types, self.rows.pack_kernel, 1, rows, columns, arguments) }
+    }
+}
+
+/// Sums over equal shares of the units, `[runs, features]`.
+fn sum_units(cuda: &Cuda, source: &Source, runs: usize) -> Result<DeviceMatrix<f64>> {
+    let sums = cuda.matrix_of::<f64>(runs, source.features)?;
+    let mut arguments = source.arguments();
+    arguments.extend([source.units(), runs, source.features].map(count));
+    arguments.push(Pointer(sums.address()));
+    let real = match source.dtype {
+        Dtype::Float64 => Dtype::Float64,
+        _ => Dtype::Float32,
+    };
+    let (types, kernel) = ([source.dtype, real], source.sum_kernel);
+    // SAFETY: the source describes a tensor on this device; there is a row for each run.
+    unsafe { cuda.launch(types, kernel, 1, runs, source.features, arguments)? };
+    Ok(sums)
+}
+
+/// Sums over the middle index of `[outer, count, features]`.
+fn reduce(
+    cuda: &Cuda,
+    partial: &DeviceMatrix<f64>,
+    inner: usize,
+    features: usize,
+    outer: usize,
+) -> Result<DeviceMatrix<f64>> {
+    let sums = cuda.matrix_of::<f64>(outer, features)?;
+    let mut arguments = vec![Pointer(partial.address())];
+    arguments.extend([inner, features, outer].map(count));
+    arguments.push(Pointer(sums.address()));
+    // SAFETY: both matrices have the sizes that are said.
+    unsafe { cuda.launch([Dtype::Float64; 2], "reduce", 1, outer, features, arguments)? };
+    Ok(sums)
+}
+
+/// The error of sums that are not finite.
+fn what_overflowed(cuda: &Cuda, units: &Units<'_>) -> Result<Error> {
+    let layout = units.tensor().layout();
+    let place = units.tensor().address() as u64;
+    let found = cuda.first_non_finite(layout.dtype, place, &layout.shape, &layout.strides)?;
+    let Some(number) = found else {
+        return Ok(Error::Numerical(
+            "the sum of x over its units overflows".to_owned(),
+        ));
+    };
+    let mut index = vec![0; layout.shape.len()];
+    let mut rest = number;
+    for (index, extent) in index.iter_mut().zip(&layout.shape).rev() {
+        (*index, rest) = (rest % extent, rest / extent);
+    }
+    let mut source = Source::rows(place, 1, 1);
+    source.dtype = layout.dtype;
+    let offset: usize = index
+        .iter()
+        .zip(&layout.strides)
+        .map(|(i, step)| i * step)
+        .sum();
+    source.place += (offset * layout.dtype.size()) as u64;
+    let value = cuda.to_host(sum_units(cuda, &source, 1)?.view())?[0];
+    Ok(units.non_finite(&index, value))
+}

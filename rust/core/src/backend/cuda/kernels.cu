@@ -1,0 +1,339 @@
+// Kernels of the CUDA backend; compiled by NVRTC at run time, once for each pair of ELEMENT (the
+// type that is read) and REAL (the type that is computed in).
+//
+// Every kernel works on a table: its columns are spread over threads along x, and each block goes
+// through a run of consecutive rows, so that lines of memory fetched for one row are still in the
+// cache for the next ones even where rows are what is contiguous. Sums are in double precision and
+// in a fixed order. No kernel shares memory between threads.
+
+typedef unsigned long long u64;
+
+struct Half { unsigned short bits; };
+struct BFloat16 { unsigned short bits; };
+
+typedef ELEMENT S;
+typedef REAL T;
+
+__device__ inline double number(double x) { return x; }
+__device__ inline float number(float x) { return x; }
+
+__device__ inline float number(BFloat16 x) {
+    return __uint_as_float((unsigned)x.bits << 16);
+}
+
+__device__ inline float number(Half x) {
+    unsigned magnitude = (unsigned)(x.bits & 0x7fffu) << 13;
+    unsigned sign = (unsigned)(x.bits & 0x8000u) << 16;
+    // Infinity and NaN keep their exponent of all ones; others change their bias by a product,
+    // which is exact for subnormal numbers, too.
+    float value = magnitude >= 0x0f800000u
+        ? __uint_as_float(magnitude | 0x7f800000u)
+        : __uint_as_float(magnitude) * 5.192296858534828e+33f;
+    return __uint_as_float(__float_as_uint(value) | sign);
+}
+
+#define COLUMN(columns) \
+    u64 column = (u64)blockIdx.x * blockDim.x + threadIdx.x; \
+    if (column >= columns) return;
+#define FOR_ROWS(rows) \
+    for (u64 row = rows * blockIdx.y / gridDim.y; row < rows * (blockIdx.y + 1) / gridDim.y; ++row)
+#define FOR_BATCH(count) for (u64 item = blockIdx.z; item < count; item += gridDim.z)
+
+// --- units of a mini-batch ----------------------------------------------------------------------
+
+// Units as they are: strides in elements.
+struct Dense {
+    u64 example, location, feature;
+};
+
+// How a kernel slides along one dimension; as in geometry.rs.
+struct Slide {
+    u64 input, before, kernel, stride, dilation, outputs;
+};
+
+// Patches of [N, C, depth, height, width]: strides of x in elements, and the three slides.
+struct Patches {
+    u64 example, channel, depth, height, width;
+    Slide deep, high, wide;
+};
+
+// Reads one feature of any unit.
+struct DenseReader {
+    const S* x;
+    u64 example, location;
+    __device__ DenseReader(const S* x, const Dense& source, u64 feature)
+        : x(x + feature * source.feature), example(source.example), location(source.location) {}
+    __device__ S at(u64 n, unsigned t, S) const { return x[n * example + t * location]; }
+};
+
+// Where a kernel position sees output `output`; false where that is padding.
+__device__ inline bool seen(const Slide& slide, unsigned output, unsigned position, u64& place) {
+    u64 padded = (u64)output * slide.stride + (u64)position * slide.dilation;
+    place = padded - slide.before;
+    return padded >= slide.before && place < slide.input;
+}
+
+struct PatchReader {
+    const S* x;
+    const Patches& source;
+    unsigned z, y, w;
+    __device__ PatchReader(const S* x, const Patches& source, u64 feature)
+        : source(source)
+    {
+        unsigned wide = source.wide.kernel, high = source.high.kernel, deep = source.deep.kernel;
+        unsigned rest = feature;
+        w = rest % wide;
+        rest /= wide;
+        y = rest % high;
+        rest /= high;
+        z = rest % deep;
+        this->x = x + (rest / deep) * source.channel;
+    }
+    __device__ S at(u64 n, unsigned t, S zero) const {
+        unsigned wide = source.wide.outputs, high = source.high.outputs;
+        unsigned row = t / wide;
+        u64 at_w, at_y, at_z;
+        bool inside = seen(source.wide, t % wide, w, at_w);
+        inside = seen(source.high, row % high, y, at_y) && inside;
+        inside = seen(source.deep, row / high, z, at_z) && inside;
+        if (!inside) return zero;
+        return x[n * source.example + at_z * source.depth + at_y * source.height
+                 + at_w * source.width];
+    }
+};
+
+// Row `row` of `out` is the sum of this share of all units, feature by feature.
+template <class Reader, class Source>
+__device__ inline void sum_units(
+    const S* x, const Source& source, u64 locations, u64 units, u64 runs, u64 features, double* out)
+{
+    COLUMN(features)
+    Reader reader(x, source, column);
+    S zero = {};
+    FOR_ROWS(runs) {
+        u64 unit = units * row / runs, end = units * (row + 1) / runs;
+        u64 n = unit / locations;
+        unsigned t = unit % locations;
+        double sum = 0.0;
+        for (; unit < end; ++unit) {
+            sum += number(reader.at(n, t, zero));
+            if (++t == locations) {
+                t = 0;
+                ++n;
+            }
+        }
+        out[row * features + column] = sum;
+    }
+}
+
+extern "C" __global__ void sum_dense(
+    const S* x, Dense source, u64 locations, u64 units, u64 runs, u64 features, double* out)
+{
+    sum_units<DenseReader>(x, source, locations, units, runs, features, out);
+}
+
+extern "C" __global__ void sum_patches(
+    const S* x, Patches source, u64 locations, u64 units, u64 runs, u64 features, double* out)
+{
+    sum_units<PatchReader>(x, source, locations, units, runs, features, out);
+}
+
+// Rows of `out` are consecutive units minus `mean_factor * means`. Each group of `size` features
+// is followed by `appended` columns (0 or 1) of a constant. Means are of all units (mean_stride 0)
+// or of each example; a null pointer stands for zeros.
+template <class Reader, class Source>
+__device__ inline void pack_units(
+    const S* x, const Source& source, u64 locations, u64 first, u64 rows, u64 size, u64 appended,
+    double constant, const double* means, u64 mean_stride, double mean_factor, u64 columns, T* out)
+{
+    COLUMN(columns)
+    u64 width = size + appended;
+    u64 feature = column / width * size + column % width;
+    bool is_constant = column % width == size;
+    Reader reader(x, source, is_constant ? 0 : feature);
+    S zero = {};
+    FOR_ROWS(rows) {
+        u64 unit = first + row;
+        u64 n = unit / locations;
+        double value = constant;
+        if (!is_constant) {
+            value = number(reader.at(n, (unsigned)(unit % locations), zero));
+            if (means) value -= means[n * mean_stride + feature] * mean_factor;
+        }
+        out[row * columns + column] = (T)value;
+    }
+}
+
+extern "C" __global__ void pack_dense(
+    const S* x, Dense source, u64 locations, u64 first, u64 rows, u64 size, u64 appended,
+    double constant, const double* means, u64 mean_stride, double mean_factor, u64 columns, T* out)
+{
+    pack_units<DenseReader>(x, source, locations, first, rows, size, appended, constant, means,
+                            mean_stride, mean_factor, columns, out);
+}
+
+extern "C" __global__ void pack_patches(
+    const S* x, Patches source, u64 locations, u64 first, u64 rows, u64 size, u64 appended,
+    double constant, const double* means, u64 mean_stride, double mean_factor, u64 columns, T* out)
+{
+    pack_units<PatchReader>(x, source, locations, first, rows, size, appended, constant, means,
+                            mean_stride, mean_factor, columns, out);
+}
+
+// --- sums ---------------------------------------------------------------------------------------
+
+// out[o, f] = sum over c of in[o, c, f].
+extern "C" __global__ void reduce(const double* in, u64 count, u64 features, u64 outer, double* out)
+{
+    COLUMN(features)
+    FOR_ROWS(outer) {
+        double sum = 0.0;
+        for (u64 c = 0; c < count; ++c) sum += in[(row * count + c) * features + column];
+        out[row * features + column] = sum;
+    }
+}
+
+// out[j] = in[j] + in[j + columns] + ...
+extern "C" __global__ void fold(const double* in, u64 length, u64 columns, double* out)
+{
+    COLUMN(columns)
+    double sum = 0.0;
+    for (u64 i = column; i < length; i += columns) sum += in[i];
+    out[column] = sum;
+}
+
+// partial[run, column] = sum over a run of rows of a * b.
+extern "C" __global__ void dot(
+    const T* a, u64 a_row, u64 a_column, const T* b, u64 b_row, u64 b_column, u64 rows,
+    u64 columns, double* partial)
+{
+    COLUMN(columns)
+    double sum = 0.0;
+    FOR_ROWS(rows) {
+        sum += (double)a[row * a_row + column * a_column] * b[row * b_row + column * b_column];
+    }
+    partial[blockIdx.y * columns + column] = sum;
+}
+
+// --- elementwise --------------------------------------------------------------------------------
+
+// Copies a stack of matrices, converting; ELEMENT is float or double here.
+extern "C" __global__ void convert(
+    const S* from, u64 from_item, u64 from_row, u64 from_column, u64 count, u64 rows, u64 columns,
+    T* to, u64 to_item, u64 to_row, u64 to_column)
+{
+    COLUMN(columns)
+    FOR_BATCH(count) {
+        FOR_ROWS(rows) {
+            to[item * to_item + row * to_row + column * to_column] =
+                (T)number(from[item * from_item + row * from_row + column * from_column]);
+        }
+    }
+}
+
+extern "C" __global__ void add_scaled(
+    double alpha, const T* x, u64 x_row, u64 x_column, u64 rows, u64 columns, T* y, u64 y_row,
+    u64 y_column)
+{
+    COLUMN(columns)
+    T factor = (T)alpha;
+    FOR_ROWS(rows) {
+        y[row * y_row + column * y_column] += factor * x[row * x_row + column * x_column];
+    }
+}
+
+// Copies the lower triangle of each matrix of a stack to the upper one.
+extern "C" __global__ void symmetrize(T* x, u64 count, u64 step, u64 size, u64 down, u64 across)
+{
+    COLUMN(size)
+    FOR_BATCH(count) {
+        T* matrix = x + item * step;
+        FOR_ROWS(size) {
+            if (row < column) {
+                matrix[row * down + column * across] = matrix[column * down + row * across];
+            }
+        }
+    }
+}
+
+// Zeroes what is above the diagonal.
+extern "C" __global__ void zero_upper(T* x, u64 size, u64 down, u64 across)
+{
+    COLUMN(size)
+    FOR_ROWS(size) {
+        if (row < column) x[row * down + column * across] = (T)0;
+    }
+}
+
+// The entry of a spectrum: see backend.rs.
+__device__ inline double entry(
+    const double* left, const double* right, u64 pairs, u64 rows, u64 columns, double constant,
+    u64 row, u64 column)
+{
+    double sum = constant;
+    for (u64 k = 0; k < pairs; ++k) sum += left[k * rows + row] * right[k * columns + column];
+    return sum;
+}
+
+extern "C" __global__ void write_spectrum(
+    const double* left, const double* right, u64 pairs, double constant, u64 rows, u64 columns,
+    T* x, u64 down, u64 across)
+{
+    COLUMN(columns)
+    FOR_ROWS(rows) {
+        x[row * down + column * across] =
+            (T)entry(left, right, pairs, rows, columns, constant, row, column);
+    }
+}
+
+extern "C" __global__ void scale_by_spectrum(
+    const double* left, const double* right, u64 pairs, double constant, double power, u64 rows,
+    u64 columns, T* x, u64 down, u64 across)
+{
+    COLUMN(columns)
+    FOR_ROWS(rows) {
+        double value = entry(left, right, pairs, rows, columns, constant, row, column);
+        value = power == -1.0 ? 1.0 / value : pow(value, power);
+        x[row * down + column * across] *= (T)value;
+    }
+}
+
+// Adds G (x) A to `out`, [D K, D K].
+extern "C" __global__ void add_kronecker(
+    const T* a, u64 a_row, u64 a_column, u64 inputs, const T* g, u64 g_row, u64 g_column,
+    u64 size, T* out, u64 down, u64 across)
+{
+    COLUMN(size)
+    u64 e = column / inputs, l = column % inputs;
+    FOR_ROWS(size) {
+        u64 d = row / inputs, k = row % inputs;
+        double product =
+            (double)g[d * g_row + e * g_column] * (double)a[k * a_row + l * a_column];
+        T* target = out + row * down + column * across;
+        *target = (T)(*target + product);
+    }
+}
+
+// --- checks -------------------------------------------------------------------------------------
+
+// The extents and strides of five dimensions.
+struct Extents {
+    u64 extent[5], stride[5];
+};
+
+// Lowers `first` to the smallest row-major number of an element that is NaN or infinite.
+extern "C" __global__ void first_non_finite(
+    const S* x, Extents extents, u64 rows, u64 columns, u64* first)
+{
+    COLUMN(columns)
+    FOR_ROWS(rows) {
+        u64 rest = row * columns + column, place = 0;
+        for (int d = 4; d >= 0; --d) {
+            place += rest % extents.extent[d] * extents.stride[d];
+            rest /= extents.extent[d];
+        }
+        // Only NaN and infinity differ from themselves after this.
+        double value = number(x[place]);
+        if (value - value != 0.0) atomicMin(first, row * columns + column);
+    }
+}

@@ -1,0 +1,244 @@
+//! Eigendecompositions and Cholesky factors through cuSOLVER.
+
+use cudarc::cusolver::sys::{
+    self, cublasFillMode_t, cudaDataType, cusolverEigMode_t, cusolverStatus_t,
+};
+use faer::{MatMut, MatRef};
+
+use super::memory::{Buffer, DeviceMatrix};
+use super::packed::blocks;
+use super::{Cuda, failed};
+use crate::backend::{Backend, Storage};
+use crate::error::{Error, Result};
+use crate::view::{Dtype, Real};
+
+/// Matrices up to this size are decomposed many at a time.
+const SMALL: usize = 512;
+
+/// Matrices are stored row by row and read column by column: their lower triangle is the upper one
+/// to cuSOLVER.
+const LOWER: cublasFillMode_t = cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+
+fn data_type<T: Real>() -> cudaDataType {
+    match T::DTYPE {
+        Dtype::Float32 => cudaDataType::CUDA_R_32F,
+        _ => cudaDataType::CUDA_R_64F,
+    }
+}
+
+fn check(status: cusolverStatus_t, call: &str) -> Result<()> {
+    status.result().map_err(|error| failed(call, error.0))
+}
+
+impl Cuda {
+    /// Eigenvalues in ascending order, and eigenvectors as columns, of matrices of one size.
+    pub(super) fn decompose<T: Real>(
+        &self,
+        x: &[MatRef<'_, T>],
+        vectors: Vec<MatMut<'_, T>>,
+    ) -> Result<Vec<Vec<f64>>> {
+        let Some(first) = x.first() else {
+            return Ok(Vec::new());
+        };
+        let size = first.nrows();
+        if size == 0 {
+            return Ok(vec![Vec::new(); x.len()]);
+        }
+        let at_once = if size <= SMALL { x.len() } else { 1 };
+        let mut values = Vec::with_capacity(x.len());
+        let mut vectors = vectors.into_iter();
+        for x in x.chunks(at_once) {
+            let mut work = self.matrix_of::<T>(x.len() * size, size)?;
+            self.copy_stack(x, blocks(work.view_mut(), size, size))?;
+            values.extend(self.decompose_in_place(&mut work, x.len(), size)?);
+            // Each eigenvector is a column to cuSOLVER, so it is a row here.
+            let found = work.view();
+            let rows = (0..x.len()).map(|index| found.subrows(index * size, size).transpose());
+            let targets = vectors.by_ref().take(x.len()).collect();
+            self.copy_stack(&rows.collect::<Vec<_>>(), targets)?;
+        }
+        Ok(values)
+    }
+
+    /// Overwrites a stack of matrices with their eigenvectors and returns their eigenvalues.
+    fn decompose_in_place<T: Real>(
+        &self,
+        x: &mut DeviceMatrix<T>,
+        count: usize,
+        size: usize,
+    ) -> Result<Vec<Vec<f64>>> {
+        let values = self.matrix_of::<T>(count, size)?;
+        let info = Buffer::new(4 * count, self.gpu.ordinal, self.stream)?;
+        let (n, kind, vectors) = (
+            size as i64,
+            data_type::<T>(),
+            cusolverEigMode_t::CUSOLVER_EIG_MODE_VECTOR,
+        );
+        let (a, w) = (x.address() as *mut _, values.address() as *mut _);
+        {
+            let handles = self.handles()?;
+            let (handle, parameters) = (handles.cusolver, handles.parameters);
+            let (mut on_device, mut on_host) = (0, 0);
+            // SAFETY: the handles live; sizes are those of `x` and `values`, whose memory outlives
+            // the queued work; each call writes two numbers here.
+            unsafe {
+                if count == 1 {
+                    let status = sys::cusolverDnXsyevd_bufferSize(
+                        handle,
+                        parameters,
+                        vectors,
+                        LOWER,
+                        n,
+                        kind,
+                        a,
+                        n,
+                        kind,
+                        w,
+                        kind,
+                        &mut on_device,
+                        &mut on_host,
+                    );
+                    check(status, "cusolverDnXsyevd_bufferSize")?;
+                } else {
+                    let status = sys::cusolverDnXsyevBatched_bufferSize(
+                        handle,
+                        parameters,
+                        vectors,
+                        LOWER,
+                        n,
+                        kind,
+                        a,
+                        n,
+                        kind,
+                        w,
+                        kind,
+                        &mut on_device,
+                        &mut on_host,
+                        count as i64,
+                    );
+                    check(status, "cusolverDnXsyevBatched_bufferSize")?;
+                }
+            }
+            let device_work = Buffer::new(on_device, self.gpu.ordinal, self.stream)?;
+            let mut host_work = vec![0u8; on_host.max(1)];
+            let (device, host) = (
+                device_work.address() as *mut _,
+                host_work.as_mut_ptr().cast(),
+            );
+            let info = info.address() as *mut _;
+            // SAFETY: as above, and both workspaces are as large as was asked for; the stream is
+            // waited for below, before the one on the host goes.
+            unsafe {
+                if count == 1 {
+                    let status = sys::cusolverDnXsyevd(
+                        handle, parameters, vectors, LOWER, n, kind, a, n, kind, w, kind, device,
+                        on_device, host, on_host, info,
+                    );
+                    check(status, "cusolverDnXsyevd")?;
+                } else {
+                    let status = sys::cusolverDnXsyevBatched(
+                        handle,
+                        parameters,
+                        vectors,
+                        LOWER,
+                        n,
+                        kind,
+                        a,
+                        n,
+                        kind,
+                        w,
+                        kind,
+                        device,
+                        on_device,
+                        host,
+                        on_host,
+                        info,
+                        count as i64,
+                    );
+                    check(status, "cusolverDnXsyevBatched")?;
+                }
+            }
+            self.wait()?;
+        }
+        if self
+            .download::<i32>(&info, count)?
+            .iter()
+            .any(|&info| info != 0)
+        {
+            return Err(Error::Numerical(format!(
+                "the eigendecomposition of a {size} x {size} matrix did not converge"
+            )));
+        }
+        let values = self.to_host(values.view())?;
+        Ok(values.chunks(size).map(<[f64]>::to_vec).collect())
+    }
+
+    /// Replaces the lower triangle of a matrix by its Cholesky factor, or returns the index of the
+    /// first pivot that is not positive.
+    pub(super) fn factor<T: Real>(&self, x: MatMut<'_, T>) -> Result<Option<usize>> {
+        let size = x.nrows();
+        let work = self.copied(x.as_ref())?;
+        let info = Buffer::new(4, self.gpu.ordinal, self.stream)?;
+        let (n, kind, a) = (size as i64, data_type::<T>(), work.address() as *mut _);
+        {
+            let handles = self.handles()?;
+            let (handle, parameters) = (handles.cusolver, handles.parameters);
+            let (mut on_device, mut on_host) = (0, 0);
+            // SAFETY: as in `decompose_in_place`.
+            let status = unsafe {
+                sys::cusolverDnXpotrf_bufferSize(
+                    handle,
+                    parameters,
+                    LOWER,
+                    n,
+                    kind,
+                    a,
+                    n,
+                    kind,
+                    &mut on_device,
+                    &mut on_host,
+                )
+            };
+            check(status, "cusolverDnXpotrf_bufferSize")?;
+            let device_work = Buffer::new(on_device, self.gpu.ordinal, self.stream)?;
+            let mut host_work = vec![0u8; on_host.max(1)];
+            let (device, host) = (
+                device_work.address() as *mut _,
+                host_work.as_mut_ptr().cast(),
+            );
+            // SAFETY: as in `decompose_in_place`.
+            let status = unsafe {
+                sys::cusolverDnXpotrf(
+                    handle,
+                    parameters,
+                    LOWER,
+                    n,
+                    kind,
+                    a,
+                    n,
+                    kind,
+                    device,
+                    on_device,
+                    host,
+                    on_host,
+                    info.address() as *mut _,
+                )
+            };
+            check(status, "cusolverDnXpotrf")?;
+            self.wait()?;
+        }
+        match self.download::<i32>(&info, 1)?[0] {
+            0 => {
+                let mut x = x;
+                self.copy(work.view(), x.as_mut())?;
+                self.zero_upper(x)?;
+                Ok(None)
+            }
+            pivot if pivot > 0 => Ok(Some(pivot as usize - 1)),
+            other => Err(Error::Cuda(format!(
+                "cusolverDnXpotrf refused its argument {}",
+                -other
+            ))),
+        }
+    }
+}

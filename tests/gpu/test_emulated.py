@@ -1,0 +1,160 @@
+"""The CUDA backend without a GPU: the whole suite over emulated libraries, and missing ones."""
+
+import ctypes.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import ekfac_rs as ek
+from ekfac_rs import _core
+from gpu.devices import EMULATED_CUDA
+from gpu.emulator_build import CompilerMissingError, build
+
+TESTS = Path(__file__).parents[1]
+
+# Test files and how many tests of each must pass at the least: a suite that is skipped fails.
+SUITES = {
+    "gpu/test_agreement.py gpu/test_faults.py": 300,
+    "core/test_kronecker_sum.py": 80,
+    "exactness/test_convolutions.py": 600,
+    "exactness/test_channel_blocks.py exactness/test_definitions.py": 350,
+    "exactness/test_known_answers.py exactness/test_invariances.py": 200,
+    "exactness/test_labels.py exactness/test_side_effects.py": 20,
+    "penalty learner io layers/test_convolutions_in_use.py bn": 60,
+}
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        return build(tmp_path_factory.mktemp("emulator"))
+    except CompilerMissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where processes share compiled kernels."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+def run(
+    libraries: Path, arguments: Sequence[str], **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these libraries in place of the system's."""
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(libraries),
+        "PYTHONPATH": str(TESTS),
+        "EKFAC_EMULATOR_DEVICES": "200",
+        **variables,
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=TESTS.parent, check=False
+    )
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_pass_through_the_cuda_backend(emulator, kernels, suite):
+    files = [f"tests/{name}" for name in suite.split()]
+    # Thousands of samples, each solved for by itself, say no more than the few of other tests.
+    arguments = ["-m", "pytest", "-q", "-p", "gpu.emulated_device", "-k", "not covariance", *files]
+    done = run(emulator, arguments, EKFAC_EMULATOR_CACHE=str(kernels))
+    last = (done.stdout.strip().splitlines() or [done.stderr])[-1]
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = int(last.split(" passed")[0].split()[-1])
+    assert passed >= SUITES[suite], last
+
+
+def test_importing_touches_no_library(emulator):
+    script = (
+        "import ekfac_rs, pathlib\n"
+        "maps = pathlib.Path('/proc/self/maps').read_text()\n"
+        f"print({str(emulator)!r} in maps)\n"
+        "ekfac_rs.cuda_info()\n"
+        "maps = pathlib.Path('/proc/self/maps').read_text()\n"
+        f"print({str(emulator)!r} in maps)\n"
+    )
+    assert run(emulator, ["-c", script]).stdout.split() == ["False", "True"]
+
+
+USE = (
+    "import torch, ekfac_rs as ek\n"
+    "from gpu import emulated_device\n"
+    "emulated_device.use()\n"
+    "try:\n"
+    "    ek.KroneckerSum([(torch.eye(3), torch.eye(2))]).trace()\n"
+    "except ek.errors.CudaError as error:\n"
+    "    print(error)\n"
+    "info = ek.cuda_info()\n"
+    "print(info['usable'], info['problem'])\n"
+    "print(info['libraries'])\n"
+)
+
+
+def test_a_driver_that_is_too_old_is_named(emulator):
+    done = run(emulator, ["-c", USE], EKFAC_EMULATOR_FAULT="cuDriverGetVersion=11080!")
+    error, problem, _ = done.stdout.splitlines()
+    assert error == "the driver (libcuda) is too old: it supports CUDA 11.8, expected 12.0 or later"
+    assert problem == f"False {error}"
+
+
+@pytest.mark.parametrize(
+    ("library", "function"),
+    [
+        ("cuda", "cuStreamIsCapturing"),
+        ("cublas", "cublasSsyrk_v2_64"),
+        ("cusolver", "cusolverDnXsyevBatched"),
+        ("nvrtc", "nvrtcGetCUBIN"),
+    ],
+)
+def test_a_library_that_is_too_old_is_named_with_what_it_lacks(
+    emulator, tmp_path, library, function
+):
+    old = build(tmp_path / "old", without=[function])
+    error, problem, libraries = run(old, ["-c", USE]).stdout.splitlines()
+    assert error.startswith(f"lib{library} ({old}/lib{library}.so) is too old: it lacks {function}")
+    assert problem == f"False {error}"
+    assert f"'missing': ['{function}']" in libraries
+
+
+def test_a_driver_that_is_missing_is_named():
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("this machine has an NVIDIA driver")
+    x = torch.eye(3)
+    with pytest.raises(ek.errors.CudaError, match="libcuda was not found: it comes with"):
+        _core.symmetrize(EMULATED_CUDA.borrow(x))
+    info = ek.cuda_info()
+    assert not info["usable"]
+    assert info["problem"].startswith("libcuda was not found")
+    assert info["devices"] == []
+
+
+PAIRS = [
+    (element, real)
+    for real in ("float32", "float64")
+    for element in ("float32", "float64", "float16", "bfloat16")
+]
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("element", "real"), PAIRS)
+def test_kernels_compile_to_machine_code(element, real, architecture):
+    if not ek.cuda_info()["libraries"]["libnvrtc"]["found"]:
+        pytest.skip("NVRTC is not installed")
+    code = _core.compile_cuda_kernels(element, real, architecture)
+    assert code.startswith(b"\x7fELF")
+    for kernel in _core.cuda_kernels():
+        assert kernel.encode() in code
+
+
+def test_an_architecture_nobody_has_is_refused_in_the_compilers_words():
+    if not ek.cuda_info()["libraries"]["libnvrtc"]["found"]:
+        pytest.skip("NVRTC is not installed")
+    with pytest.raises(ek.errors.CudaError, match=r"did not compile for sm_1 .*architecture"):
+        _core.compile_cuda_kernels("float32", "float32", "sm_1")
