@@ -37,8 +37,10 @@ def _allocate(size: int, device: int, stream: int) -> int:
     return address
 
 
-def _release(address: int) -> None:
-    torch.cuda.caching_allocator_delete(address)  # type: ignore[no-untyped-call]
-
+# What `torch.cuda.caching_allocator_delete` calls. A function in C runs no bytecode, so that Ctrl-C
+# cannot strike in the middle of giving memory back; a torch without CUDA does not have it.
+_release = getattr(
+    torch._C, "_cuda_cudaCachingAllocator_raw_delete", torch.cuda.caching_allocator_delete
+)
 
 _core.set_cuda_allocator(_allocate, _release)

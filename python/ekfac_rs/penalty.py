@@ -355,25 +355,29 @@ class _Quadratic(torch.autograd.Function):
     def forward(
         ctx: Any, operators: Sequence[_Operator], scale: float, damping: float, *deviations: Tensor
     ) -> Tensor:
+        first = deviations[0]
         value: float | Tensor = 0.0
         gradients = []
         for operator, D in zip(operators, deviations, strict=True):
             D = D.contiguous()
             gradient = torch.empty_like(D)
-            value += scale * operator.apply(D, gradient)
+            part = scale * operator.apply(D, gradient)
             gradient.mul_(scale)
             if damping:
-                value += damping * torch.linalg.vector_norm(D).double() ** 2
+                part += damping * torch.linalg.vector_norm(D).double() ** 2
                 gradient.add_(D, alpha=damping)
             gradients.append(gradient)
+            # Layers may be on several devices.
+            value += part.to(first.device) if isinstance(part, Tensor) else part
         ctx.save_for_backward(*gradients)
-        first = deviations[0]
-        return torch.as_tensor(0.5 * value, dtype=first.dtype, device=first.device)
+        if isinstance(value, Tensor):
+            return (0.5 * value).to(first.dtype)
+        return first.new_full((), 0.5 * value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *(grad * gradient for gradient in ctx.saved_tensors))
+        return (None, None, None, *(grad.to(g.device) * g for g in ctx.saved_tensors))
 
 
 # --- checks --------------------------------------------------------------------------------------

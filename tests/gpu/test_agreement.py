@@ -26,6 +26,7 @@ DENSE = {
     "channels first": ((5, 4, 9), (0, 2, 1)),
     "reversed": ((4, 3, 8), (2, 1, 0)),
     "more columns than threads of a block": ((3, 5, 300), (0, 1, 2)),
+    "wide enough for one triangle": ((3, 2, 1030), (0, 1, 2)),
     "more units than one run": ((130, 7, 4), (0, 2, 1)),
 }
 

@@ -43,12 +43,16 @@ def calls(library: str, function: str) -> int:
     return counter(function.encode())
 
 
-def factor(device: int) -> None:
-    x, out = torch.ones(4, 3), torch.zeros(3, 3)
+def factor(device: int, size: int = 3) -> None:
+    x, out = torch.ones(4, size), torch.zeros(size, size)
     _core.accumulate_gram(
         on(device, x), [on(device, out)], "kfac-expand", "input", False, 1.0, "ieee"
     )
-    assert torch.equal(out.tril(), torch.full((3, 3), 4.0).tril())
+    assert torch.equal(out.tril(), torch.full((size, size), 4.0).tril())
+
+
+def wide_factor(device: int) -> None:
+    factor(device, 1100)
 
 
 def product(device: int) -> None:
@@ -91,7 +95,7 @@ FAULTS = [
     ("cublasSetWorkspace_v2=7", product, CudaError, "cublasSetWorkspace"),
     ("cublasSgemm_v2_64=13", product, CudaError, "gemm failed: CUBLAS_STATUS_EXECUTION_FAILED"),
     ("cusolverDnCreate=1", product, CudaError, "cusolverDnCreate"),
-    ("cublasSsyrk_v2_64=14", factor, CudaError, "syrk failed: CUBLAS_STATUS_INTERNAL_ERROR"),
+    ("cublasSsyrk_v2_64=14", wide_factor, CudaError, "syrk failed: CUBLAS_STATUS_INTERNAL_ERROR"),
     ("nvrtcCompileProgram=6", factor, CudaError, "did not compile for sm_90.*injected fault"),
     ("nvrtcCreateProgram=1", factor, CudaError, "nvrtcCreateProgram"),
     ("cuModuleLoadData=209", factor, CudaError, "cuModuleLoadData.*NO_BINARY_FOR_GPU"),
@@ -126,17 +130,35 @@ def test_a_fault_names_the_layer(monkeypatch):
         ek.estimate_curvature(model, [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))])
 
 
-def test_what_does_not_fit_says_how_much_was_asked(device):
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (torch.OutOfMemoryError("full"), OutOfMemory, "24 bytes .* on cuda:{}: .*full"),
+        (MemoryError("full"), OutOfMemory, "24 bytes .* on cuda:{}: .*full"),
+        (RuntimeError("illegal memory access"), CudaError, "24 bytes .*illegal memory access"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "interrupted"),
+    ],
+)
+def test_what_the_allocator_raises_is_passed_on(device, raised, error, message):
     def refuse(size: int, device: int, stream: int) -> int:
-        raise torch.OutOfMemoryError("full")
+        raise raised
 
     _core.set_cuda_allocator(refuse, lambda address: None)
     try:
-        with pytest.raises(OutOfMemory, match=f"24 bytes .* on cuda:{device}: .*full"):
+        with pytest.raises(error, match=message.format(device)) as caught:
             product(device)
+        assert type(caught.value) is error
     finally:
         emulated_device.use()
     product(device)
+
+
+def test_an_object_dropped_by_an_exception_does_not_swallow_it(device):
+    G = on(device, torch.eye(2))
+    with pytest.raises(ek.errors.ShapeError):
+        _core.KroneckerRoot([(on(device, torch.eye(3)), G)]).apply(
+            on(device, torch.ones(5)), on(device, torch.ones(5))
+        )
 
 
 def test_a_device_that_is_not_there_is_named():
@@ -179,7 +201,7 @@ def test_memory_is_given_back(device):
 
 
 def test_memory_is_given_back_after_a_fault(device, monkeypatch):
-    for call, fault in [(factor, "cublasSsyrk_v2_64=14"), (inverse, "cublasDtrsm_v2_64=14")]:
+    for call, fault in [(factor, "cublasSgemm_v2_64=14"), (inverse, "cublasDtrsm_v2_64=14")]:
         call(device)
         gc.collect()
         before = emulated_device.allocated()

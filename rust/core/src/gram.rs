@@ -127,7 +127,7 @@ pub struct GramOptions {
 /// # Errors
 ///
 /// Nothing is written if `x` contains NaN or infinity, or if any shape, dtype or option does not
-/// fit. After [`Error::Interrupted`] the outputs are partly written.
+/// fit. After [`Error::Interrupted`], or an error of a GPU at work, the outputs are partly written.
 pub fn accumulate(
     x: &TensorView<'_>,
     out: &mut [TensorViewMut<'_>],

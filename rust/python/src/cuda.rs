@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ekfac_core::backend::cuda::{self, Allocator, Found};
 use ekfac_core::view::Dtype;
 use ekfac_core::{Error, Result};
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -21,22 +22,42 @@ impl Allocator for FromPython {
     fn allocate(&self, bytes: usize, device: usize, stream: usize) -> Result<usize> {
         Python::attach(|py| {
             let address = self.allocate.call1(py, (bytes, device, stream));
-            address.and_then(|address| address.extract(py))
-        })
-        .map_err(|error| {
-            Error::OutOfMemory(format!(
-                "{bytes} bytes could not be allocated on cuda:{device}: {error}"
-            ))
+            address
+                .and_then(|address| address.extract(py))
+                .map_err(|error| refused(py, &error, bytes, device))
         })
     }
 
     fn release(&self, address: usize) {
         // Without an interpreter there is nobody left to take the memory back.
         let _ = Python::try_attach(|py| {
+            // An object may be dropped while an exception is on its way; it must still be there
+            // afterwards.
+            let on_its_way = PyErr::take(py);
             if let Err(error) = self.release.call1(py, (address,)) {
                 error.write_unraisable(py, None);
             }
+            if let Some(error) = on_its_way {
+                error.restore(py);
+            }
         });
+    }
+}
+
+/// Why there is no memory: Ctrl-C and a device in trouble are not a lack of it.
+fn refused(py: Python<'_>, error: &PyErr, bytes: usize, device: usize) -> Error {
+    if error.is_instance_of::<PyKeyboardInterrupt>(py) {
+        return Error::Interrupted;
+    }
+    let message = format!("{bytes} bytes could not be allocated on cuda:{device}: {error}");
+    let of_torch = py
+        .import("torch")
+        .and_then(|torch| torch.getattr("OutOfMemoryError"))
+        .is_ok_and(|class| error.is_instance(py, &class));
+    if of_torch || error.is_instance_of::<PyMemoryError>(py) {
+        Error::OutOfMemory(message)
+    } else {
+        Error::Cuda(message)
     }
 }
 

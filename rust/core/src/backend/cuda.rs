@@ -4,12 +4,13 @@
 //! torch allocates (see [`memory`]). The host waits only where a number has to come back.
 
 use std::fmt::Debug;
+use std::ops::Deref;
 use std::sync::MutexGuard;
 
 use cudarc::driver::{result, sys};
 use faer::{MatMut, MatRef};
 
-use self::gpu::{Gpu, Handles};
+use self::gpu::{Entered, Gpu, Handles};
 use self::kernels::Argument::{self, Count, Number, Pointer, Words};
 use self::memory::{Buffer, DeviceMatrix};
 use self::packed::Packed;
@@ -46,6 +47,22 @@ pub struct Cuda {
     stream: usize,
     /// Of single-precision products.
     precision: Precision,
+    /// Whether a CUDA graph is being captured on the stream.
+    capturing: bool,
+}
+
+/// The backend, with its device's context current on this thread for as long as it is held.
+pub struct Current {
+    cuda: Cuda,
+    _entered: Entered,
+}
+
+impl Deref for Current {
+    type Target = Cuda;
+
+    fn deref(&self) -> &Cuda {
+        &self.cuda
+    }
 }
 
 /// The error of a failed call.
@@ -101,8 +118,8 @@ fn step_of<T>(stack: &[MatRef<'_, T>]) -> Option<usize> {
 }
 
 impl Cuda {
-    /// The device of this place, with its context current on this thread.
-    fn current(place: Place) -> Result<Self> {
+    /// The device and stream of this place.
+    fn of(place: Place) -> Result<Self> {
         let Device::Cuda(ordinal) = place.device else {
             return Err(Error::Device(format!(
                 "expected a CUDA device, got {}",
@@ -110,9 +127,10 @@ impl Cuda {
             )));
         };
         Ok(Self {
-            gpu: Gpu::current(ordinal)?,
+            gpu: Gpu::of(ordinal)?,
             stream: place.stream,
             precision: Precision::Ieee,
+            capturing: false,
         })
     }
 
@@ -141,7 +159,8 @@ impl Cuda {
     }
 
     fn handles(&self) -> Result<MutexGuard<'_, Handles>> {
-        self.gpu.handles(self.stream, self.precision)
+        self.gpu
+            .handles(self.stream, self.precision, self.capturing)
     }
 
     fn buffer(&self, bytes: usize) -> Result<Buffer> {
@@ -184,6 +203,14 @@ impl Cuda {
         self.download(&buffer, rows * columns)
     }
 
+    /// Blocks along each dimension for a table of this size, gone through `items` times.
+    fn blocks(&self, items: usize, rows: usize, columns: usize) -> [usize; 3] {
+        let (across, deep) = (columns.div_ceil(THREADS), items.min(MOST_BLOCKS));
+        let wanted = BLOCKS_PER_MULTIPROCESSOR * self.gpu.multiprocessors;
+        let down = wanted.div_ceil(across * deep);
+        [across, down.clamp(1, rows.min(MOST_BLOCKS)), deep]
+    }
+
     /// Queues a kernel over a table of `rows` and `columns`, `items` times.
     ///
     /// # Safety
@@ -201,19 +228,14 @@ impl Cuda {
         if items == 0 || rows == 0 || columns == 0 {
             return Ok(());
         }
-        let across = columns.div_ceil(THREADS);
-        let deep = items.min(MOST_BLOCKS);
-        let wanted = BLOCKS_PER_MULTIPROCESSOR * self.gpu.multiprocessors;
-        let down = wanted
-            .div_ceil(across * deep)
-            .clamp(1, rows.min(MOST_BLOCKS));
-        let (Ok(x), y, z) = (u32::try_from(across), down as u32, deep as u32) else {
+        let [x, y, z] = self.blocks(items, rows, columns).map(u32::try_from);
+        let (Ok(x), Ok(y), Ok(z)) = (x, y, z) else {
             return Err(Error::Shape(format!(
                 "{columns} columns are too many for a GPU"
             )));
         };
         let kernels = self.gpu.kernels(element, real)?;
-        // SAFETY: the caller's promise; `current` made the context current on this thread.
+        // SAFETY: the caller's promise; the context is current while a `Current` is held.
         unsafe { kernels.launch(name, [x, y, z], THREADS as u32, self.stream(), arguments) }
     }
 
@@ -296,11 +318,10 @@ impl Cuda {
         let columns = extents.last().copied().unwrap_or(1);
         let rows = extents.iter().product::<usize>() / columns.max(1);
         let first = self.buffer(8)?;
-        let none = [u64::MAX];
-        // SAFETY: the buffer holds one number; the host's is copied before the call returns, as it
-        // is not page-locked.
-        unsafe { result::memcpy_htod_async(first.address(), &none, self.stream()) }
-            .map_err(|error| failed("cuMemcpyHtoDAsync", error))?;
+        // All bits set: larger than any number.
+        // SAFETY: the buffer has this many bytes.
+        unsafe { result::memset_d8_async(first.address(), 0xff, 8, self.stream()) }
+            .map_err(|error| failed("cuMemsetD8Async", error))?;
         let arguments = vec![
             Pointer(place),
             Words(words),
@@ -330,45 +351,46 @@ impl Cuda {
     }
 
     /// The sum of this many numbers, in a fixed order.
-    fn sum(&self, numbers: &Buffer, length: usize) -> Result<f64> {
-        let partial = self.buffer(8 * THREADS)?;
-        let total = self.buffer(8)?;
-        for (from, length, to, columns) in [
-            (numbers, length, &partial, THREADS),
-            (&partial, THREADS, &total, 1),
-        ] {
-            let arguments = vec![
-                Pointer(from.address()),
-                count(length),
-                count(columns),
-                Pointer(to.address()),
-            ];
-            // SAFETY: each buffer holds as many numbers as is said.
+    fn sum(&self, numbers: DeviceMatrix<f64>, length: usize) -> Result<f64> {
+        /// Numbers that one thread adds up.
+        const EACH: usize = 32;
+        let (mut numbers, mut length) = (numbers, length);
+        while length > 1 {
+            let columns = length.div_ceil(EACH);
+            let sums = self.matrix_of::<f64>(1, columns)?;
+            let mut arguments = vec![Pointer(numbers.address())];
+            arguments.extend([length, columns].map(count));
+            arguments.push(Pointer(sums.address()));
+            // SAFETY: each matrix holds as many numbers as is said.
             unsafe { self.launch([Dtype::Float64; 2], "fold", 1, 1, columns, arguments)? };
+            (numbers, length) = (sums, columns);
         }
-        Ok(self.download::<f64>(&total, 1)?[0])
+        Ok(self.download::<f64>(numbers.buffer(), 1)?[0])
     }
 }
 
 impl Backend for Cuda {
     type Matrix<T: Real> = DeviceMatrix<T>;
     type Packed<T: Real> = Packed<T>;
-    type Handle = Box<Self>;
+    type Handle = Current;
 
-    fn at(place: Place) -> Result<Box<Self>> {
-        let cuda = Self::at_for_packed(place)?;
-        if cuda.is_capturing()? {
+    fn at(place: Place) -> Result<Current> {
+        let current = Self::at_for_packed(place)?;
+        if current.capturing {
             return Err(Error::Cuda(
                 "a CUDA graph is being captured: only the product of a penalty can be part of \
                  one; call everything else before or after"
                     .to_owned(),
             ));
         }
-        Ok(cuda)
+        Ok(current)
     }
 
-    fn at_for_packed(place: Place) -> Result<Box<Self>> {
-        Self::current(place).map(Box::new)
+    fn at_for_packed(place: Place) -> Result<Current> {
+        let mut cuda = Self::of(place)?;
+        let _entered = cuda.gpu.enter()?;
+        cuda.capturing = cuda.is_capturing()?;
+        Ok(Current { cuda, _entered })
     }
 
     fn device(&self) -> Device {
@@ -377,7 +399,7 @@ impl Backend for Cuda {
 
     fn hold_for(&self, home: Place) -> Result<()> {
         // A graph is replayed long after; whoever keeps it keeps what it uses.
-        if home.stream == self.stream || self.is_capturing()? {
+        if home.stream == self.stream || self.capturing {
             return Ok(());
         }
         let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING;
@@ -388,9 +410,10 @@ impl Backend for Cuda {
             let recorded = result::event::record(event, self.stream());
             let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
             let waited = result::stream::wait_event(stream_handle(home.stream), event, flags);
-            result::event::destroy(event).map_err(|e| failed("cuEventDestroy", e))?;
+            let destroyed = result::event::destroy(event);
             recorded.map_err(|e| failed("cuEventRecord", e))?;
-            waited.map_err(|e| failed("cuStreamWaitEvent", e))
+            waited.map_err(|e| failed("cuStreamWaitEvent", e))?;
+            destroyed.map_err(|e| failed("cuEventDestroy", e))
         }
     }
 
@@ -411,10 +434,11 @@ impl Backend for Cuda {
         let elements = (0..rows).flat_map(|i| (0..columns).map(move |j| host[(i, j)]));
         let elements: Vec<T> = elements.collect();
         if !elements.is_empty() {
-            // SAFETY: the matrix has room for the elements; they are copied before the call
-            // returns, as their memory is not page-locked.
+            // SAFETY: the matrix has room for the elements, and the stream is waited for before
+            // they go.
             unsafe { result::memcpy_htod_async(matrix.address(), &elements, self.stream()) }
                 .map_err(|error| failed("cuMemcpyHtoDAsync", error))?;
+            self.wait()?;
         }
         Ok(matrix)
     }
@@ -548,9 +572,8 @@ impl Backend for Cuda {
             return Ok(0.0);
         }
         // Every block of the launch below writes a row of sums.
-        let most = BLOCKS_PER_MULTIPROCESSOR * self.gpu.multiprocessors;
-        let length = most.min(rows) * columns;
-        let partial = self.zeros::<f64>(most.min(rows), columns)?;
+        let [_, down, _] = self.blocks(1, rows, columns);
+        let partial = self.matrix_of::<f64>(down, columns)?;
         let mut arguments = vec![address(a)];
         arguments.extend(strides(a));
         arguments.push(address(b));
@@ -558,9 +581,9 @@ impl Backend for Cuda {
         arguments.extend([rows, columns].map(count));
         arguments.push(Pointer(partial.address()));
         // SAFETY: the views are of matrices of this size on this device, and there is a row of
-        // sums for every block that `launch` may start.
+        // sums for every block that `launch` starts.
         unsafe { self.launch([T::DTYPE; 2], "dot", 1, rows, columns, arguments)? };
-        self.sum(partial.buffer(), length)
+        self.sum(partial, down * columns)
     }
 
     fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()> {

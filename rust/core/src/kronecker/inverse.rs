@@ -1,5 +1,7 @@
 //! Exact inverses: of one damped term, and of a sum of two terms.
 
+use faer::{MatMut, MatRef};
+
 use super::{Group, KroneckerSum, decompose, decompose_all, widen};
 use crate::backend::{Backend, Spectrum, Storage, Triangle, on_device};
 use crate::cancel::Cancel;
@@ -157,18 +159,35 @@ impl<B: Backend> Apply for Inverse<B> {
         with_real!(v.dtype(), T => {
             let (v, out) = (backend.matrices::<T>(v)?, backend.matrices_mut::<T>(out)?);
             backend.check_finite(&v, &|_| "v".to_owned())?;
-            for (v, mut out) in v.into_iter().zip(out) {
-                let height = v.nrows() / self.groups.len();
-                for (index, group) in self.groups.iter().enumerate() {
-                    cancel.check()?;
-                    let start = index * height;
-                    let wide = widen(backend, v.subrows(start, height))?;
-                    let result = group.apply(backend, &wide, map)?;
-                    backend.copy(result.view(), out.as_mut().subrows_mut(start, height))?;
-                }
-            }
-            backend.hold_for(self.home)
+            let applied = v
+                .into_iter()
+                .zip(out)
+                .try_for_each(|(v, out)| self.apply_once(backend, v, out, map, cancel));
+            // Also what a failed call queued may still be at work.
+            backend.hold_for(self.home)?;
+            applied
         })
+    }
+}
+
+impl<B: Backend> Inverse<B> {
+    fn apply_once<T: Real>(
+        &self,
+        backend: &B,
+        v: MatRef<'_, T>,
+        mut out: MatMut<'_, T>,
+        map: Map,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let height = v.nrows() / self.groups.len();
+        for (index, group) in self.groups.iter().enumerate() {
+            cancel.check()?;
+            let start = index * height;
+            let wide = widen(backend, v.subrows(start, height))?;
+            let result = group.apply(backend, &wide, map)?;
+            backend.copy(result.view(), out.as_mut().subrows_mut(start, height))?;
+        }
+        Ok(())
     }
 }
 
@@ -343,8 +362,8 @@ struct Together<M> {
 fn diagonalise_together<B: Backend, T: Real>(
     backend: &B,
     name: &str,
-    x1: faer::MatRef<'_, T>,
-    x2: faer::MatRef<'_, T>,
+    x1: MatRef<'_, T>,
+    x2: MatRef<'_, T>,
 ) -> Result<Together<B::Matrix<f64>>> {
     let size = x1.nrows();
     let (x1, x2) = (widen(backend, x1)?, widen(backend, x2)?);

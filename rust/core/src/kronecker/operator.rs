@@ -72,12 +72,10 @@ impl<B: Backend, T: Real> Apply for Packed<B, T> {
     fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<Option<f64>> {
         v.layout().expect_device(self.home.device)?;
         let backend = B::at_for_packed(v.place())?;
-        let inner = backend.apply_packed(
-            &self.packed,
-            backend.matrix::<T>(v)?,
-            backend.matrix_mut(out)?,
-        )?;
+        let (v, out) = (backend.matrix::<T>(v)?, backend.matrix_mut(out)?);
+        let inner = backend.apply_packed(&self.packed, v, out);
+        // Also what a failed call queued may still be at work.
         backend.hold_for(self.home)?;
-        Ok(inner)
+        inner
     }
 }

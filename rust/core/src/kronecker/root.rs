@@ -1,5 +1,7 @@
 //! A square root of a sum of Kronecker products, to draw samples with it as covariance.
 
+use faer::{MatMut, MatRef};
+
 use super::KroneckerSum;
 use crate::backend::{Backend, Spectrum, Storage, on_device};
 use crate::cancel::Cancel;
@@ -116,34 +118,48 @@ impl<B: Backend, T: Real> Apply for Roots<B, T> {
         cancel: &Cancel,
     ) -> Result<()> {
         noise.layout().expect_device(self.home.device)?;
-        let backend = B::at(noise.place())?;
+        let handle = B::at(noise.place())?;
+        let backend = &*handle;
         let noise = backend.matrices::<T>(noise)?;
         let out = backend.matrices_mut::<T>(out)?;
-        for (noise, mut out) in noise.chunks(self.groups[0].len()).zip(out) {
-            let height = out.nrows() / self.groups.len();
-            let mut half = backend.zeros::<T>(height, out.ncols())?;
-            for (group, roots) in self.groups.iter().enumerate() {
-                cancel.check()?;
-                let start = group * height;
-                let mut out = out.as_mut().subrows_mut(start, height);
-                for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
-                    let noise = noise.subrows(start, height);
-                    backend.gemm(half.view_mut(), false, g.view(), noise, 1.0)?;
-                    backend.gemm(out.as_mut(), index > 0, half.view(), a.view(), 1.0)?;
-                }
+        let applied = noise
+            .chunks(self.groups[0].len())
+            .zip(out)
+            .try_for_each(|(noise, out)| self.apply_once(backend, noise, out, cancel));
+        // Also what a failed call queued may still be at work.
+        backend.hold_for(self.home)?;
+        applied
+    }
+}
+
+impl<B: Backend, T: Real> Roots<B, T> {
+    /// One sample, from noise for each term.
+    fn apply_once(
+        &self,
+        backend: &B,
+        noise: &[MatRef<'_, T>],
+        mut out: MatMut<'_, T>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let height = out.nrows() / self.groups.len();
+        let mut half = backend.zeros::<T>(height, out.ncols())?;
+        for (group, roots) in self.groups.iter().enumerate() {
+            cancel.check()?;
+            let start = group * height;
+            let mut out = out.as_mut().subrows_mut(start, height);
+            for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
+                let noise = noise.subrows(start, height);
+                backend.gemm(half.view_mut(), false, g.view(), noise, 1.0)?;
+                backend.gemm(out.as_mut(), index > 0, half.view(), a.view(), 1.0)?;
             }
         }
-        backend.hold_for(self.home)
+        Ok(())
     }
 }
 
 /// The symmetric root: unlike eigenvectors it does not depend on signs or on the order within
 /// equal eigenvalues, so equal noise gives equal samples everywhere.
-fn root<B: Backend, T: Real>(
-    backend: &B,
-    x: faer::MatRef<'_, T>,
-    name: &str,
-) -> Result<B::Matrix<T>> {
+fn root<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>, name: &str) -> Result<B::Matrix<T>> {
     let size = x.nrows();
     let wide = super::widen(backend, x)?;
     let (values, mut vectors) = super::decompose(backend, wide.view())?;

@@ -57,6 +57,11 @@ impl Lying {
     }
 }
 
+/// Size of a Gram matrix from which cuBLAS is asked for one triangle only. For narrow and tall x
+/// its general product cuts the long sum between multiprocessors, which makes up for the other
+/// triangle. (Not measured yet: see docs/benchmarks.md.)
+const SYRK_FROM: usize = 1024;
+
 /// Whether a matrix lies row by row or column by column.
 pub(super) fn lies_well<T>(x: MatRef<'_, T>) -> bool {
     Lying::of(x).is_some()
@@ -212,7 +217,8 @@ impl Cuda {
             .map_err(|error| failed("cublas gemm", error.0))
     }
 
-    /// Adds `weight * x^T x` to the lower triangle of `out`, for x row by row.
+    /// Adds `weight * x^T x` to the lower triangle of `out`, for x row by row; what is above is
+    /// left undefined.
     pub(super) fn add_squares<T: Real>(
         &self,
         mut out: MatMut<'_, T>,
@@ -220,6 +226,9 @@ impl Cuda {
         weight: f64,
     ) -> Result<()> {
         let size = out.nrows();
+        if size < SYRK_FROM {
+            return self.multiply(out, true, x.transpose(), x, weight);
+        }
         let (Some(target), Some(units)) = (Lying::of(out.as_ref()), Lying::of(x)) else {
             let mut squares = self.zeros::<T>(size, size)?;
             self.add_squares(squares.view_mut(), x, weight)?;

@@ -32,26 +32,33 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// The device of this ordinal, with its context current on this thread.
+    /// The device of this ordinal.
     ///
     /// # Errors
     ///
     /// [`Error::Cuda`] naming the library or call that failed; the next call tries again.
-    pub(super) fn current(ordinal: usize) -> Result<&'static Self> {
+    pub(super) fn of(ordinal: usize) -> Result<&'static Self> {
         static GPUS: LazyLock<Mutex<HashMap<usize, &'static Gpu>>> = LazyLock::new(Mutex::default);
         let mut gpus = lock(&GPUS);
-        let gpu = match gpus.get(&ordinal) {
-            Some(&gpu) => gpu,
-            None => {
-                let gpu: &'static Self = Box::leak(Box::new(Self::new(ordinal)?));
-                gpus.insert(ordinal, gpu);
-                gpu
-            }
-        };
-        // SAFETY: the context was retained and is never released.
-        unsafe { result::ctx::set_current(gpu.context) }
-            .map_err(|error| failed("cuCtxSetCurrent", error))?;
+        if let Some(&gpu) = gpus.get(&ordinal) {
+            return Ok(gpu);
+        }
+        let gpu: &'static Self = Box::leak(Box::new(Self::new(ordinal)?));
+        gpus.insert(ordinal, gpu);
         Ok(gpu)
+    }
+
+    /// Makes the device's context current on this thread until the result goes.
+    pub(super) fn enter(&self) -> Result<Entered> {
+        let before =
+            result::ctx::get_current().map_err(|error| failed("cuCtxGetCurrent", error))?;
+        if before == Some(self.context) {
+            return Ok(Entered(None));
+        }
+        // SAFETY: the context was retained and is never released.
+        unsafe { result::ctx::set_current(self.context) }
+            .map_err(|error| failed("cuCtxSetCurrent", error))?;
+        Ok(Entered(Some(before.unwrap_or(std::ptr::null_mut()))))
     }
 
     fn new(ordinal: usize) -> Result<Self> {
@@ -88,6 +95,7 @@ impl Gpu {
         &self,
         stream: usize,
         precision: Precision,
+        capturing: bool,
     ) -> Result<MutexGuard<'_, Handles>> {
         if self.handles.get().is_none() {
             // Two threads may both come here; one pair of handles is then left unused.
@@ -97,8 +105,20 @@ impl Gpu {
             return Err(Error::Cuda("library handles were lost".to_owned()));
         };
         let mut handles = lock(handles);
-        handles.turn_to(self.ordinal, stream, precision)?;
+        handles.turn_to(self.ordinal, stream, precision, capturing)?;
         Ok(handles)
+    }
+}
+
+/// What puts the context back that was current before: torch takes its current device from it.
+pub(super) struct Entered(Option<sys::CUcontext>);
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(before) = self.0 {
+            // SAFETY: the context was current a moment ago. Nothing could be done about a failure.
+            let _ = unsafe { result::ctx::set_current(before) };
+        }
     }
 }
 
@@ -112,6 +132,8 @@ pub(super) struct Handles {
     /// What cuBLAS works in, for each stream: its own pool would allocate in the middle of a graph
     /// that is being captured.
     workspaces: HashMap<usize, Buffer>,
+    /// The same for a graph: it is replayed beside other work, and must share memory with none.
+    of_graph: Option<Buffer>,
 }
 
 // SAFETY: handles may be used by one thread at a time, which the mutex around them sees to.
@@ -144,18 +166,30 @@ impl Handles {
             stream: None,
             precision: None,
             workspaces: HashMap::new(),
+            of_graph: None,
         })
     }
 
-    fn turn_to(&mut self, device: usize, stream: usize, precision: Precision) -> Result<()> {
-        if self.stream != Some(stream) {
+    fn turn_to(
+        &mut self,
+        device: usize,
+        stream: usize,
+        precision: Precision,
+        capturing: bool,
+    ) -> Result<()> {
+        if self.stream != Some(stream) || capturing {
             self.stream = None;
-            let workspace = match self.workspaces.entry(stream) {
-                Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => entry.insert(Buffer::new(WORKSPACE, device, stream)?),
+            let workspace = if capturing {
+                self.of_graph
+                    .insert(Buffer::new(WORKSPACE, device, stream)?)
+            } else {
+                match self.workspaces.entry(stream) {
+                    Entry::Occupied(entry) => entry.into_mut(),
+                    Entry::Vacant(entry) => entry.insert(Buffer::new(WORKSPACE, device, stream)?),
+                }
             };
             let workspace = workspace.address() as *mut _;
-            // SAFETY: the handles live, the stream is the caller's current one, and the workspace
+            // SAFETY: the handle lives, the stream is the caller's current one, and the workspace
             // is kept. Setting the stream takes the workspace away, hence the order.
             unsafe {
                 let handle = stream_handle(stream);
@@ -167,12 +201,9 @@ impl Handles {
                 status
                     .result()
                     .map_err(|e| failed("cublasSetWorkspace", e.0))?;
-                let status = cusolver::sys::cusolverDnSetStream(self.cusolver, handle.cast());
-                status
-                    .result()
-                    .map_err(|e| failed("cusolverDnSetStream", e.0))?;
             }
-            self.stream = Some(stream);
+            // A graph's workspace is for one call; whoever comes next sets another.
+            self.stream = (!capturing).then_some(stream);
         }
         if self.precision != Some(precision) {
             let mode = match precision {

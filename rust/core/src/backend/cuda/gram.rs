@@ -18,9 +18,8 @@ use crate::view::{Dtype, Real, TensorView};
 /// activations they come from.
 const TILE: usize = 128 << 20;
 
-/// Runs of units that are summed independently, at the least: enough threads where features are
-/// few.
-const RUNS: usize = 256;
+/// Sums that one thread adds up one after the other.
+const EACH: usize = 64;
 
 /// Adds the weighted sum of squares and products of each stratum to the lower triangles of its
 /// outputs, one for each group of consecutive features.
@@ -179,25 +178,16 @@ impl<'a> MiniBatch<'a> {
         let (examples, features) = (source.examples, source.features);
         let by_example = apart && source.locations > 1;
         // Runs must not cross examples where those are told apart.
-        let (outer, parts) = if by_example {
-            let parts = RUNS.div_ceil(examples).min(source.locations);
-            (examples, parts)
-        } else {
-            (1, RUNS.min(source.units()))
-        };
-        let partial = sum_units(cuda, &source, outer * parts)?;
-        let by_outer = reduce(cuda, &partial, parts, features, outer)?;
+        let outer = if by_example { examples } else { 1 };
+        let by_outer = sums_of_units(cuda, &source, outer)?;
         let (sums, example_sums) = if by_example {
-            let sums = reduce(cuda, &by_outer, examples, features, 1)?;
+            let sums = sums_of_rows(cuda, by_outer.address(), examples, features, 1)?;
             (sums, Some(by_outer))
         } else {
             (by_outer, None)
         };
-        if cuda
-            .to_host(sums.view())?
-            .iter()
-            .any(|sum| !sum.is_finite())
-        {
+        let on_host = cuda.download::<f64>(sums.buffer(), features)?;
+        if on_host.iter().any(|sum| !sum.is_finite()) {
             return Err(what_overflowed(cuda, units)?);
         }
         Ok(Self {
@@ -350,7 +340,37 @@ impl Squares<'_> {
     }
 }
 
-/// Sums over equal shares of the units, `[runs, features]`.
+/// Sums over `outer` equal shares of the units, `[outer, features]`.
+fn sums_of_units(cuda: &Cuda, source: &Source, outer: usize) -> Result<DeviceMatrix<f64>> {
+    // As many runs as fill the device, each of one unit at the least.
+    let threads = super::THREADS * super::BLOCKS_PER_MULTIPROCESSOR * cuda.gpu.multiprocessors;
+    let wanted = threads.div_ceil(source.features.next_multiple_of(super::THREADS) * outer);
+    let parts = wanted.clamp(1, source.units() / outer);
+    let runs = sum_units(cuda, source, outer * parts)?;
+    sums_of_rows(cuda, runs.address(), parts, source.features, outer)
+}
+
+/// Sums over the middle index of `[outer, inner, features]`, in steps that no thread goes through
+/// for long.
+fn sums_of_rows(
+    cuda: &Cuda,
+    rows: u64,
+    inner: usize,
+    features: usize,
+    outer: usize,
+) -> Result<DeviceMatrix<f64>> {
+    let parts = inner.div_ceil(EACH);
+    // Shares of rows are like shares of units, each row a unit with one location.
+    let source = Source::rows(rows, outer * inner, features);
+    let sums = sum_units(cuda, &source, outer * parts)?;
+    if parts == 1 {
+        return Ok(sums);
+    }
+    sums_of_rows(cuda, sums.address(), parts, features, outer)
+}
+
+/// Sums over this many equal shares of the units, each by one thread for each feature, `[runs,
+/// features]`.
 fn sum_units(cuda: &Cuda, source: &Source, runs: usize) -> Result<DeviceMatrix<f64>> {
     let sums = cuda.matrix_of::<f64>(runs, source.features)?;
     let mut arguments = source.arguments();
@@ -363,23 +383,6 @@ fn sum_units(cuda: &Cuda, source: &Source, runs: usize) -> Result<DeviceMatrix<f
     let (types, kernel) = ([source.dtype, real], source.sum_kernel);
     // SAFETY: the source describes a tensor on this device; there is a row for each run.
     unsafe { cuda.launch(types, kernel, 1, runs, source.features, arguments)? };
-    Ok(sums)
-}
-
-/// Sums over the middle index of `[outer, count, features]`.
-fn reduce(
-    cuda: &Cuda,
-    partial: &DeviceMatrix<f64>,
-    inner: usize,
-    features: usize,
-    outer: usize,
-) -> Result<DeviceMatrix<f64>> {
-    let sums = cuda.matrix_of::<f64>(outer, features)?;
-    let mut arguments = vec![Pointer(partial.address())];
-    arguments.extend([inner, features, outer].map(count));
-    arguments.push(Pointer(sums.address()));
-    // SAFETY: both matrices have the sizes that are said.
-    unsafe { cuda.launch([Dtype::Float64; 2], "reduce", 1, outer, features, arguments)? };
     Ok(sums)
 }
 

@@ -57,48 +57,77 @@ struct Patches {
     Slide deep, high, wide;
 };
 
-// Reads one feature of any unit.
+// Reads one feature, unit after unit: `seek` goes to a unit, `next` to the one after it. Neither
+// `next` nor `at` divides.
 struct DenseReader {
     const S* x;
-    u64 example, location;
-    __device__ DenseReader(const S* x, const Dense& source, u64 feature)
-        : x(x + feature * source.feature), example(source.example), location(source.location) {}
-    __device__ S at(u64 n, unsigned t, S) const { return x[n * example + t * location]; }
+    const Dense& source;
+    u64 locations, n, t;
+    __device__ DenseReader(const S* x, const Dense& source, u64 locations, u64 feature)
+        : x(x + feature * source.feature), source(source), locations(locations) {}
+    __device__ void seek(u64 unit) {
+        n = unit / locations;
+        t = unit % locations;
+    }
+    __device__ void next() {
+        if (++t == locations) {
+            t = 0;
+            ++n;
+        }
+    }
+    __device__ S at(S) const { return x[n * source.example + t * source.location]; }
 };
 
-// Where a kernel position sees output `output`; false where that is padding.
-__device__ inline bool seen(const Slide& slide, unsigned output, unsigned position, u64& place) {
-    u64 padded = (u64)output * slide.stride + (u64)position * slide.dilation;
-    place = padded - slide.before;
-    return padded >= slide.before && place < slide.input;
-}
+// Where a kernel position is along one dimension, output after output.
+struct Along {
+    unsigned output, outputs, place, start, stride, input;
+    __device__ Along(const Slide& slide, unsigned position)
+        : outputs(slide.outputs), start(position * (unsigned)slide.dilation
+                                        - (unsigned)slide.before),
+          stride(slide.stride), input(slide.input) {}
+    __device__ void seek(unsigned to) {
+        output = to;
+        place = start + to * stride;
+    }
+    // Whether the last output was left behind, and the first one is next again.
+    __device__ bool next() {
+        place += stride;
+        if (++output < outputs) return false;
+        seek(0);
+        return true;
+    }
+    // Places in the padding before the input have wrapped around to the largest numbers.
+    __device__ bool inside() const { return place < input; }
+};
 
 struct PatchReader {
     const S* x;
     const Patches& source;
-    unsigned z, y, w;
-    __device__ PatchReader(const S* x, const Patches& source, u64 feature)
-        : source(source)
-    {
-        unsigned wide = source.wide.kernel, high = source.high.kernel, deep = source.deep.kernel;
-        unsigned rest = feature;
-        w = rest % wide;
-        rest /= wide;
-        y = rest % high;
-        rest /= high;
-        z = rest % deep;
-        this->x = x + (rest / deep) * source.channel;
+    Along deep, high, wide;
+    u64 locations, n;
+    __device__ PatchReader(const S* x, const Patches& source, u64 locations, u64 feature)
+        : PatchReader(x, source, locations, (unsigned)feature, (unsigned)source.wide.kernel,
+                      (unsigned)source.high.kernel, (unsigned)source.deep.kernel) {}
+    __device__ PatchReader(const S* x, const Patches& source, u64 locations, unsigned feature,
+                           unsigned across, unsigned down, unsigned back)
+        : x(x + (u64)(feature / (across * down * back)) * source.channel), source(source),
+          deep(source.deep, feature / (across * down) % back),
+          high(source.high, feature / across % down), wide(source.wide, feature % across),
+          locations(locations) {}
+    __device__ void seek(u64 unit) {
+        n = unit / locations;
+        unsigned t = unit % locations;
+        wide.seek(t % wide.outputs);
+        high.seek(t / wide.outputs % high.outputs);
+        deep.seek(t / wide.outputs / high.outputs);
     }
-    __device__ S at(u64 n, unsigned t, S zero) const {
-        unsigned wide = source.wide.outputs, high = source.high.outputs;
-        unsigned row = t / wide;
-        u64 at_w, at_y, at_z;
-        bool inside = seen(source.wide, t % wide, w, at_w);
-        inside = seen(source.high, row % high, y, at_y) && inside;
-        inside = seen(source.deep, row / high, z, at_z) && inside;
-        if (!inside) return zero;
-        return x[n * source.example + at_z * source.depth + at_y * source.height
-                 + at_w * source.width];
+    __device__ void next() {
+        if (wide.next() && high.next() && deep.next()) ++n;
+    }
+    __device__ S at(S zero) const {
+        if (!(wide.inside() && high.inside() && deep.inside())) return zero;
+        return x[n * source.example + deep.place * source.depth + high.place * source.height
+                 + wide.place * source.width];
     }
 };
 
@@ -108,20 +137,12 @@ __device__ inline void sum_units(
     const S* x, const Source& source, u64 locations, u64 units, u64 runs, u64 features, double* out)
 {
     COLUMN(features)
-    Reader reader(x, source, column);
+    Reader reader(x, source, locations, column);
     S zero = {};
     FOR_ROWS(runs) {
         u64 unit = units * row / runs, end = units * (row + 1) / runs;
-        u64 n = unit / locations;
-        unsigned t = unit % locations;
         double sum = 0.0;
-        for (; unit < end; ++unit) {
-            sum += number(reader.at(n, t, zero));
-            if (++t == locations) {
-                t = 0;
-                ++n;
-            }
-        }
+        for (reader.seek(unit); unit < end; ++unit, reader.next()) sum += number(reader.at(zero));
         out[row * features + column] = sum;
     }
 }
@@ -150,15 +171,14 @@ __device__ inline void pack_units(
     u64 width = size + appended;
     u64 feature = column / width * size + column % width;
     bool is_constant = column % width == size;
-    Reader reader(x, source, is_constant ? 0 : feature);
+    Reader reader(x, source, locations, is_constant ? 0 : feature);
     S zero = {};
-    FOR_ROWS(rows) {
-        u64 unit = first + row;
-        u64 n = unit / locations;
+    u64 row = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
+    for (reader.seek(first + row); row < end; ++row, reader.next()) {
         double value = constant;
         if (!is_constant) {
-            value = number(reader.at(n, (unsigned)(unit % locations), zero));
-            if (means) value -= means[n * mean_stride + feature] * mean_factor;
+            value = number(reader.at(zero));
+            if (means) value -= means[reader.n * mean_stride + feature] * mean_factor;
         }
         out[row * columns + column] = (T)value;
     }
@@ -181,17 +201,6 @@ extern "C" __global__ void pack_patches(
 }
 
 // --- sums ---------------------------------------------------------------------------------------
-
-// out[o, f] = sum over c of in[o, c, f].
-extern "C" __global__ void reduce(const double* in, u64 count, u64 features, u64 outer, double* out)
-{
-    COLUMN(features)
-    FOR_ROWS(outer) {
-        double sum = 0.0;
-        for (u64 c = 0; c < count; ++c) sum += in[(row * count + c) * features + column];
-        out[row * features + column] = sum;
-    }
-}
 
 // out[j] = in[j] + in[j + columns] + ...
 extern "C" __global__ void fold(const double* in, u64 length, u64 columns, double* out)
@@ -329,6 +338,7 @@ extern "C" __global__ void first_non_finite(
     FOR_ROWS(rows) {
         u64 rest = row * columns + column, place = 0;
         for (int d = 4; d >= 0; --d) {
+            if (extents.extent[d] == 1) continue;
             place += rest % extents.extent[d] * extents.stride[d];
             rest /= extents.extent[d];
         }

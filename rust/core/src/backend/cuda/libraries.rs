@@ -51,6 +51,7 @@ impl Library {
     fn functions(self) -> &'static [&'static str] {
         match self {
             Self::Driver => &[
+                "cuCtxGetCurrent",
                 "cuCtxSetCurrent",
                 "cuDeviceGet",
                 "cuDeviceGetAttribute",

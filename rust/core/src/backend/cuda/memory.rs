@@ -42,8 +42,13 @@ pub(super) struct Buffer {
 impl Buffer {
     /// Memory with arbitrary contents.
     pub(super) fn new(bytes: usize, device: usize, stream: usize) -> Result<Self> {
-        let allocator = ALLOCATOR.read().unwrap_or_else(PoisonError::into_inner);
-        let allocator = allocator.clone().ok_or_else(|| {
+        // The lock is given back before the allocator runs: that waits for the interpreter, which
+        // may be waiting for the lock.
+        let allocator = ALLOCATOR
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let allocator = allocator.ok_or_else(|| {
             Error::Cuda("no allocator of device memory was set: set_cuda_allocator".to_owned())
         })?;
         // An empty matrix gets an address, too: libraries refuse null.

@@ -123,10 +123,11 @@ impl<T: Real> Packed<T> {
             }
             Factors::Terms { right, left, stack } => {
                 // The lock is held until both kinds of products are queued. On another stream
-                // nothing would order them after the last use of the stack.
+                // nothing would order them after the last use of the stack, and a graph is
+                // replayed beside other work.
                 let mut own = stack.lock().unwrap_or_else(PoisonError::into_inner);
                 let mut elsewhere = None;
-                let stack = if cuda.stream == home {
+                let stack = if cuda.stream == home && !cuda.capturing {
                     &mut *own
                 } else {
                     elsewhere.insert(cuda.matrix_of::<T>(groups * terms * height, inputs)?)

@@ -1,10 +1,13 @@
 //! Eigendecompositions and Cholesky factors through cuSOLVER.
 
+use std::sync::MutexGuard;
+
 use cudarc::cusolver::sys::{
     self, cublasFillMode_t, cudaDataType, cusolverEigMode_t, cusolverStatus_t,
 };
 use faer::{MatMut, MatRef};
 
+use super::gpu::Handles;
 use super::memory::{Buffer, DeviceMatrix};
 use super::packed::blocks;
 use super::{Cuda, failed};
@@ -31,6 +34,15 @@ fn check(status: cusolverStatus_t, call: &str) -> Result<()> {
 }
 
 impl Cuda {
+    /// The library handles, cuSOLVER's set to the stream, too.
+    fn solver_handles(&self) -> Result<MutexGuard<'_, Handles>> {
+        let handles = self.handles()?;
+        // SAFETY: the handle lives, and the stream is the caller's current one.
+        let status = unsafe { sys::cusolverDnSetStream(handles.cusolver, self.stream().cast()) };
+        check(status, "cusolverDnSetStream")?;
+        Ok(handles)
+    }
+
     /// Eigenvalues in ascending order, and eigenvectors as columns, of matrices of one size.
     pub(super) fn decompose<T: Real>(
         &self,
@@ -44,7 +56,11 @@ impl Cuda {
         if size == 0 {
             return Ok(vec![Vec::new(); x.len()]);
         }
-        let at_once = if size <= SMALL { x.len() } else { 1 };
+        // The documentation bounds the elements of a batch by the largest 32-bit integer.
+        let at_once = match size {
+            ..=SMALL => (i32::MAX as usize / (size * size)).clamp(1, x.len()),
+            _ => 1,
+        };
         let mut values = Vec::with_capacity(x.len());
         let mut vectors = vectors.into_iter();
         for x in x.chunks(at_once) {
@@ -76,7 +92,7 @@ impl Cuda {
         );
         let (a, w) = (x.address() as *mut _, values.address() as *mut _);
         {
-            let handles = self.handles()?;
+            let handles = self.solver_handles()?;
             let (handle, parameters) = (handles.cusolver, handles.parameters);
             let (mut on_device, mut on_host) = (0, 0);
             // SAFETY: the handles live; sizes are those of `x` and `values`, whose memory outlives
@@ -181,7 +197,7 @@ impl Cuda {
         let info = Buffer::new(4, self.gpu.ordinal, self.stream)?;
         let (n, kind, a) = (size as i64, data_type::<T>(), work.address() as *mut _);
         {
-            let handles = self.handles()?;
+            let handles = self.solver_handles()?;
             let (handle, parameters) = (handles.cusolver, handles.parameters);
             let (mut on_device, mut on_host) = (0, 0);
             // SAFETY: as in `decompose_in_place`.
