@@ -188,6 +188,9 @@ pub trait Backend: Sized + Sync {
     /// The sum of the elementwise product, accumulated in double precision.
     fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<f64>;
 
+    /// The inner product of each column of one matrix with that of the other.
+    fn column_dots<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<Vec<f64>>;
+
     /// `y += alpha * x`.
     fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()>;
 
@@ -199,8 +202,13 @@ pub trait Backend: Sized + Sync {
         power: f64,
     ) -> Result<()>;
 
+    /// The diagonal of each of these matrices of one size, on the host.
+    fn diagonals<T: Real>(&self, x: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>>;
+
     /// The diagonal, on the host.
-    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Result<Vec<f64>>;
+    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Result<Vec<f64>> {
+        Ok(self.diagonals(&[x])?.into_iter().flatten().collect())
+    }
 
     /// Writes the sum of the Kronecker products `G_k (x) A_k`.
     fn dense_kronecker<T: Real>(

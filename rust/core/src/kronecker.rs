@@ -206,10 +206,16 @@ impl<'a> KroneckerSum<'a> {
     /// The trace, `sum_k tr(A_k) tr(G_k)` of every group.
     pub fn trace(&self) -> Result<f64> {
         on_device!(self.place, backend => with_real!(self.dtype, T => {
-            let trace = |x| -> Result<f64> { Ok(backend.diagonal::<T>(x)?.iter().sum()) };
-            let groups = self.by_group::<_, T>(backend)?;
-            let terms = groups.iter().flat_map(|group| &group.terms);
-            terms.map(|&(a, g)| Ok(trace(a)? * trace(g)?)).sum()
+            let traces = |x| -> Result<Vec<f64>> {
+                let diagonals = backend.diagonals(&backend.matrices::<T>(x)?)?;
+                Ok(diagonals.iter().map(|diagonal| diagonal.iter().sum()).collect())
+            };
+            let mut total = 0.0;
+            for (a, g) in &self.terms {
+                let pairs = traces(a)?.into_iter().zip(traces(g)?);
+                total += pairs.map(|(a, g)| a * g).sum::<f64>();
+            }
+            Ok(total)
         }))
     }
 
@@ -255,11 +261,8 @@ impl<'a> KroneckerSum<'a> {
     /// accuracy of about 1e-4 or better.
     pub fn top_eigenvalue(&self, damping: f64, cancel: &Cancel) -> Result<f64> {
         on_device!(self.place, backend => with_real!(self.dtype, T => {
-            let mut largest = f64::NEG_INFINITY;
-            for group in self.finite_by_group::<_, T>(backend)? {
-                largest = largest.max(eigenvalue::top(backend, &group.terms, cancel)?);
-            }
-            Ok(largest + damping)
+            let groups = self.finite_by_group::<_, T>(backend)?;
+            Ok(eigenvalue::top(backend, &groups, cancel)? + damping)
         }))
     }
 
@@ -357,20 +360,21 @@ fn widen<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>) -> Result<B::Matrix
     Ok(wide)
 }
 
+fn views<T: Real, M: Storage<T>>(x: &[M]) -> Vec<MatRef<'_, T>> {
+    x.iter().map(Storage::view).collect()
+}
+
 /// Eigenvalues in ascending order, and eigenvectors as columns.
 type Decomposition<B, T> = (Vec<f64>, <B as Backend>::Matrix<T>);
 
 /// Eigenvalues in ascending order and eigenvectors of each of these matrices of one size.
-fn decompose_all<B: Backend>(
+fn decompose_all<B: Backend, T: Real>(
     backend: &B,
-    x: &[B::Matrix<f64>],
-) -> Result<Vec<Decomposition<B, f64>>> {
-    let views: Vec<_> = x.iter().map(Storage::view).collect();
-    let vectors = views
-        .iter()
-        .map(|x| backend.zeros::<f64>(x.nrows(), x.nrows()));
+    x: &[MatRef<'_, T>],
+) -> Result<Vec<Decomposition<B, T>>> {
+    let vectors = x.iter().map(|x| backend.zeros::<T>(x.nrows(), x.nrows()));
     let mut vectors = vectors.collect::<Result<Vec<_>>>()?;
-    let values = backend.eigh(&views, vectors.iter_mut().map(Storage::view_mut).collect())?;
+    let values = backend.eigh(x, vectors.iter_mut().map(Storage::view_mut).collect())?;
     Ok(values.into_iter().zip(vectors).collect())
 }
 

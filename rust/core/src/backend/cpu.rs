@@ -272,6 +272,11 @@ impl Backend for Cpu {
         Ok(dot(a, b))
     }
 
+    fn column_dots<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<Vec<f64>> {
+        let column = |j| dot(a.subcols(j, 1), b.subcols(j, 1));
+        Ok((0..a.ncols()).map(column).collect())
+    }
+
     fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()> {
         let alpha = T::from_f64(alpha);
         zip_elements(y, x, |y, x| *y += alpha * x);
@@ -298,8 +303,9 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Result<Vec<f64>> {
-        Ok((0..x.nrows()).map(|i| x[(i, i)].to_f64()).collect())
+    fn diagonals<T: Real>(&self, x: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>> {
+        let diagonal = |x: &MatRef<'_, T>| (0..x.nrows()).map(|i| x[(i, i)].to_f64()).collect();
+        Ok(x.iter().map(diagonal).collect())
     }
 
     fn dense_kronecker<T: Real>(

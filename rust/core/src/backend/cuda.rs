@@ -13,7 +13,7 @@ use faer::{MatMut, MatRef};
 use self::gpu::{Entered, Gpu, Handles};
 use self::kernels::Argument::{self, Count, Number, Pointer, Words};
 use self::memory::{Buffer, DeviceMatrix};
-use self::packed::Packed;
+use self::packed::{Packed, blocks};
 use super::{Backend, Spectrum, Storage, Triangle};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -350,13 +350,40 @@ impl Cuda {
         Ok((first != u64::MAX).then_some(first as usize))
     }
 
-    /// The sum of this many numbers, in a fixed order.
-    fn sum(&self, numbers: DeviceMatrix<f64>, length: usize) -> Result<f64> {
+    /// Inner products of columns over runs of rows, one run on top of the other, and how many
+    /// numbers these are.
+    fn partial_dots<T: Real>(
+        &self,
+        a: MatRef<'_, T>,
+        b: MatRef<'_, T>,
+    ) -> Result<(DeviceMatrix<f64>, usize)> {
+        let (rows, columns) = (a.nrows(), a.ncols());
+        // Every block of the launch writes a row.
+        let [_, down, _] = self.blocks(1, rows, columns);
+        let partial = self.matrix_of::<f64>(down, columns)?;
+        let mut arguments = vec![address(a)];
+        arguments.extend(strides(a));
+        arguments.push(address(b));
+        arguments.extend(strides(b));
+        arguments.extend([rows, columns].map(count));
+        arguments.push(Pointer(partial.address()));
+        // SAFETY: the views are of matrices of this size on this device, and there is a row of
+        // sums for every block that `launch` starts.
+        unsafe { self.launch([T::DTYPE; 2], "dot", 1, rows, columns, arguments)? };
+        Ok((partial, down * columns))
+    }
+
+    /// Sums of the numbers whose places differ by multiples of `width`, in a fixed order.
+    fn fold(
+        &self,
+        mut numbers: DeviceMatrix<f64>,
+        mut length: usize,
+        width: usize,
+    ) -> Result<Vec<f64>> {
         /// Numbers that one thread adds up.
         const EACH: usize = 32;
-        let (mut numbers, mut length) = (numbers, length);
-        while length > 1 {
-            let columns = length.div_ceil(EACH);
+        while length > width {
+            let columns = (length / width).div_ceil(EACH) * width;
             let sums = self.matrix_of::<f64>(1, columns)?;
             let mut arguments = vec![Pointer(numbers.address())];
             arguments.extend([length, columns].map(count));
@@ -365,7 +392,7 @@ impl Cuda {
             unsafe { self.launch([Dtype::Float64; 2], "fold", 1, 1, columns, arguments)? };
             (numbers, length) = (sums, columns);
         }
-        Ok(self.download::<f64>(numbers.buffer(), 1)?[0])
+        self.download::<f64>(numbers.buffer(), width)
     }
 }
 
@@ -567,23 +594,19 @@ impl Backend for Cuda {
         } else {
             (a.transpose(), b.transpose())
         };
-        let (rows, columns) = (a.nrows(), a.ncols());
-        if rows == 0 || columns == 0 {
+        if a.nrows() == 0 || a.ncols() == 0 {
             return Ok(0.0);
         }
-        // Every block of the launch below writes a row of sums.
-        let [_, down, _] = self.blocks(1, rows, columns);
-        let partial = self.matrix_of::<f64>(down, columns)?;
-        let mut arguments = vec![address(a)];
-        arguments.extend(strides(a));
-        arguments.push(address(b));
-        arguments.extend(strides(b));
-        arguments.extend([rows, columns].map(count));
-        arguments.push(Pointer(partial.address()));
-        // SAFETY: the views are of matrices of this size on this device, and there is a row of
-        // sums for every block that `launch` starts.
-        unsafe { self.launch([T::DTYPE; 2], "dot", 1, rows, columns, arguments)? };
-        self.sum(partial, down * columns)
+        let (partial, length) = self.partial_dots(a, b)?;
+        Ok(self.fold(partial, length, 1)?[0])
+    }
+
+    fn column_dots<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<Vec<f64>> {
+        if a.nrows() == 0 || a.ncols() == 0 {
+            return Ok(vec![0.0; a.ncols()]);
+        }
+        let (partial, length) = self.partial_dots(a, b)?;
+        self.fold(partial, length, a.ncols())
     }
 
     fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()> {
@@ -628,11 +651,17 @@ impl Backend for Cuda {
         }
     }
 
-    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Result<Vec<f64>> {
-        let step = x.row_stride() + x.col_stride();
-        // SAFETY: the diagonal's elements are among those of the matrix.
-        let diagonal = unsafe { MatRef::from_raw_parts(x.as_ptr(), 1, x.nrows(), 0, step) };
-        self.to_host(diagonal)
+    fn diagonals<T: Real>(&self, x: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>> {
+        let size = x.first().map_or(0, |x| x.nrows());
+        let rows = x.iter().map(|x| {
+            let step = x.row_stride() + x.col_stride();
+            // SAFETY: the diagonal's elements are among those of the matrix.
+            unsafe { MatRef::from_raw_parts(x.as_ptr(), 1, size, 0, step) }
+        });
+        let mut wide = self.matrix_of::<f64>(x.len(), size)?;
+        self.copy_stack(&rows.collect::<Vec<_>>(), blocks(wide.view_mut(), 1, 1))?;
+        let values = self.download::<f64>(wide.buffer(), x.len() * size)?;
+        Ok(values.chunks(size.max(1)).map(<[f64]>::to_vec).collect())
     }
 
     fn dense_kronecker<T: Real>(

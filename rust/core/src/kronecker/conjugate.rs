@@ -215,18 +215,10 @@ fn common_basis<B: Backend>(
     }
     let (_, vectors) = decompose(backend, sum.view())?;
     let mut image = backend.zeros::<f64>(size, size)?;
-    let mut congruent = backend.zeros::<f64>(size, size)?;
     let basis = vectors.view();
     let diagonals = factors.iter().map(|factor| {
         backend.gemm(image.view_mut(), false, factor.view(), basis, 1.0)?;
-        backend.gemm(
-            congruent.view_mut(),
-            false,
-            basis.transpose(),
-            image.view(),
-            1.0,
-        )?;
-        backend.diagonal(congruent.view())
+        backend.column_dots(image.view(), basis)
     });
     let diagonals = diagonals.collect::<Result<_>>()?;
     Ok(CommonBasis { vectors, diagonals })

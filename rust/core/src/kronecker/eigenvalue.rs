@@ -2,7 +2,7 @@
 
 use faer::{Mat, MatRef};
 
-use super::Pair;
+use super::{Group, Pair};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Storage};
 use crate::cancel::Cancel;
@@ -24,50 +24,74 @@ const SMALL: usize = 64;
 /// Sizes of a factor from which its largest and smallest eigenvalue are found one by one.
 const LARGE: usize = 512;
 
-/// The algebraically largest eigenvalue.
+/// The algebraically largest eigenvalue of all groups.
 pub(super) fn top<B: Backend, T: Real>(
     backend: &B,
-    terms: &[Pair<'_, T>],
+    groups: &[Group<'_, T>],
     cancel: &Cancel,
 ) -> Result<f64> {
     cancel.check()?;
-    let size = |(a, g): &Pair<'_, T>| a.nrows() * g.nrows();
-    match terms {
-        [(a, g)] => {
-            let of_a = extremes(backend, *a, cancel)?;
-            let of_g = extremes(backend, *g, cancel)?;
-            let products = of_a.iter().flat_map(|x| of_g.map(|y| x * y));
-            Ok(products.fold(f64::NEG_INFINITY, f64::max))
-        }
-        [first, ..] if size(first) <= SMALL => {
-            let mut whole = backend.zeros::<T>(size(first), size(first))?;
-            backend.dense_kronecker(terms, whole.view_mut())?;
-            extremes(backend, whole.view(), cancel).map(|[_, largest]| largest)
-        }
-        _ => {
-            let start = separable_start(backend, terms, cancel)?;
-            lanczos(backend, terms, 0.0, start, cancel).map(|top| top.value)
-        }
-    }
+    let (a, g) = groups[0].terms[0];
+    let tops = if groups[0].terms.len() == 1 {
+        let (a, g): (Vec<_>, Vec<_>) = groups.iter().map(|group| group.terms[0]).unzip();
+        let pairs = extremes(backend, &a, cancel)?
+            .into_iter()
+            .zip(extremes(backend, &g, cancel)?);
+        let products = pairs.flat_map(|(a, g)| a.map(|x| g.map(|y| x * y)));
+        products.flatten().collect()
+    } else if a.nrows() * g.nrows() <= SMALL {
+        dense_tops(backend, groups, cancel)?
+    } else {
+        let top = |group: &Group<'_, T>| {
+            let start = separable_start(backend, &group.terms, cancel)?;
+            lanczos(backend, &group.terms, 0.0, start, cancel).map(|top| top.value)
+        };
+        groups.iter().map(top).collect::<Result<Vec<_>>>()?
+    };
+    Ok(tops.into_iter().fold(f64::NEG_INFINITY, f64::max))
 }
 
-/// The smallest and the largest eigenvalue.
+/// The largest eigenvalue of each group's whole matrix.
+fn dense_tops<B: Backend, T: Real>(
+    backend: &B,
+    groups: &[Group<'_, T>],
+    cancel: &Cancel,
+) -> Result<Vec<f64>> {
+    let dense = groups.iter().map(|group| {
+        let (a, g) = group.terms[0];
+        let size = a.nrows() * g.nrows();
+        let mut whole = backend.zeros::<T>(size, size)?;
+        backend.dense_kronecker(&group.terms, whole.view_mut())?;
+        Ok(whole)
+    });
+    let dense = dense.collect::<Result<Vec<_>>>()?;
+    let both = extremes(backend, &super::views(&dense), cancel)?;
+    Ok(both.into_iter().map(|[_, largest]| largest).collect())
+}
+
+/// The smallest and the largest eigenvalue of each of these matrices of one size.
 fn extremes<B: Backend, T: Real>(
     backend: &B,
-    x: MatRef<'_, T>,
+    x: &[MatRef<'_, T>],
     cancel: &Cancel,
-) -> Result<[f64; 2]> {
-    if x.nrows() >= LARGE {
+) -> Result<Vec<[f64; 2]>> {
+    let size = x[0].nrows();
+    if size < LARGE {
+        let spectra = super::decompose_all(backend, x)?.into_iter();
+        return Ok(spectra
+            .map(|(values, _)| [values[0], values[size - 1]])
+            .collect());
+    }
+    let minus = backend.upload(constant(-1.0).as_ref())?;
+    let both = x.iter().map(|&x| {
         let largest = top_of_factor(backend, x, cancel)?.value;
         // The smallest one is the distance of `largest - x` from the largest one.
-        let minus = backend.upload(constant(-1.0).as_ref())?;
         let terms = [(x, minus.view())];
-        let start = noise(backend, 1, x.nrows())?;
+        let start = noise(backend, 1, size)?;
         let range = lanczos(backend, &terms, largest, start, cancel)?.value;
-        return Ok([largest - range, largest]);
-    }
-    let (values, _) = super::decompose(backend, x)?;
-    Ok([values[0], values[x.nrows() - 1]])
+        Ok([largest - range, largest])
+    });
+    both.collect()
 }
 
 /// The largest eigenvalue of one factor, its vector as a row.

@@ -2,7 +2,7 @@
 
 use faer::{MatMut, MatRef};
 
-use super::{Group, KroneckerSum, decompose, decompose_all, widen};
+use super::{Group, KroneckerSum, decompose, decompose_all, views, widen};
 use crate::backend::{Backend, Spectrum, Storage, Triangle, on_device};
 use crate::cancel::Cancel;
 use crate::error::{Error, Result};
@@ -295,7 +295,8 @@ fn one_term<B: Backend, T: Real>(
         a.push(widen(backend, term_a)?);
         g.push(widen(backend, term_g)?);
     }
-    let (a, g) = (decompose_all(backend, &a)?, decompose_all(backend, &g)?);
+    let a = decompose_all(backend, &views(&a))?;
+    let g = decompose_all(backend, &views(&g))?;
     let diagonals = a.into_iter().zip(g);
     let diagonals = diagonals.map(|((values_a, basis_a), (values_g, basis_g))| {
         if damping == 0.0 {

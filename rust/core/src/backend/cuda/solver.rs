@@ -1,6 +1,6 @@
 //! Eigendecompositions and Cholesky factors through cuSOLVER.
 
-use std::sync::MutexGuard;
+use std::ffi::c_void;
 
 use cudarc::cusolver::sys::{
     self, cublasFillMode_t, cudaDataType, cusolverEigMode_t, cusolverStatus_t,
@@ -8,7 +8,7 @@ use cudarc::cusolver::sys::{
 use faer::{MatMut, MatRef};
 
 use super::gpu::Handles;
-use super::memory::{Buffer, DeviceMatrix};
+use super::memory::DeviceMatrix;
 use super::packed::blocks;
 use super::{Cuda, failed};
 use crate::backend::{Backend, Storage};
@@ -33,14 +33,43 @@ fn check(status: cusolverStatus_t, call: &str) -> Result<()> {
     status.result().map_err(|error| failed(call, error.0))
 }
 
+/// What a routine works in, and bytes of it.
+struct Room {
+    device: *mut c_void,
+    on_device: usize,
+    host: *mut c_void,
+    on_host: usize,
+}
+
 impl Cuda {
-    /// The library handles, cuSOLVER's set to the stream, too.
-    fn solver_handles(&self) -> Result<MutexGuard<'_, Handles>> {
+    /// Asks a routine of cuSOLVER for how much room it wants, runs it with that much, and waits for
+    /// it.
+    fn with_room(
+        &self,
+        call: &str,
+        ask: impl FnOnce(&Handles, &mut usize, &mut usize) -> cusolverStatus_t,
+        work: impl FnOnce(&Handles, &Room) -> cusolverStatus_t,
+    ) -> Result<()> {
         let handles = self.handles()?;
         // SAFETY: the handle lives, and the stream is the caller's current one.
         let status = unsafe { sys::cusolverDnSetStream(handles.cusolver, self.stream().cast()) };
         check(status, "cusolverDnSetStream")?;
-        Ok(handles)
+        let (mut on_device, mut on_host) = (0, 0);
+        let status = ask(&handles, &mut on_device, &mut on_host);
+        check(status, &format!("{call}_bufferSize"))?;
+        let device = self.buffer(on_device)?;
+        let mut host = vec![0u8; on_host.max(1)];
+        let room = Room {
+            device: device.address() as *mut _,
+            on_device,
+            host: host.as_mut_ptr().cast(),
+            on_host,
+        };
+        let status = work(&handles, &room);
+        // The room on the host must last as long as the work, also of a call that failed.
+        let waited = self.wait();
+        check(status, call)?;
+        waited
     }
 
     /// Eigenvalues in ascending order, and eigenvectors as columns, of matrices of one size.
@@ -84,97 +113,114 @@ impl Cuda {
         size: usize,
     ) -> Result<Vec<Vec<f64>>> {
         let values = self.matrix_of::<T>(count, size)?;
-        let info = Buffer::new(4 * count, self.gpu.ordinal, self.stream)?;
+        let info = self.buffer(4 * count)?;
         let (n, kind, vectors) = (
             size as i64,
             data_type::<T>(),
             cusolverEigMode_t::CUSOLVER_EIG_MODE_VECTOR,
         );
         let (a, w) = (x.address() as *mut _, values.address() as *mut _);
-        {
-            let handles = self.solver_handles()?;
-            let (handle, parameters) = (handles.cusolver, handles.parameters);
-            let (mut on_device, mut on_host) = (0, 0);
-            // SAFETY: the handles live; sizes are those of `x` and `values`, whose memory outlives
-            // the queued work; each call writes two numbers here.
-            unsafe {
-                if count == 1 {
-                    let status = sys::cusolverDnXsyevd_bufferSize(
-                        handle,
-                        parameters,
-                        vectors,
-                        LOWER,
-                        n,
-                        kind,
-                        a,
-                        n,
-                        kind,
-                        w,
-                        kind,
-                        &mut on_device,
-                        &mut on_host,
-                    );
-                    check(status, "cusolverDnXsyevd_bufferSize")?;
-                } else {
-                    let status = sys::cusolverDnXsyevBatched_bufferSize(
-                        handle,
-                        parameters,
-                        vectors,
-                        LOWER,
-                        n,
-                        kind,
-                        a,
-                        n,
-                        kind,
-                        w,
-                        kind,
-                        &mut on_device,
-                        &mut on_host,
-                        count as i64,
-                    );
-                    check(status, "cusolverDnXsyevBatched_bufferSize")?;
-                }
-            }
-            let device_work = Buffer::new(on_device, self.gpu.ordinal, self.stream)?;
-            let mut host_work = vec![0u8; on_host.max(1)];
-            let (device, host) = (
-                device_work.address() as *mut _,
-                host_work.as_mut_ptr().cast(),
-            );
-            let info = info.address() as *mut _;
-            // SAFETY: as above, and both workspaces are as large as was asked for; the stream is
-            // waited for below, before the one on the host goes.
-            unsafe {
-                if count == 1 {
-                    let status = sys::cusolverDnXsyevd(
-                        handle, parameters, vectors, LOWER, n, kind, a, n, kind, w, kind, device,
-                        on_device, host, on_host, info,
-                    );
-                    check(status, "cusolverDnXsyevd")?;
-                } else {
-                    let status = sys::cusolverDnXsyevBatched(
-                        handle,
-                        parameters,
-                        vectors,
-                        LOWER,
-                        n,
-                        kind,
-                        a,
-                        n,
-                        kind,
-                        w,
-                        kind,
-                        device,
-                        on_device,
-                        host,
-                        on_host,
-                        info,
-                        count as i64,
-                    );
-                    check(status, "cusolverDnXsyevBatched")?;
-                }
-            }
-            self.wait()?;
+        let info_address = info.address() as *mut _;
+        // SAFETY (of both calls): the handles live; sizes are those of `x` and `values`, whose
+        // memory outlives the work, as `with_room` waits for it; there is a number for each matrix
+        // in `info`.
+        if count == 1 {
+            self.with_room(
+                "cusolverDnXsyevd",
+                |handles, on_device, on_host| {
+                    // SAFETY: as above.
+                    unsafe {
+                        sys::cusolverDnXsyevd_bufferSize(
+                            handles.cusolver,
+                            handles.parameters,
+                            vectors,
+                            LOWER,
+                            n,
+                            kind,
+                            a,
+                            n,
+                            kind,
+                            w,
+                            kind,
+                            on_device,
+                            on_host,
+                        )
+                    }
+                },
+                |handles, room| {
+                    // SAFETY: as above.
+                    unsafe {
+                        sys::cusolverDnXsyevd(
+                            handles.cusolver,
+                            handles.parameters,
+                            vectors,
+                            LOWER,
+                            n,
+                            kind,
+                            a,
+                            n,
+                            kind,
+                            w,
+                            kind,
+                            room.device,
+                            room.on_device,
+                            room.host,
+                            room.on_host,
+                            info_address,
+                        )
+                    }
+                },
+            )?;
+        } else {
+            let batch = count as i64;
+            self.with_room(
+                "cusolverDnXsyevBatched",
+                |handles, on_device, on_host| {
+                    // SAFETY: as above.
+                    unsafe {
+                        sys::cusolverDnXsyevBatched_bufferSize(
+                            handles.cusolver,
+                            handles.parameters,
+                            vectors,
+                            LOWER,
+                            n,
+                            kind,
+                            a,
+                            n,
+                            kind,
+                            w,
+                            kind,
+                            on_device,
+                            on_host,
+                            batch,
+                        )
+                    }
+                },
+                |handles, room| {
+                    // SAFETY: as above.
+                    unsafe {
+                        sys::cusolverDnXsyevBatched(
+                            handles.cusolver,
+                            handles.parameters,
+                            vectors,
+                            LOWER,
+                            n,
+                            kind,
+                            a,
+                            n,
+                            kind,
+                            w,
+                            kind,
+                            room.device,
+                            room.on_device,
+                            room.host,
+                            room.on_host,
+                            info_address,
+                            batch,
+                        )
+                    }
+                },
+            )?;
         }
         if self
             .download::<i32>(&info, count)?
@@ -194,55 +240,50 @@ impl Cuda {
     pub(super) fn factor<T: Real>(&self, x: MatMut<'_, T>) -> Result<Option<usize>> {
         let size = x.nrows();
         let work = self.copied(x.as_ref())?;
-        let info = Buffer::new(4, self.gpu.ordinal, self.stream)?;
+        let info = self.buffer(4)?;
         let (n, kind, a) = (size as i64, data_type::<T>(), work.address() as *mut _);
-        {
-            let handles = self.solver_handles()?;
-            let (handle, parameters) = (handles.cusolver, handles.parameters);
-            let (mut on_device, mut on_host) = (0, 0);
-            // SAFETY: as in `decompose_in_place`.
-            let status = unsafe {
-                sys::cusolverDnXpotrf_bufferSize(
-                    handle,
-                    parameters,
-                    LOWER,
-                    n,
-                    kind,
-                    a,
-                    n,
-                    kind,
-                    &mut on_device,
-                    &mut on_host,
-                )
-            };
-            check(status, "cusolverDnXpotrf_bufferSize")?;
-            let device_work = Buffer::new(on_device, self.gpu.ordinal, self.stream)?;
-            let mut host_work = vec![0u8; on_host.max(1)];
-            let (device, host) = (
-                device_work.address() as *mut _,
-                host_work.as_mut_ptr().cast(),
-            );
-            // SAFETY: as in `decompose_in_place`.
-            let status = unsafe {
-                sys::cusolverDnXpotrf(
-                    handle,
-                    parameters,
-                    LOWER,
-                    n,
-                    kind,
-                    a,
-                    n,
-                    kind,
-                    device,
-                    on_device,
-                    host,
-                    on_host,
-                    info.address() as *mut _,
-                )
-            };
-            check(status, "cusolverDnXpotrf")?;
-            self.wait()?;
-        }
+        let info_address = info.address() as *mut _;
+        // SAFETY (of both calls): as in `decompose_in_place`.
+        self.with_room(
+            "cusolverDnXpotrf",
+            |handles, on_device, on_host| {
+                // SAFETY: as above.
+                unsafe {
+                    sys::cusolverDnXpotrf_bufferSize(
+                        handles.cusolver,
+                        handles.parameters,
+                        LOWER,
+                        n,
+                        kind,
+                        a,
+                        n,
+                        kind,
+                        on_device,
+                        on_host,
+                    )
+                }
+            },
+            |handles, room| {
+                // SAFETY: as above.
+                unsafe {
+                    sys::cusolverDnXpotrf(
+                        handles.cusolver,
+                        handles.parameters,
+                        LOWER,
+                        n,
+                        kind,
+                        a,
+                        n,
+                        kind,
+                        room.device,
+                        room.on_device,
+                        room.host,
+                        room.on_host,
+                        info_address,
+                    )
+                }
+            },
+        )?;
         match self.download::<i32>(&info, 1)?[0] {
             0 => {
                 let mut x = x;
