@@ -35,6 +35,10 @@ test-python *args: dev
 test-gpu *args: dev
     {{python}} -m pytest -m cuda {{args}}
 
+# The same under compute-sanitizer, which is part of the CUDA toolkit
+sanitize-gpu *args: dev
+    compute-sanitizer --error-exitcode 1 {{python}} -m pytest -m cuda tests/gpu {{args}}
+
 # Check formatting, lints, types and stubs
 lint: dev
     cargo fmt --all --check
