@@ -1,11 +1,13 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ekfac_rs._tensors import require_choice, require_count, require_nonnegative
@@ -13,6 +15,7 @@ from ekfac_rs.batchnorm import (
     Anchor,
     as_found,
     device_of,
+    first_input,
     is_merged,
     merge_batchnorm,
     raw_weights,
@@ -27,6 +30,7 @@ from ekfac_rs.curvature import (
 from ekfac_rs.errors import (
     EmptyLoaderError,
     IncompatibleError,
+    LabelError,
     NonFiniteError,
     NumericalError,
     OptionError,
@@ -137,6 +141,8 @@ class ContinualLearner:
         self.task = 0
         self.curvatures: list[Curvature] = []
         self.anchor: Anchor | None = None
+        # Of the task since the last consolidation, once seen: see `_example_of`.
+        self._example: Tensor | None = None
 
     def fit(
         self,
@@ -169,7 +175,8 @@ class ContinualLearner:
         EmptyLoaderError
             The loader has no batches.
         NumericalError
-            The loss became NaN or infinite.
+            The loss became NaN or infinite: raised before the step is made, on a GPU after it,
+            where a step's loss is read during the next one.
         """
         require_count("epochs", epochs)
         require_nonnegative("lr", lr)
@@ -183,13 +190,14 @@ class ContinualLearner:
             bar = tqdm(total=steps, desc="fit", disable=not self.progress, leave=False)
             with bar:
                 for _ in range(epochs):
-                    means = _Means()
+                    means = _Means(device_of(self.model))
                     for x, y in _on_device(loader, device_of(self.model)):
                         loss, penalty, outputs = phase.step(x, y)
                         means.add(loss, penalty, self._accuracy(outputs, y), len(x))
                         bar.update()
                         if callback is not None:
                             callback(phase.steps_done, self)
+                    phase.finite.finish()
                     if not means.examples:
                         raise EmptyLoaderError("loader: expected examples, got none")
                     history.append(means.result())
@@ -209,8 +217,15 @@ class ContinualLearner:
         ------
         Whatever `estimate_curvature` and `merge_batchnorm` raise.
         """
+        if self._example is None:
+            # The loader may draw its order from torch's random state, which is to stay.
+            with as_found(self.model):
+                self._example, batches = _peeked(loader, device_of(self.model))
+            if isinstance(loader, Iterator):
+                loader = batches  # or the mini-batch looked at would be lost
+        example = self._example.to(device_of(self.model))
         if self.approximation is not None:
-            if self.batchnorm == "batch" and self._is_merged():
+            if self.batchnorm == "batch" and self._is_merged(example):
                 # Train-mode curvature needs a BatchNorm that normalises; the function stays.
                 reparameterize(self.model, loader, max_examples=self.max_examples)
             curvature = estimate_curvature(
@@ -226,10 +241,11 @@ class ContinualLearner:
                 max_examples=self.max_examples,
                 progress=self.progress,
             )
-            self.anchor = self._take_anchor()
+            self.anchor = self._take_anchor(example)
             self.curvatures.append(curvature)
         else:
-            self.anchor = self._take_anchor()
+            self.anchor = self._take_anchor(example)
+        self._example = None
         self.task += 1
 
     @torch.no_grad()
@@ -251,7 +267,7 @@ class ContinualLearner:
                 total, examples = 0.0, 0
                 for x, y in _on_device(loader, device_of(self.model)):
                     outputs = self.model(x)
-                    total += len(x) * self._score(outputs, y)
+                    total += len(x) * float(self._score(outputs, y))
                     examples += len(x)
                 if not examples:
                     raise EmptyLoaderError("loader: expected at least one example, got none")
@@ -309,31 +325,34 @@ class ContinualLearner:
         self.model.load_state_dict(state["model"])
         self.task, self.curvatures = state["task"], curvatures
         self.anchor = None if state["anchor"] is None else Anchor(**state["anchor"])
+        self._example = None
 
-    def _take_anchor(self) -> Anchor:
-        return (
-            merge_batchnorm(self.model) if self.coordinates == "merged" else raw_weights(self.model)
-        )
+    def _take_anchor(self, example: Tensor) -> Anchor:
+        take = merge_batchnorm if self.coordinates == "merged" else raw_weights
+        return take(self.model, example=example)
 
-    def _is_merged(self) -> bool:
-        return any(is_merged(layer) for layer in self._layers_with_batchnorm())
+    def _is_merged(self, example: Tensor) -> bool:
+        return any(is_merged(layer) for layer in self._layers_with_batchnorm(example))
 
-    def _layers_with_batchnorm(self) -> list[AffineLayer]:
-        return [layer for layer in find_layers(self.model) if layer.batchnorm is not None]
+    def _layers_with_batchnorm(self, example: Tensor) -> list[AffineLayer]:
+        with as_found(self.model):
+            self.model.eval()
+            found = find_layers(self.model, example=example)
+        return [layer for layer in found if layer.batchnorm is not None]
 
     def _has_classes(self) -> bool:
         return isinstance(self.likelihood, CrossEntropy)
 
-    def _accuracy(self, outputs: Tensor, y: Tensor) -> float:
+    def _accuracy(self, outputs: Tensor, y: Tensor) -> Tensor:
         if not self._has_classes():
-            return math.nan
+            return outputs.new_full((), math.nan)
         classes = y.argmax(dim=1) if y.is_floating_point() else y
-        return float((outputs.argmax(dim=1) == classes).double().mean())
+        return (outputs.argmax(dim=1) == classes).double().mean()
 
-    def _score(self, outputs: Tensor, y: Tensor) -> float:
+    def _score(self, outputs: Tensor, y: Tensor) -> Tensor:
         if self._has_classes():
             return self._accuracy(outputs, y)
-        return -float(self.likelihood.loss(outputs, y))
+        return -self.likelihood.loss(outputs, y)
 
 
 class _Phase:
@@ -350,6 +369,7 @@ class _Phase:
         later = learner.task > 0
         self.freeze_at = round(learner.freeze_bn_after * steps) if later else steps
         self.frozen: list[AffineLayer] = []
+        self.finite = _FiniteCheck(deferred=device_of(learner.model).type == "cuda")
         if later and learner.coordinates == "merged" and self.freeze_at > 0:
             _reparameterize_if_any(learner, loader)
         self.penalty = learner.penalty()
@@ -358,36 +378,34 @@ class _Phase:
             self.penalty.check_lr(lr, learner.momentum)
         self._new_optimizer()
 
-    def step(self, x: Tensor, y: Tensor) -> tuple[float, float, Tensor]:
-        """One optimiser step; returns loss, penalty and the outputs."""
-        if self.steps_done == self.freeze_at and self.freeze_at < self.steps:
-            self._freeze()
+    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimiser step; returns loss, penalty and the outputs, without waiting for them."""
         learner = self.learner
+        if self.steps_done == 0:
+            learner._example = _example_of(x)
+        if self.steps_done == self.freeze_at and self.freeze_at < self.steps:
+            self._freeze(_example_of(x))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.5 * self.lr * (1.0 + math.cos(math.pi * self.steps_done / self.steps))
         outputs = learner.model(x)
         if self.steps_done == 0:
             learner.likelihood.validate(outputs, y)
         loss = learner.likelihood.loss(outputs, y)
-        total, penalty = loss, 0.0
+        total, penalty = loss, torch.zeros_like(loss)
         if self.penalty is not None:
             try:
-                value = self.penalty()
+                penalty = self.penalty()
             except NonFiniteError as error:
                 raise NumericalError(
                     f"fit: diverged at step {self.steps_done + 1}: {error}"
                 ) from error
-            total, penalty = loss + value, float(value.detach())
-        if not math.isfinite(float(total.detach())):
-            raise NumericalError(
-                f"fit: expected a finite loss, got {float(total.detach())} "
-                f"at step {self.steps_done + 1}"
-            )
+            total = loss + penalty
+        self.finite.add(self.steps_done + 1, total.detach())
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.steps_done += 1
-        return float(loss.detach()), penalty, outputs.detach()
+        return loss.detach(), penalty.detach(), outputs.detach()
 
     def close(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -396,12 +414,12 @@ class _Phase:
         for module, training in self.modes.items():
             module.training = training
 
-    def _freeze(self) -> None:
+    def _freeze(self, example: Tensor) -> None:
         """Fold BatchNorm into the weights; from here on the merged weights are the parameters."""
         learner = self.learner
         if learner.coordinates == "merged":
-            merge_batchnorm(learner.model)
-        self.frozen = learner._layers_with_batchnorm()
+            merge_batchnorm(learner.model, example=example)
+        self.frozen = learner._layers_with_batchnorm(example)
         for layer in self.frozen:
             layer.batchnorm.eval()
         self._new_optimizer()  # momentum of the old parameters means nothing to the new
@@ -421,26 +439,92 @@ class _Phase:
         self.optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=self.learner.momentum)
 
 
+class _FiniteCheck:
+    """Refuses a step's total that is not finite: at once or, deferred, during the next step.
+
+    A GPU's host would otherwise wait in every step for the device to get there. Deferred, it has
+    one step queued in the meantime and never more.
+    """
+
+    def __init__(self, deferred: bool) -> None:
+        self.deferred = deferred
+        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def add(self, step: int, total: Tensor) -> None:
+        """Take a step's total and check it or, deferred, the one before."""
+        if self.deferred:
+            self.finish()
+        copied = None
+        if total.is_cuda:
+            # Reading the tensor later would wait for all that is queued by then; the event is
+            # over as soon as the copy is.
+            stream = torch.cuda.current_stream(total.device)
+            total = total.to("cpu", non_blocking=True)
+            copied = stream.record_event()
+        self._pending = step, total, copied
+        if not self.deferred:
+            self.finish()
+
+    def finish(self) -> None:
+        """Check what has not been checked yet."""
+        if self._pending is None:
+            return
+        (step, total, copied), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
+        if not math.isfinite(float(total)):
+            since = "; the weights have moved on by one step" if self.deferred else ""
+            raise NumericalError(
+                f"fit: expected a finite loss, got {float(total)} at step {step}{since}"
+            )
+
+
 class _Means:
-    """Running means over examples."""
+    """Running means over examples, summed where the values are: only the result is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.examples = 0
-        self.sums = [0.0, 0.0, 0.0]
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, loss: float, penalty: float, accuracy: float, examples: int) -> None:
+    def add(self, loss: Tensor, penalty: Tensor, accuracy: Tensor, examples: int) -> None:
         self.examples += examples
-        values = (loss, penalty, accuracy)
-        self.sums = [s + examples * v for s, v in zip(self.sums, values, strict=True)]
+        values = [value.to(self.sums) for value in (loss, penalty, accuracy)]
+        self.sums += examples * torch.stack(values)
 
     def result(self) -> dict[str, float]:
-        loss, penalty, accuracy = (s / self.examples for s in self.sums)
+        loss, penalty, accuracy = (self.sums / self.examples).tolist()
         return {"loss": loss, "penalty": penalty, "accuracy": accuracy}
 
 
 def _reparameterize_if_any(learner: ContinualLearner, loader: Iterable[Any]) -> None:
-    if learner._layers_with_batchnorm():
-        reparameterize(learner.model, loader, max_examples=learner.max_examples)
+    """Put BatchNorm back in one pass, unless the first mini-batch shows none that a layer has."""
+    model = learner.model
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    with as_found(model):
+        example, batches = _peeked(loader, device_of(model))
+        if learner._layers_with_batchnorm(example):
+            reparameterize(model, batches, max_examples=learner.max_examples)
+
+
+def _example_of(x: Tensor) -> Tensor:
+    """Two inputs: they show the data flow as well as a whole mini-batch does.
+
+    Without them nothing tells whether a BatchNorm after a Linear is over its outputs.
+    """
+    return x[:2].clone()
+
+
+def _peeked(loader: Iterable[Any], device: torch.device) -> tuple[Tensor, Iterator[Any]]:
+    """Two inputs of a loader's first mini-batch, and all of its mini-batches."""
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise EmptyLoaderError("loader: expected at least one batch of examples, got none")
+    x = first_input(first)
+    if not isinstance(x, Tensor):
+        raise LabelError(f"loader: expected pairs (x, y) of tensors, got {type(x).__name__} for x")
+    return _example_of(x).to(device), chain([first], batches)
 
 
 def _on_device(loader: Iterable[Any], device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:

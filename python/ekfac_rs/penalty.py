@@ -64,7 +64,8 @@ class QuadraticPenalty:
     Raises
     ------
     IncompatibleError
-        Curvatures in different coordinates or over different layers.
+        Curvatures in different coordinates or over different layers; an anchor merged with other
+        BatchNorms.
     ModelChangedError
         The model is not the curvatures', or the last of them was taken at other weights.
     ShapeError, DtypeError, DeviceError, OptionError, NonFiniteError
@@ -370,9 +371,10 @@ class _Quadratic(torch.autograd.Function):
             # Layers may be on several devices.
             value += part.to(first.device) if isinstance(part, Tensor) else part
         ctx.save_for_backward(*gradients)
-        if isinstance(value, Tensor):
-            return (0.5 * value).to(first.dtype)
-        return first.new_full((), 0.5 * value)
+        if not isinstance(value, Tensor):
+            # Not in one step: a float out of the dtype's range would be an error, not infinite.
+            value = first.new_full((), value, dtype=torch.float64)
+        return (0.5 * value).to(first.dtype)
 
     @staticmethod
     @once_differentiable
@@ -419,6 +421,8 @@ def _bind(
         layers = bind_layers(model, anchor.batchnorms)
     else:
         layers = find_layers(model, coordinates=coordinates, layers=list(anchor))
+    if isinstance(anchor, Anchor):
+        _require_same_batchnorms(layers, anchor, coordinates)
     _require_anchored(layers, anchor)
     for layer in layers:
         for curvature in curvatures:
@@ -437,3 +441,24 @@ def _require_anchored(layers: Iterable[AffineLayer], anchor: Mapping[str, Tensor
             raise UnknownLayerError(
                 f"anchor: expected weights of layer {layer.name!r}, got those of {list(anchor)}"
             )
+
+
+def _require_same_batchnorms(
+    layers: Iterable[AffineLayer], anchor: Anchor, coordinates: str
+) -> None:
+    """Refuse weights merged with another BatchNorm than the one this penalty merges."""
+    for layer in layers:
+        # One made of weights alone says as little about them as a plain mapping.
+        if layer.name not in anchor.batchnorms:
+            continue
+        expected = layer.batchnorm_name if coordinates == "merged" else None
+        got = anchor.batchnorms[layer.name]
+        if got != expected:
+            raise IncompatibleError(
+                f"layer {layer.name!r}: expected an anchor with {_named(expected)} merged into "
+                f"it, got one with {_named(got)}: an input batch as example= shows which it feeds"
+            )
+
+
+def _named(batchnorm: str | None) -> str:
+    return "no BatchNorm" if batchnorm is None else f"BatchNorm {batchnorm!r}"

@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import ekfac_rs as ek
-from nets import mlp
+from ekfac_rs import learner as learner_module
+from ekfac_rs.errors import EmptyLoaderError, NumericalError
+from nets import mlp, random_batchnorms
 
 
 def shifted_tasks(tasks=3, examples=192, inputs=8, classes=3, batch_size=32):
@@ -146,3 +149,247 @@ def test_an_unstable_learning_rate_warns():
     learner = learn(loaders[:1], scale=1e6)
     with pytest.warns(ek.StabilityWarning):
         learner.fit(loaders[1], lr=1e-4, epochs=1)
+
+
+# --- an example of the task shows what each BatchNorm is over ------------------------------------
+
+
+def positions_model(affine):
+    """A BatchNorm over positions that is as wide as the Linear before it, then one over outputs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 3),
+        nn.BatchNorm1d(3, affine=affine),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(9, 5),
+        nn.BatchNorm1d(5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    )
+    return random_batchnorms(model, torch.Generator().manual_seed(0))
+
+
+def positions_tasks(tasks=2):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [
+            (
+                torch.randn(16, 3, 4, generator=generator),
+                torch.randint(3, (16,), generator=generator),
+            )
+            for _ in range(4)
+        ]
+        for _ in range(tasks)
+    ]
+
+
+@torch.no_grad()
+def outputs(learner, x):
+    return copy.deepcopy(learner.model).eval()(x)
+
+
+def change_by_consolidation(learner, loader, x):
+    """Relative change of the function that consolidating makes."""
+    before = outputs(learner, x)
+    learner.consolidate(loader)
+    return float((outputs(learner, x) - before).norm() / before.norm())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"freeze_bn_after": 0.5}, {"freeze_bn_after": 0.0, "batchnorm": "running"}],
+    ids=["throughout", "frozen halfway", "frozen"],
+)
+def test_consolidation_keeps_the_function_with_a_batchnorm_over_positions(affine, options):
+    loaders = positions_tasks()
+    learner = ek.ContinualLearner(positions_model(affine), damping=0.01, **options)
+    for loader in loaders:
+        learner.fit(loader, epochs=2)
+        assert change_by_consolidation(learner, loader, loader[0][0]) < 1e-5
+        curvature = learner.curvatures[-1]
+        assert learner.anchor.batchnorms == curvature.batchnorms
+        assert curvature.batchnorms["0"] is None
+        assert curvature.batchnorms["4"] == "5"
+
+
+@pytest.mark.parametrize("approximation", ["xkfac", None])
+@pytest.mark.parametrize("once", [False, True], ids=["list", "iterator"])
+def test_a_task_that_was_not_fitted_shows_its_own_example(approximation, once):
+    (loader,) = positions_tasks(tasks=1)
+    learner = ek.ContinualLearner(positions_model(affine=True), approximation=approximation)
+    given = iter(loader) if once else loader
+    assert change_by_consolidation(learner, given, loader[0][0]) < 1e-5
+    assert learner.anchor.batchnorms == {"0": None, "1": "1", "4": "5", "7": None}
+    assert [c.examples for c in learner.curvatures] == ([64] if approximation else [])
+
+
+def test_consolidating_an_unseen_task_without_batches_is_refused():
+    learner = ek.ContinualLearner(positions_model(affine=True), approximation=None)
+    with pytest.raises(EmptyLoaderError, match="at least one batch"):
+        learner.consolidate([])
+    assert learner.task == 0
+
+
+class Counted(list):
+    """A loader that counts how often it was gone through, or begun."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_looking_at_an_example_takes_no_pass_of_the_loader():
+    first, second = (Counted(loader) for loader in positions_tasks())
+    learner = ek.ContinualLearner(positions_model(affine=True), damping=0.01)
+    learner.fit(first, epochs=2)
+    assert first.passes == 2
+    learner.consolidate(first)
+    assert first.passes == 3
+    learner.fit(second, epochs=2)
+    assert second.passes == 3  # one for the statistics of the BatchNorms put back
+
+
+def test_without_batchnorm_a_later_task_takes_no_pass_more():
+    loader = Counted(shifted_tasks(tasks=1)[0])
+    learner = ek.ContinualLearner(nn.Sequential(nn.Linear(8, 3)), damping=0.01)
+    for _ in range(2):
+        loader.passes = 0
+        learner.fit(loader, epochs=2)
+        assert loader.passes == 2
+        learner.consolidate(loader)
+
+
+# --- a loss that is not finite: found at once, or on a GPU one step later ------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_deferred_check_reads_a_step_during_the_next_and_names_it(bad):
+    check = learner_module._FiniteCheck(deferred=True)
+    check.add(1, torch.tensor(0.5))
+    check.add(2, torch.tensor(bad))
+    with pytest.raises(NumericalError, match=f"got {bad} at step 2; the weights have moved on"):
+        check.add(3, torch.tensor(0.5))
+    check.finish()
+
+
+def test_the_last_deferred_step_is_checked_on_finishing():
+    check = learner_module._FiniteCheck(deferred=True)
+    check.finish()
+    check.add(1, torch.tensor(math.nan))
+    with pytest.raises(NumericalError, match="at step 1; the weights"):
+        check.finish()
+    check.finish()
+
+
+def test_an_immediate_check_reads_the_step_itself():
+    check = learner_module._FiniteCheck(deferred=False)
+    check.add(1, torch.tensor(0.5))
+    with pytest.raises(NumericalError, match="got nan at step 2$"):
+        check.add(2, torch.tensor(math.nan))
+
+
+class OnAGpu:
+    """What the check uses of a tensor on a GPU, its stream and its event; notes what is done."""
+
+    is_cuda, device = True, torch.device("cuda", 0)
+
+    def __init__(self, value):
+        self.value, self.done = value, []
+
+    def to(self, device, non_blocking):
+        self.done.append(f"copy to {device}{' without waiting' if non_blocking else ''}")
+        return self
+
+    def record_event(self):
+        self.done.append("record")
+        return self
+
+    def synchronize(self):
+        self.done.append("wait")
+
+    def __float__(self):
+        self.done.append("read")
+        return self.value
+
+
+def test_a_total_on_a_gpu_is_copied_at_once_and_read_after_its_own_event(monkeypatch):
+    first, second = OnAGpu(0.5), OnAGpu(0.5)
+    streams = iter([first, second])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
+    check = learner_module._FiniteCheck(deferred=True)
+    check.add(1, first)
+    assert first.done == ["copy to cpu without waiting", "record"]
+    check.add(2, second)
+    assert first.done[2:] == ["wait", "read"]
+    assert second.done == ["copy to cpu without waiting", "record"]
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """Check every fit as on a GPU."""
+    immediate = learner_module._FiniteCheck
+    monkeypatch.setattr(learner_module, "_FiniteCheck", lambda deferred: immediate(deferred=True))
+
+
+def fit_on_a_bad_step(step, steps):
+    """Fit on batches of which one is infinite; returns the learner, the steps made, the error."""
+    loader = shifted_tasks(tasks=1, examples=32 * steps)[0]
+    x, y = loader[step - 1]
+    loader[step - 1] = x * math.inf, y
+    learner = ek.ContinualLearner(nn.Sequential(nn.Linear(8, 3)))
+    made = []
+    with pytest.raises(NumericalError) as caught:
+        learner.fit(loader, callback=lambda step, _: made.append(step))
+    return learner, made, str(caught.value)
+
+
+def test_on_a_cpu_fit_stops_before_the_step_that_diverged():
+    learner, made, message = fit_on_a_bad_step(2, steps=4)
+    assert message == "fit: expected a finite loss, got nan at step 2"
+    assert made == [1]
+    assert all(p.isfinite().all() for p in learner.model.parameters())
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["midway", "last of the epoch"])
+def test_deferred_fit_stops_one_step_after_the_one_that_diverged(deferred, step):
+    learner, made, message = fit_on_a_bad_step(step, steps=4)
+    assert message == (
+        f"fit: expected a finite loss, got nan at step {step}; "
+        "the weights have moved on by one step"
+    )
+    assert made == list(range(1, step + 1))
+    assert not learner.model[0].weight.isfinite().all()
+
+
+def test_deferring_the_check_changes_no_value(request):
+    def history():
+        torch.manual_seed(0)
+        loaders = shifted_tasks(tasks=2)
+        learner = learn(loaders[:1], damping=0.1)
+        return learner.fit(loaders[1], epochs=2)
+
+    immediate = history()
+    request.getfixturevalue("deferred")
+    assert history() == immediate
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_an_epoch_reports_means_over_its_examples(loss):
+    (loader,) = shifted_tasks(tasks=1, examples=72)  # the last mini-batch is smaller
+    if loss == "mse":
+        loader = [(x, nn.functional.one_hot(y, 3).float()) for x, y in loader]
+    functions = {"cross_entropy": nn.functional.cross_entropy, "mse": nn.functional.mse_loss}
+    model = nn.Sequential(nn.Linear(8, 3))
+    x, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    with torch.no_grad():
+        expected = float(functions[loss](model(x), y))
+        accuracy = math.nan if loss == "mse" else float((model(x).argmax(1) == y).double().mean())
+    (epoch,) = ek.ContinualLearner(model, loss=loss).fit(loader, lr=0.0)
+    assert {type(value) for value in epoch.values()} == {float}
+    assert epoch["loss"] == pytest.approx(expected, rel=1e-6)
+    assert epoch["accuracy"] == pytest.approx(accuracy, rel=1e-12, nan_ok=True)
+    assert epoch["penalty"] == 0.0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import ModelChangedError
+from ekfac_rs.errors import IncompatibleError, ModelChangedError, NonFiniteError
 from nets import classification_loader, mlp
 
 
@@ -235,6 +235,16 @@ def test_a_replaced_layer_is_an_error():
             penalty()
 
 
+def test_a_value_beyond_the_range_of_its_dtype_is_a_named_overflow():
+    model = nn.Sequential(nn.Linear(4, 3))
+    curvature = ek.estimate_curvature(model, classification_loader(4, 3, dtype=torch.float32))
+    anchor = ek.merged_weights(model)
+    with ek.QuadraticPenalty(model, curvature, anchor, scale=1e30) as penalty:
+        move(model, size=1e8)
+        with pytest.raises(NonFiniteError, match="overflow"):
+            penalty()
+
+
 def test_closing_removes_every_hook_and_the_anchor_is_a_copy():
     model, curvatures, anchor = consolidated()
     penalty = ek.QuadraticPenalty(model, curvatures, anchor)
@@ -250,6 +260,52 @@ def test_the_last_curvature_must_be_taken_at_the_anchor():
     move(model)
     with pytest.raises(ModelChangedError, match="'0'.*anchor"):
         ek.QuadraticPenalty(model, curvatures, ek.merged_weights(model))
+
+
+# --- the anchor's BatchNorms are the penalty's ---------------------------------------------------
+
+
+def over_positions(affine):
+    """A BatchNorm over as many positions as its Linear has outputs, inputs and a curvature."""
+    model = mlp(4, 3, 3, affine=affine)[:3]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, 4, generator=generator, dtype=torch.float64)
+    return model, x, ek.estimate_curvature(model, [(x, torch.zeros_like(x[..., :3]))], loss="mse")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_anchor_merged_with_a_batchnorm_the_curvature_does_not_merge_is_refused(affine):
+    model, x, curvature = over_positions(affine)
+    message = "'0': expected .* no BatchNorm merged .* got .* BatchNorm '1'.*example="
+    with pytest.raises(IncompatibleError, match=message):
+        ek.QuadraticPenalty(model, curvature, ek.merged_weights(model))
+    anchor = ek.merged_weights(model, example=x)
+    model.eval()
+    with ek.QuadraticPenalty(model, curvature, anchor) as penalty:
+        assert value_of(penalty) == 0.0
+
+
+def test_an_anchor_merged_with_no_batchnorm_where_the_curvature_merges_one_is_refused():
+    model, curvatures, _ = consolidated()
+    message = "'0': expected .* BatchNorm '1' merged .* got .* no BatchNorm"
+    with pytest.raises(IncompatibleError, match=message):
+        ek.QuadraticPenalty(model, curvatures, ek.raw_weights(model))
+
+
+def test_a_merged_anchor_is_refused_in_raw_coordinates_also_without_curvatures():
+    model, curvatures, _ = consolidated(coordinates="raw")
+    anchor = ek.merged_weights(model)
+    for tasks in (curvatures, []):
+        with pytest.raises(IncompatibleError, match="'0': expected .* no BatchNorm .* '1'"):
+            ek.QuadraticPenalty(model, tasks, anchor, coordinates="raw", damping=0.1)
+
+
+@pytest.mark.parametrize("kind", [dict, ek.Anchor])
+def test_weights_without_a_record_of_batchnorms_are_accepted(kind):
+    model, curvatures, anchor = consolidated()
+    model.eval()
+    with ek.QuadraticPenalty(model, curvatures, kind(anchor)) as penalty:
+        assert value_of(penalty) < 1e-20
 
 
 def test_forward_and_statistics_are_untouched_by_the_penalty():

@@ -258,7 +258,10 @@ class Transfer:
         )
         curvature = self._curvature(config.at_source)
         learner.curvatures = [] if curvature is None else [curvature]
-        learner.anchor = ek.merged_weights(model, layers=backbone_layers(model, self._head))
+        example, _ = next(iter(self._in_order(self._data.source_train)))
+        layers = backbone_layers(model, self._head)
+        # Two images show the data flow as well as a whole mini-batch does.
+        learner.anchor = ek.merged_weights(model, layers=layers, example=example[:2])
         learner.task = 1
         return learner
 
