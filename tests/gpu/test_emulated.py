@@ -4,7 +4,8 @@ import ctypes.util
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,13 @@ TESTS = Path(__file__).parents[1]
 
 # Test files and how many tests of each must pass at the least: a suite that is skipped fails.
 SUITES = {
-    "gpu/test_agreement.py gpu/test_faults.py": 300,
-    "core/test_kronecker_sum.py": 80,
     "exactness/test_convolutions.py": 600,
     "exactness/test_channel_blocks.py exactness/test_definitions.py": 350,
     "exactness/test_known_answers.py exactness/test_invariances.py": 200,
     "exactness/test_labels.py exactness/test_side_effects.py": 20,
+    "core/test_kronecker_sum.py": 80,
     "penalty learner io layers/test_convolutions_in_use.py bn": 60,
+    "gpu/test_agreement.py gpu/test_faults.py": 300,
 }
 
 
@@ -35,12 +36,6 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return build(tmp_path_factory.mktemp("emulator"))
     except CompilerMissingError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where processes share compiled kernels."""
-    return tmp_path_factory.mktemp("kernels")
 
 
 def run(
@@ -59,12 +54,27 @@ def run(
     )
 
 
+@pytest.fixture(scope="module")
+def outcomes(
+    emulator: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Every suite, run in a process of its own, as many at once as there are cores."""
+    # Processes share compiled kernels.
+    cache = str(tmp_path_factory.mktemp("kernels"))
+
+    def run_suite(suite: str) -> subprocess.CompletedProcess[str]:
+        files = [f"tests/{name}" for name in suite.split()]
+        # Thousands of samples, each solved for by itself, say no more than the few of other tests.
+        options = ["-q", "-p", "gpu.emulated_device", "-k", "not covariance"]
+        return run(emulator, ["-m", "pytest", *options, *files], EKFAC_EMULATOR_CACHE=cache)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {suite: pool.submit(run_suite, suite) for suite in SUITES}
+
+
 @pytest.mark.parametrize("suite", SUITES)
-def test_suites_pass_through_the_cuda_backend(emulator, kernels, suite):
-    files = [f"tests/{name}" for name in suite.split()]
-    # Thousands of samples, each solved for by itself, say no more than the few of other tests.
-    arguments = ["-m", "pytest", "-q", "-p", "gpu.emulated_device", "-k", "not covariance", *files]
-    done = run(emulator, arguments, EKFAC_EMULATOR_CACHE=str(kernels))
+def test_suites_pass_through_the_cuda_backend(outcomes, suite):
+    done = outcomes[suite].result()
     last = (done.stdout.strip().splitlines() or [done.stderr])[-1]
     assert done.returncode == 0, done.stdout[-4000:]
     passed = int(last.split(" passed")[0].split()[-1])
