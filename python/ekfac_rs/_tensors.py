@@ -33,6 +33,12 @@ def borrow(tensor: Tensor) -> _core.Tensor:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype, device, stream, tensor
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device; a GPU's host does not wait for a copy from pinned memory."""
+    # The other way round, nothing would hold back whoever reads the copy.
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums over a tensor of ``dtype`` are kept (half ones in float32)."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

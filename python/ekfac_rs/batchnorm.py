@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from ekfac_rs._tensors import require_count, require_finite
+from ekfac_rs._tensors import moved, require_count, require_finite
 from ekfac_rs.dataflow import removed_afterwards
 from ekfac_rs.errors import (
     BatchNormError,
@@ -405,6 +405,6 @@ def _inputs(
         if max_examples is not None:
             x = x[: max_examples - seen]
         seen += len(x)
-        yield x.to(device)
+        yield moved(x, device)
         if seen == max_examples:
             return

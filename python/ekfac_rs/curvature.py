@@ -23,6 +23,7 @@ from ekfac_rs._tensors import (
     accumulation_dtype,
     borrow,
     is_finite,
+    moved,
     require_choice,
     require_count,
     require_finite,
@@ -809,7 +810,7 @@ def _batches(
             x, y = x[:left], y[:left]
             left -= len(x)
         if len(x):
-            yield x.to(device), y.to(device)
+            yield moved(x, device), moved(y, device)
         if left == 0:
             return
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ekfac_rs._tensors import require_choice, require_count, require_nonnegative
+from ekfac_rs._tensors import moved, require_choice, require_count, require_nonnegative
 from ekfac_rs.batchnorm import (
     Anchor,
     as_found,
@@ -529,4 +529,4 @@ def _peeked(loader: Iterable[Any], device: torch.device) -> tuple[Tensor, Iterat
 
 def _on_device(loader: Iterable[Any], device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
     for batch in loader:
-        yield batch[0].to(device), batch[1].to(device)
+        yield moved(batch[0], device), moved(batch[1], device)
