@@ -1,5 +1,7 @@
 """Fixtures shared by all tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every device the package computes on."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
@@ -18,7 +20,9 @@ def device(request: pytest.FixtureRequest) -> str:
         info = ek.cuda_info()
         if not info["usable"]:
             pytest.skip(f"ekfac_rs cannot use CUDA: {info['problem']}")
-    return request.param
+    # Torch would round what goes into convolutions on a GPU to ten bits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield request.param
 
 
 @pytest.fixture

@@ -121,6 +121,17 @@ TABLE = {
         lambda: estimate(coordinates="cooked"), errors.OptionError, "coordinates.*'cooked'"
     ),
     "unknown statistics": Row(lambda: estimate(batchnorm="eval"), errors.OptionError, "batchnorm"),
+    "unknown precision": Row(
+        lambda: estimate(precision="half"), errors.OptionError, "precision.*'half'"
+    ),
+    "tf32 on the CPU": Row(
+        lambda: estimate(precision="tf32"), errors.OptionError, "precision.*'ieee'.*'tf32'"
+    ),
+    "tf32 on the CPU, of a diagonal": Row(
+        lambda: estimate(precision="tf32", approximation="diagonal"),
+        errors.OptionError,
+        "precision.*'tf32'",
+    ),
     "unknown labels": Row(lambda: estimate(labels="true"), errors.OptionError, "labels.*'true'"),
     "unknown loss": Row(lambda: estimate(loss="hinge"), errors.UnsupportedLossError, "'hinge'"),
     "loss module": Row(

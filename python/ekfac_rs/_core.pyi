@@ -53,8 +53,9 @@ def set_cuda_allocator(
     """Set where device memory comes from.
 
     ``allocate(bytes, device, stream)`` returns an address and ``release(address)`` takes it back;
-    what is released may be handed out at once to later work on the same stream. Any exception of
-    the former becomes an `OutOfMemoryError`.
+    what is released may be handed out at once to later work on the same stream. A `MemoryError` or
+    `torch.OutOfMemoryError` of the former becomes an `OutOfMemoryError`, a `KeyboardInterrupt`
+    stays one, and anything else becomes a `CudaError`.
     """
 
 def cuda_kernels() -> list[str]: ...
@@ -147,7 +148,10 @@ class KroneckerRoot:
 
 @final
 class KroneckerOperator:
-    """A sum of terms packed for many products (numerically rank-deficient factors as thin ones)."""
+    """A sum of terms packed for many products.
+
+    On the CPU, numerically rank-deficient factors are kept as thin ones.
+    """
 
     def __new__(cls, terms: Sequence[Term]) -> KroneckerOperator: ...
     def apply(self, v: Tensor, out: Tensor) -> float | None:

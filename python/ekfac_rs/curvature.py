@@ -38,6 +38,7 @@ from ekfac_rs.errors import (
     IncompatibleError,
     LabelError,
     NonFiniteError,
+    OptionError,
     ShapeError,
     UnknownLayerError,
     UnsupportedLayerError,
@@ -418,6 +419,10 @@ def estimate_curvature(
     require_choice("labels", labels, LABELS)
     require_choice("precision", precision, PRECISIONS)
     require_count("draws", draws)
+    if precision == "tf32" and device_of(model).type != "cuda":
+        raise OptionError(
+            f"precision: expected 'ieee' for a model on the {device_of(model).type}, got 'tf32'"
+        )
     if max_examples is not None:
         require_count("max_examples", max_examples)
     likelihood = resolve(loss)

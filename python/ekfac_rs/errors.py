@@ -66,7 +66,7 @@ class CudaError(EkfacError, RuntimeError):
 
 
 class OutOfMemoryError(CudaError, MemoryError):
-    """A device has no room for the bytes that were asked for."""
+    """A device has no room for what was asked."""
 
 
 class LabelError(EkfacError, ValueError):

@@ -9,11 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekfac_rs as ek
+from ekfac_rs import _core
+from ekfac_rs._tensors import borrow
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _ieee_convolutions() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def network() -> nn.Sequential:
@@ -68,14 +76,16 @@ def test_a_curvature_agrees_with_that_of_the_cpu():
                 )
 
 
+# Torch calls the mode a prototype whenever it is set.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_training_step_makes_torch_wait_for_nothing():
     model = network().cuda()
     (penalty,) = penalties_of(model)
     shake(model)
     (x, y), *_ = data()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for _ in range(3):
             loss = F.cross_entropy(model(x), y) + penalty()
             optimizer.zero_grad()
@@ -141,20 +151,25 @@ def test_a_curvature_pass_refuses_to_be_captured(side_stream):
     assert "graph is being captured" in refusal
 
 
-def test_products_on_another_stream_see_memory_that_is_still_theirs():
-    A, G = torch.randn(200, 200, device="cuda"), torch.randn(300, 300, device="cuda")
-    block = ek.KroneckerSum([(A @ A.T, G @ G.T)])
-    V = torch.randn(300, 200, device="cuda")
-    expected = block.solve(V, damping=0.1)
+def test_memory_is_not_used_again_while_another_stream_reads_it():
+    n = 2000
+    A, G = torch.randn(n, n, device="cuda"), torch.eye(n, device="cuda")
+    V = torch.randn(n, n, device="cuda")
+    expected = G @ V @ A
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    for _ in range(20):
+    for _ in range(5):
+        packed = _core.KroneckerOperator([(borrow(A), borrow(G))])
         with torch.cuda.stream(stream):
-            got = block.solve(V, damping=0.1)
-        # Scratch of the default stream comes and goes meanwhile.
-        block.product(V)
+            torch.cuda._sleep(200_000_000)  # about a tenth of a second
+            out = torch.empty_like(V)
+            packed.apply(borrow(V), borrow(out))
+        # Its factors lay in memory of the default stream, which asks for as much again at once.
+        del packed
+        scratch = [torch.full((n, n), float("nan"), device="cuda") for _ in range(4)]
         stream.synchronize()
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-2)
+        del scratch
 
 
 def test_memory_is_given_back():
@@ -202,7 +217,7 @@ def test_tf32_differs_by_no_more_than_its_rounding():
     )
     for name in exact:
         difference = exact[name] + (-1.0) * rounded[name]
-        assert difference.norm() < 5e-3 * exact[name].norm()
+        assert 0.0 < difference.norm() < 5e-3 * exact[name].norm()
 
 
 def test_the_info_names_this_machine():

@@ -2,7 +2,7 @@
 //!
 //! Matrix views are pointer, shape and strides; on a backend other than the CPU the pointer is the
 //! device's and nothing outside the backend may follow it. Operations on a GPU are queued on a
-//! stream; only those that return numbers to the host wait for it.
+//! stream, and need not be done when they return.
 
 use std::ops::Deref;
 
@@ -77,6 +77,11 @@ pub trait Backend: Sized + Sync {
     /// Lets no work queued after this on `home` reuse memory that was made there before the work
     /// queued here so far is done: for objects that outlive the call that made them.
     fn hold_for(&self, _home: Place) -> Result<()> {
+        Ok(())
+    }
+
+    /// Waits for the work queued so far: for objects that may be used on any stream from now on.
+    fn settle(&self) -> Result<()> {
         Ok(())
     }
 

@@ -380,9 +380,9 @@ fn decompose_all<B: Backend, T: Real>(
 
 /// Eigenvalues in ascending order and eigenvectors as columns.
 fn decompose<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>) -> Result<Decomposition<B, T>> {
-    let mut vectors = backend.zeros::<T>(x.nrows(), x.nrows())?;
-    let values = backend.eigh(&[x], vec![vectors.view_mut()])?;
-    Ok((values.into_iter().flatten().collect(), vectors))
+    let mut all = decompose_all(backend, &[x])?;
+    all.pop()
+        .ok_or_else(|| Error::Numerical("a decomposition was lost".to_owned()))
 }
 
 fn check_stack(name: &str, shape: &[usize], outputs: usize, inputs: usize) -> Result<()> {

@@ -10,7 +10,8 @@
 //! - nobody writes to the memory of a [`TensorView`], and nobody but the view touches the memory
 //!   of a [`TensorViewMut`];
 //! - for a GPU, `stream` is a live stream of that device, and earlier work on the memory was
-//!   submitted to it.
+//!   submitted to it. Work that a call queues there goes on after the call: whoever writes to the
+//!   memory later, or gives it back, does so in the order of that stream.
 //!
 //! What can be checked here is checked here: alignment, null pointers, sizes that overflow, and
 //! outputs in which two indices would share one element. Apart from the CUDA backend, this is the

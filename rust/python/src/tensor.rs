@@ -50,7 +50,8 @@ impl RawTensor {
     pub fn view(&self) -> Result<TensorView<'_>> {
         // SAFETY: the descriptor is an argument of the call and holds the tensor, so its memory
         // outlives the call, which this view does not; `_core.pyi` asks the caller to leave the
-        // tensor unchanged meanwhile. Outputs are checked against inputs in
+        // tensor unchanged meanwhile. Work left on a GPU's stream is ahead of whatever torch does
+        // to the tensor there, giving its memory back included. Outputs are checked against inputs in
         // `check_disjoint`.
         unsafe { TensorView::from_raw_parts(self.address, self.layout.clone()) }
     }

@@ -1,7 +1,8 @@
 //! The CUDA backend: cuBLAS and cuSOLVER for matrices, kernels of our own around them.
 //!
 //! Everything is queued on the stream that torch uses for the tensors at hand, in memory that
-//! torch allocates (see [`memory`]). The host waits only where a number has to come back.
+//! torch allocates (see [`memory`]). The host waits where numbers come back or go there, for
+//! decompositions, and for what is made to be kept; nowhere in the product of a packed sum.
 
 use std::fmt::Debug;
 use std::ops::Deref;
@@ -65,12 +66,9 @@ impl Deref for Current {
     }
 }
 
-/// The error of a failed call.
-fn failed(call: &str, error: impl Debug) -> Error {
-    let code = format!("{error:?}");
-    // Of the driver's errors, the names of the codes alone are wanted.
-    let code = code.strip_prefix("DriverError(").unwrap_or(&code);
-    let code = code.split([',', ')']).next().unwrap_or(code);
+/// The error of a call that failed with this code.
+fn failed(call: &str, code: impl Debug) -> Error {
+    let code = format!("{code:?}");
     if code == "CUDA_ERROR_OUT_OF_MEMORY" || code.ends_with("_ALLOC_FAILED") {
         Error::OutOfMemory(format!("{call} ran out of device memory ({code})"))
     } else {
@@ -147,7 +145,7 @@ impl Cuda {
     fn is_capturing(&self) -> Result<bool> {
         // SAFETY: the stream is the caller's current one.
         let status = unsafe { result::stream::is_capturing(self.stream()) }
-            .map_err(|error| failed("cuStreamIsCapturing", error))?;
+            .map_err(|error| failed("cuStreamIsCapturing", error.0))?;
         Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
@@ -155,7 +153,7 @@ impl Cuda {
     fn wait(&self) -> Result<()> {
         // SAFETY: the stream is the caller's current one.
         unsafe { result::stream::synchronize(self.stream()) }
-            .map_err(|error| failed("cuStreamSynchronize", error))
+            .map_err(|error| failed("cuStreamSynchronize", error.0))
     }
 
     fn handles(&self) -> Result<MutexGuard<'_, Handles>> {
@@ -185,7 +183,7 @@ impl Cuda {
         // SAFETY: the buffer holds as many elements (each caller made it so), and the stream is
         // waited for before the vector is looked at.
         unsafe { result::memcpy_dtoh_async(&mut host, buffer.address(), self.stream()) }
-            .map_err(|error| failed("cuMemcpyDtoHAsync", error))?;
+            .map_err(|error| failed("cuMemcpyDtoHAsync", error.0))?;
         self.wait()?;
         Ok(host)
     }
@@ -430,7 +428,7 @@ impl Backend for Cuda {
             return Ok(());
         }
         let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING;
-        let event = result::event::create(flags).map_err(|e| failed("cuEventCreate", e))?;
+        let event = result::event::create(flags).map_err(|e| failed("cuEventCreate", e.0))?;
         // SAFETY: the event lives until it is destroyed, which waits for nothing; both streams are
         // torch's, which keeps them. A stream that is gone has no more work to order.
         unsafe {
@@ -438,10 +436,14 @@ impl Backend for Cuda {
             let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
             let waited = result::stream::wait_event(stream_handle(home.stream), event, flags);
             let destroyed = result::event::destroy(event);
-            recorded.map_err(|e| failed("cuEventRecord", e))?;
-            waited.map_err(|e| failed("cuStreamWaitEvent", e))?;
-            destroyed.map_err(|e| failed("cuEventDestroy", e))
+            recorded.map_err(|e| failed("cuEventRecord", e.0))?;
+            waited.map_err(|e| failed("cuStreamWaitEvent", e.0))?;
+            destroyed.map_err(|e| failed("cuEventDestroy", e.0))
         }
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.wait()
     }
 
     fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<DeviceMatrix<T>> {
@@ -464,7 +466,7 @@ impl Backend for Cuda {
             // SAFETY: the matrix has room for the elements, and the stream is waited for before
             // they go.
             unsafe { result::memcpy_htod_async(matrix.address(), &elements, self.stream()) }
-                .map_err(|error| failed("cuMemcpyHtoDAsync", error))?;
+                .map_err(|error| failed("cuMemcpyHtoDAsync", error.0))?;
             self.wait()?;
         }
         Ok(matrix)
@@ -553,18 +555,12 @@ impl Backend for Cuda {
         let mut half = self.matrix_of::<T>(first.nrows(), first.ncols())?;
         for (&v, mut out) in v.iter().zip(out) {
             cancel.check()?;
-            if damping != 0.0 {
-                let damped = Spectrum {
-                    constant: damping,
-                    pairs: Vec::new(),
-                };
-                self.copy(v, out.as_mut())?;
-                self.scale_by_spectrum(out.as_mut(), &damped, 1.0)?;
-            }
             for (index, &(a, g)) in terms.iter().enumerate() {
                 self.multiply(half.view_mut(), false, v, a, 1.0)?;
-                let keep = index > 0 || damping != 0.0;
-                self.multiply(out.as_mut(), keep, g, half.view(), 1.0)?;
+                self.multiply(out.as_mut(), index > 0, g, half.view(), 1.0)?;
+            }
+            if damping != 0.0 {
+                self.add_scaled(damping, v, out)?;
             }
         }
         Ok(())

@@ -12,7 +12,8 @@ use crate::view::{Place, Real, TensorView, TensorViewMut, with_real};
 ///
 /// Both are diagonal in a basis `P_G (x) P_A`: of eigenvectors for one term, and for two terms of
 /// the vectors that diagonalise `A_1` and `A_2` (and `G_1` and `G_2`) at once. Everything is kept
-/// and applied in double precision, whatever the dtype of the terms. Groups are inverted one by one.
+/// and applied in double precision, whatever the dtype of the terms. Each group has an inverse of
+/// its own.
 pub struct KroneckerInverse {
     /// (D, K).
     size: (usize, usize),
@@ -68,6 +69,7 @@ impl KroneckerInverse {
         groups
             .iter()
             .try_for_each(DiagonalInBasis::expect_positive)?;
+        backend.settle()?;
         let (outputs, inputs) = groups[0].size();
         let flops = 4 * groups.len() * outputs * inputs * (outputs + inputs);
         Ok(Self {

@@ -7,7 +7,7 @@ use crate::view::{Place, Real, TensorView, TensorViewMut, with_real};
 
 /// A packed sum, for the thousands of products of a training loop; holds copies of the factors.
 ///
-/// On the CPU factors of low numerical rank (the mean stratum has at most one dimension per
+/// On the CPU, factors of low numerical rank (the mean stratum has at most one dimension per
 /// mini-batch) are kept as thin roots, exact up to rounding, and rows that are zero in all factors
 /// are left out. Groups of a single row have their terms added up. Concurrent products wait for
 /// one another.
@@ -28,6 +28,7 @@ impl KroneckerOperator {
 
     fn pack<B: Backend + 'static, T: Real>(backend: &B, sum: &KroneckerSum<'_>) -> Result<Self> {
         let packed = backend.pack::<T>(&sum.finite_by_group(backend)?)?;
+        backend.settle()?;
         Ok(Self {
             size: [sum.outputs, sum.inputs],
             flops: B::packed_flops(&packed),

@@ -105,6 +105,7 @@ impl<B: Backend + 'static, T: Real> Roots<B, T> {
             let roots = group.terms.iter().enumerate().map(of_term);
             groups.push(roots.collect::<Result<_>>()?);
         }
+        backend.settle()?;
         let home = sum.place;
         Ok(Box::new(Self { groups, home }))
     }

@@ -229,7 +229,10 @@ impl Cuda {
         if size < SYRK_FROM {
             return self.multiply(out, true, x.transpose(), x, weight);
         }
-        let (Some(target), Some(units)) = (Lying::of(out.as_ref()), Lying::of(x)) else {
+        let Some(units) = Lying::of(x) else {
+            return self.add_squares(out, self.copied(x)?.view(), weight);
+        };
+        let Some(target) = Lying::of(out.as_ref()) else {
             let mut squares = self.zeros::<T>(size, size)?;
             self.add_squares(squares.view_mut(), x, weight)?;
             return self.add_scaled(1.0, squares.view(), out.as_mut());

@@ -51,13 +51,13 @@ impl Gpu {
     /// Makes the device's context current on this thread until the result goes.
     pub(super) fn enter(&self) -> Result<Entered> {
         let before =
-            result::ctx::get_current().map_err(|error| failed("cuCtxGetCurrent", error))?;
+            result::ctx::get_current().map_err(|error| failed("cuCtxGetCurrent", error.0))?;
         if before == Some(self.context) {
             return Ok(Entered(None));
         }
         // SAFETY: the context was retained and is never released.
         unsafe { result::ctx::set_current(self.context) }
-            .map_err(|error| failed("cuCtxSetCurrent", error))?;
+            .map_err(|error| failed("cuCtxSetCurrent", error.0))?;
         Ok(Entered(Some(before.unwrap_or(std::ptr::null_mut()))))
     }
 
@@ -65,7 +65,7 @@ impl Gpu {
         let device = device(ordinal)?;
         // SAFETY: the driver is initialised and the device is one of its own.
         let context = unsafe { result::primary_ctx::retain(device) }
-            .map_err(|error| failed("cuDevicePrimaryCtxRetain", error))?;
+            .map_err(|error| failed("cuDevicePrimaryCtxRetain", error.0))?;
         let (major, minor) = capability(device)?;
         use sys::CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = attribute(device, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -225,7 +225,7 @@ pub(super) fn devices() -> Result<Vec<(String, String)>> {
     let count = count()?;
     let describe = |ordinal| {
         let device = device(ordinal)?;
-        let name = result::device::get_name(device).map_err(|e| failed("cuDeviceGetName", e))?;
+        let name = result::device::get_name(device).map_err(|e| failed("cuDeviceGetName", e.0))?;
         let (major, minor) = capability(device)?;
         Ok((name, format!("{major}.{minor}")))
     };
@@ -234,8 +234,8 @@ pub(super) fn devices() -> Result<Vec<(String, String)>> {
 
 fn count() -> Result<usize> {
     libraries::require_all()?;
-    result::init().map_err(|error| failed("cuInit", error))?;
-    let count = result::device::get_count().map_err(|error| failed("cuDeviceGetCount", error))?;
+    result::init().map_err(|error| failed("cuInit", error.0))?;
+    let count = result::device::get_count().map_err(|error| failed("cuDeviceGetCount", error.0))?;
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
@@ -246,7 +246,7 @@ fn device(ordinal: usize) -> Result<sys::CUdevice> {
             "there is no device cuda:{ordinal}: the driver has {count}"
         )));
     }
-    result::device::get(ordinal as i32).map_err(|error| failed("cuDeviceGet", error))
+    result::device::get(ordinal as i32).map_err(|error| failed("cuDeviceGet", error.0))
 }
 
 fn capability(device: sys::CUdevice) -> Result<(i32, i32)> {
@@ -262,7 +262,7 @@ fn capability(device: sys::CUdevice) -> Result<(i32, i32)> {
 fn attribute(device: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<i32> {
     // SAFETY: the device is one of the driver's own.
     unsafe { result::device::get_attribute(device, which) }
-        .map_err(|error| failed("cuDeviceGetAttribute", error))
+        .map_err(|error| failed("cuDeviceGetAttribute", error.0))
 }
 
 /// A panic while the lock was held leaves at most an entry missing, which is made again.

@@ -2,7 +2,7 @@
 
 use faer::MatMut;
 
-use super::blas::Batch;
+use super::blas::{Batch, lies_well};
 use super::kernels::Argument::{self, Number, Pointer, Words};
 use super::memory::DeviceMatrix;
 use super::{Cuda, address, count, step_of};
@@ -284,7 +284,7 @@ impl Squares<'_> {
             let packed = packed.view().subrows(0, rows);
             let steps: Vec<_> = out.iter().map(|out| out.as_ref()).collect();
             match step_of(&steps) {
-                Some(step) if groups > 1 => {
+                Some(step) if groups > 1 && lies_well(steps[0]) => {
                     let group = packed.subcols(0, width);
                     let batch = Batch {
                         count: groups,

@@ -213,14 +213,14 @@ impl Kernels {
         let code = compile(element, real, architecture)?;
         // SAFETY: the compiler made the image; the driver copies it.
         let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
-            .map_err(|error| super::failed("cuModuleLoadData", error))?;
+            .map_err(|error| super::failed("cuModuleLoadData", error.0))?;
         let mut functions = HashMap::new();
         for &name in SIGNATURES.keys() {
             let text = CString::new(name)
                 .map_err(|_| Error::Cuda(format!("{name:?} is no name of a kernel")))?;
             // SAFETY: the module was just loaded.
             let function = unsafe { result::module::get_function(module, text) }
-                .map_err(|error| super::failed("cuModuleGetFunction", error))?;
+                .map_err(|error| super::failed("cuModuleGetFunction", error.0))?;
             functions.insert(name, function);
         }
         Ok(Self(functions))
@@ -262,7 +262,7 @@ impl Kernels {
                 &mut pointers,
             )
         }
-        .map_err(|error| super::failed(&format!("launch of kernel {name}"), error))
+        .map_err(|error| super::failed(&format!("launch of kernel {name}"), error.0))
     }
 }
 

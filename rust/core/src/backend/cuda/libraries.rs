@@ -217,7 +217,7 @@ fn driver_version() -> Result<i32> {
     // SAFETY: the driver is present and complete; the call writes one number.
     unsafe { driver::sys::cuDriverGetVersion(&mut version) }
         .result()
-        .map_err(|error| super::failed("cuDriverGetVersion", error))?;
+        .map_err(|error| super::failed("cuDriverGetVersion", error.0))?;
     Ok(version)
 }
 
