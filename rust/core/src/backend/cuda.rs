@@ -202,7 +202,7 @@ impl Cuda {
     }
 
     /// Blocks along each dimension for a table of this size, gone through `items` times.
-    fn blocks(&self, items: usize, rows: usize, columns: usize) -> [usize; 3] {
+    fn grid(&self, items: usize, rows: usize, columns: usize) -> [usize; 3] {
         let (across, deep) = (columns.div_ceil(THREADS), items.min(MOST_BLOCKS));
         let wanted = BLOCKS_PER_MULTIPROCESSOR * self.gpu.multiprocessors;
         let down = wanted.div_ceil(across * deep);
@@ -226,7 +226,7 @@ impl Cuda {
         if items == 0 || rows == 0 || columns == 0 {
             return Ok(());
         }
-        let [x, y, z] = self.blocks(items, rows, columns).map(u32::try_from);
+        let [x, y, z] = self.grid(items, rows, columns).map(u32::try_from);
         let (Ok(x), Ok(y), Ok(z)) = (x, y, z) else {
             return Err(Error::Shape(format!(
                 "{columns} columns are too many for a GPU"
@@ -319,7 +319,7 @@ impl Cuda {
         // All bits set: larger than any number.
         // SAFETY: the buffer has this many bytes.
         unsafe { result::memset_d8_async(first.address(), 0xff, 8, self.stream()) }
-            .map_err(|error| failed("cuMemsetD8Async", error))?;
+            .map_err(|error| failed("cuMemsetD8Async", error.0))?;
         let arguments = vec![
             Pointer(place),
             Words(words),
@@ -357,7 +357,7 @@ impl Cuda {
     ) -> Result<(DeviceMatrix<f64>, usize)> {
         let (rows, columns) = (a.nrows(), a.ncols());
         // Every block of the launch writes a row.
-        let [_, down, _] = self.blocks(1, rows, columns);
+        let [_, down, _] = self.grid(1, rows, columns);
         let partial = self.matrix_of::<f64>(down, columns)?;
         let mut arguments = vec![address(a)];
         arguments.extend(strides(a));
@@ -452,7 +452,7 @@ impl Backend for Cuda {
         if bytes > 0 {
             // SAFETY: the matrix has this many bytes.
             unsafe { result::memset_d8_async(matrix.address(), 0, bytes, self.stream()) }
-                .map_err(|error| failed("cuMemsetD8Async", error))?;
+                .map_err(|error| failed("cuMemsetD8Async", error.0))?;
         }
         Ok(matrix)
     }

@@ -85,13 +85,13 @@ impl Cuda {
     /// `out = keep * out + alpha * a * b` for matrices of any strides.
     pub(super) fn multiply<T: Real>(
         &self,
-        mut out: MatMut<'_, T>,
+        out: MatMut<'_, T>,
         keep: bool,
         a: MatRef<'_, T>,
         b: MatRef<'_, T>,
         alpha: f64,
     ) -> Result<()> {
-        if Lying::of(out.as_ref()).is_none() {
+        if !lies_well(out.as_ref()) {
             let mut product = self.matrix_of::<T>(out.nrows(), out.ncols())?;
             self.multiply(product.view_mut(), false, a, b, alpha)?;
             return if keep {
@@ -100,15 +100,13 @@ impl Cuda {
                 self.copy(product.view(), out)
             };
         }
-        let copies = [a, b].map(|x| match Lying::of(x) {
-            Some(_) => Ok(None),
-            None => self.copied(x).map(Some),
-        });
-        let [a_copy, b_copy] = copies;
-        let (a_copy, b_copy) = (a_copy?, b_copy?);
-        let a = a_copy.as_ref().map_or(a, Storage::view);
-        let b = b_copy.as_ref().map_or(b, Storage::view);
-        self.multiply_stack(out.as_mut(), keep, a, b, alpha, ONE)
+        if !lies_well(a) {
+            return self.multiply(out, keep, self.copied(a)?.view(), b, alpha);
+        }
+        if !lies_well(b) {
+            return self.multiply(out, keep, a, self.copied(b)?.view(), alpha);
+        }
+        self.multiply_stack(out, keep, a, b, alpha, ONE)
     }
 
     /// As [`Self::multiply`] for stacks of which these are the first matrices; each lies row by

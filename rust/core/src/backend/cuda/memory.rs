@@ -106,19 +106,28 @@ impl<T: Real> DeviceMatrix<T> {
     /// As a matrix of as many elements.
     pub(super) fn reshaped(&self, rows: usize, columns: usize) -> Result<MatRef<'_, T>> {
         self.expect_elements(rows, columns)?;
-        let pointer = std::ptr::with_exposed_provenance(self.address() as usize);
-        // SAFETY: the buffer holds this many elements and outlives the view; its address is
-        // aligned (torch aligns to 512 bytes). Nothing but this backend follows the pointer, which
-        // is the device's.
-        Ok(unsafe { MatRef::from_raw_parts(pointer, rows, columns, columns as isize, 1) })
+        Ok(self.by_rows(rows, columns))
     }
 
     /// As a matrix of as many elements, to be written to.
     pub(super) fn reshaped_mut(&mut self, rows: usize, columns: usize) -> Result<MatMut<'_, T>> {
         self.expect_elements(rows, columns)?;
+        Ok(self.by_rows_mut(rows, columns))
+    }
+
+    /// Row by row; there are as many elements.
+    fn by_rows(&self, rows: usize, columns: usize) -> MatRef<'_, T> {
+        let pointer = std::ptr::with_exposed_provenance(self.address() as usize);
+        // SAFETY: both callers know that the buffer, which outlives the view, holds this many
+        // elements; its address is aligned (torch aligns to 512 bytes). Nothing but this backend
+        // follows the pointer, which is the device's.
+        unsafe { MatRef::from_raw_parts(pointer, rows, columns, columns as isize, 1) }
+    }
+
+    fn by_rows_mut(&mut self, rows: usize, columns: usize) -> MatMut<'_, T> {
         let pointer = std::ptr::with_exposed_provenance_mut(self.address() as usize);
-        // SAFETY: as in `reshaped`, and `&mut self` is exclusive.
-        Ok(unsafe { MatMut::from_raw_parts_mut(pointer, rows, columns, columns as isize, 1) })
+        // SAFETY: as in `by_rows`, and `&mut self` is exclusive.
+        unsafe { MatMut::from_raw_parts_mut(pointer, rows, columns, columns as isize, 1) }
     }
 
     fn expect_elements(&self, rows: usize, columns: usize) -> Result<()> {
@@ -135,18 +144,10 @@ impl<T: Real> DeviceMatrix<T> {
 
 impl<T: Real> Storage<T> for DeviceMatrix<T> {
     fn view(&self) -> MatRef<'_, T> {
-        let pointer = std::ptr::with_exposed_provenance(self.address() as usize);
-        // SAFETY: as in `reshaped`.
-        unsafe {
-            MatRef::from_raw_parts(pointer, self.rows, self.columns, self.columns as isize, 1)
-        }
+        self.by_rows(self.rows, self.columns)
     }
 
     fn view_mut(&mut self) -> MatMut<'_, T> {
-        let pointer = std::ptr::with_exposed_provenance_mut(self.address() as usize);
-        // SAFETY: as in `reshaped`, and `&mut self` is exclusive.
-        unsafe {
-            MatMut::from_raw_parts_mut(pointer, self.rows, self.columns, self.columns as isize, 1)
-        }
+        self.by_rows_mut(self.rows, self.columns)
     }
 }
