@@ -29,7 +29,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 def images(examples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Digit-like inputs: the embedded MNIST images, repeated where more are asked for."""
-    from ekfac_rs.data import image_features, load_mnist_subset
+    from ekfac_rs.experiments.data import image_features, load_mnist_subset
 
     mnist = load_mnist_subset()
     order = torch.randperm(len(mnist.train_labels), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Make python/ekfac_rs/data/mnist_subset.npz from the whole of MNIST.
+"""Make python/ekfac_rs/experiments/data/mnist_subset.npz from the whole of MNIST.
 
     python scripts/make_mnist_subset.py --data-dir FOLDER
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ekfac_rs.data.mnist import SUBSET_FILE, load_mnist
+from ekfac_rs.experiments.data.mnist import SUBSET_FILE, load_mnist
 
 SEED = 2004
 TRAIN_EXAMPLES = 10_000
 TEST_EXAMPLES = 2_000
 SIZE_LIMIT = 2_500_000
-OUTPUT = Path(__file__).resolve().parents[1] / "python/ekfac_rs/data" / SUBSET_FILE
+OUTPUT = Path(__file__).resolve().parents[1] / "python/ekfac_rs/experiments/data" / SUBSET_FILE
 PROVENANCE = (
     "Stratified subset of the MNIST database of handwritten digits by Yann LeCun, Corinna Cortes "
     "and Christopher J. C. Burges (http://yann.lecun.com/exdb/mnist/), pixels and labels "

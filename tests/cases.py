@@ -294,7 +294,7 @@ def errors_to_exact(
 
     Coordinates are raw and BN takes its running statistics unless the options say otherwise.
     """
-    modes = {"coordinates": "raw", "batchnorm": "running"}
+    modes = {"coordinates": "raw", "statistics": "running"}
     modes |= {key: options[key] for key in modes.keys() & options.keys()}
     of_example = LOSSES[loss].of_example
     return {

@@ -210,10 +210,10 @@ def batchnorm_after(model: nn.Sequential, layer: str) -> str | None:
     return None
 
 
-def curvature_mode(model: nn.Module, batchnorm: str) -> nn.Module:
-    """A copy in eval mode; with ``batchnorm="batch"`` BN uses the batch's own statistics."""
+def curvature_mode(model: nn.Module, statistics: str) -> nn.Module:
+    """A copy in eval mode; with ``statistics="batch"`` BN uses the batch's own statistics."""
     model = copy.deepcopy(model).eval()
-    if batchnorm == "batch":
+    if statistics == "batch":
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.track_running_stats = False
@@ -238,9 +238,9 @@ class Perturbed:
         loss: ExampleLoss,
         *,
         coordinates: str = "raw",
-        batchnorm: str = "batch",
+        statistics: str = "batch",
     ) -> None:
-        self.model = curvature_mode(model, batchnorm)
+        self.model = curvature_mode(model, statistics)
         self.x, self.targets = batch
         self.loss = loss
         module = self.model.get_submodule(layer)
@@ -303,7 +303,7 @@ def exact_block_of_loader(
 
 def empirical_fisher(model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss) -> Tensor:
     """Mean outer product of the examples' gradients at the true labels, BN in eval mode."""
-    net = Perturbed(model, layer, batch, loss, batchnorm="running")
+    net = Perturbed(model, layer, batch, loss, statistics="running")
 
     def losses(delta: Tensor) -> Tensor:
         outputs = net.outputs_for_weights(delta).reshape(net.outputs.shape)

@@ -120,7 +120,9 @@ TABLE = {
     "unknown coordinates": Row(
         lambda: estimate(coordinates="cooked"), errors.OptionError, "coordinates.*'cooked'"
     ),
-    "unknown statistics": Row(lambda: estimate(batchnorm="eval"), errors.OptionError, "batchnorm"),
+    "unknown statistics": Row(
+        lambda: estimate(statistics="eval"), errors.OptionError, "statistics"
+    ),
     "unknown precision": Row(
         lambda: estimate(precision="half"), errors.OptionError, "precision.*'half'"
     ),

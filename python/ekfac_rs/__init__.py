@@ -6,10 +6,15 @@ from ekfac_rs import errors, likelihood, metrics
 from ekfac_rs._core import build_info, num_threads, set_num_threads
 from ekfac_rs._cuda import cuda_info
 from ekfac_rs.batchnorm import Anchor, merge_batchnorm, merged_weights, raw_weights, reparameterize
-from ekfac_rs.curvature import Curvature, estimate_curvature
+from ekfac_rs.curvature import (
+    Curvature,
+    DiagonalBlock,
+    KroneckerSum,
+    PassSettings,
+    estimate_curvature,
+)
 from ekfac_rs.description import Description, describe
 from ekfac_rs.errors import EkfacError
-from ekfac_rs.kronecker import DiagonalBlock, KroneckerSum
 from ekfac_rs.learner import ContinualLearner
 from ekfac_rs.metrics import AccuracyMatrix
 from ekfac_rs.penalty import QuadraticPenalty, StabilityWarning
@@ -25,6 +30,7 @@ __all__ = [
     "DiagonalBlock",
     "EkfacError",
     "KroneckerSum",
+    "PassSettings",
     "QuadraticPenalty",
     "StabilityWarning",
     "__version__",

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ekfac_rs import _core
-from ekfac_rs._tensors import accumulation_dtype, require_choice
+from ekfac_rs._checks import require_choice
+from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.batchnorm import as_found
 from ekfac_rs.curvature import APPROXIMATIONS, DIAGONAL
 from ekfac_rs.layers import AffineLayer, ChannelLayer, survey_layers

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ekfac_rs._tensors import moved, require_choice, require_count, require_nonnegative
+from ekfac_rs._checks import require_choice, require_count, require_nonnegative
+from ekfac_rs._tensors import moved
 from ekfac_rs.batchnorm import (
     Anchor,
     as_found,
@@ -23,7 +24,7 @@ from ekfac_rs.batchnorm import (
 )
 from ekfac_rs.curvature import (
     APPROXIMATIONS,
-    BATCHNORM_MODES,
+    STATISTICS,
     Curvature,
     estimate_curvature,
 )
@@ -61,8 +62,8 @@ class ContinualLearner:
     coordinates : {"merged", "raw"}
         "raw" leaves BatchNorm out: nothing is merged, and its parameters and statistics are
         carried from task to task unpenalised.
-    batchnorm : {"batch", "running"}
-        Statistics under which factors are taken.
+    statistics : {"batch", "running"}
+        Those under which factors are taken.
     labels, draws, max_examples, generator
         As in `estimate_curvature`.
     scale, damping : float
@@ -103,7 +104,7 @@ class ContinualLearner:
         loss: str | Likelihood = "cross_entropy",
         approximation: str | None = "xkfac-nested",
         coordinates: str = "merged",
-        batchnorm: str = "batch",
+        statistics: str = "batch",
         labels: str = "mc",
         draws: int = 1,
         scale: float = 1.0,
@@ -117,7 +118,7 @@ class ContinualLearner:
         if approximation is not None:
             require_choice("approximation", approximation, APPROXIMATIONS)
         require_choice("coordinates", coordinates, COORDINATES)
-        require_choice("batchnorm", batchnorm, BATCHNORM_MODES)
+        require_choice("statistics", statistics, STATISTICS)
         require_choice("labels", labels, LABELS)
         require_count("draws", draws)
         require_nonnegative("scale", scale)
@@ -128,7 +129,7 @@ class ContinualLearner:
         self.likelihood = resolve(loss)
         self.approximation = approximation
         self.coordinates = coordinates
-        self.batchnorm = batchnorm
+        self.statistics = statistics
         self.labels = labels
         self.draws = draws
         self.scale = scale
@@ -225,7 +226,7 @@ class ContinualLearner:
                 loader = batches  # or the mini-batch looked at would be lost
         example = self._example.to(device_of(self.model))
         if self.approximation is not None:
-            if self.batchnorm == "batch" and self._is_merged(example):
+            if self.statistics == "batch" and self._is_merged(example):
                 # Train-mode curvature needs a BatchNorm that normalises; the function stays.
                 reparameterize(self.model, loader, max_examples=self.max_examples)
             curvature = estimate_curvature(
@@ -234,7 +235,7 @@ class ContinualLearner:
                 loss=self.likelihood,
                 approximation=self.approximation,
                 coordinates=self.coordinates,
-                batchnorm=self.batchnorm,
+                statistics=self.statistics,
                 labels=self.labels,
                 draws=self.draws,
                 generator=self.generator,
@@ -314,7 +315,8 @@ class ContinualLearner:
             Curvature.from_tensors(tensors, meta) for tensors, meta in state["curvatures"]
         ]
         for curvature in curvatures:
-            if (curvature.approximation, curvature.coordinates) != (
+            settings = curvature.settings
+            if (settings.approximation, settings.coordinates) != (
                 self.approximation,
                 self.coordinates,
             ):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ekfac_rs._tensors import require_choice
+from ekfac_rs._checks import require_choice
 from ekfac_rs.errors import LabelError, UnsupportedLossError
 
 LABELS = ("mc", "type2", "empirical", "exact")

@@ -11,25 +11,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ekfac_rs import _core
-from ekfac_rs._tensors import (
-    borrow,
+from ekfac_rs._checks import (
     is_finite,
     require_choice,
     require_finite,
     require_like,
     require_nonnegative,
 )
+from ekfac_rs._tensors import borrow
 from ekfac_rs.batchnorm import Anchor
-from ekfac_rs.curvature import Curvature, Signature
-from ekfac_rs.dataflow import removed_afterwards
+from ekfac_rs.curvature import Curvature, DiagonalBlock, KroneckerSum, Signature
 from ekfac_rs.errors import (
     IncompatibleError,
     ModelChangedError,
     NonFiniteError,
     UnknownLayerError,
 )
-from ekfac_rs.kronecker import DiagonalBlock, KroneckerSum
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
+from ekfac_rs.layers.dataflow import removed_afterwards
 
 
 class StabilityWarning(UserWarning):
@@ -391,11 +390,12 @@ def _common_coordinates(curvatures: Sequence[Curvature], wanted: str | None) -> 
     if not curvatures:
         return wanted or "merged"
     first = curvatures[0]
+    expected = wanted or first.settings.coordinates
     for curvature in curvatures:
-        if (wanted or first.coordinates) != curvature.coordinates:
+        if curvature.settings.coordinates != expected:
             raise IncompatibleError(
-                f"coordinates: expected {wanted or first.coordinates!r} in all curvatures, "
-                f"got {curvature.coordinates!r}"
+                f"coordinates: expected {expected!r} in all curvatures, "
+                f"got {curvature.settings.coordinates!r}"
             )
         if curvature.batchnorms != first.batchnorms:
             raise IncompatibleError(
@@ -404,9 +404,9 @@ def _common_coordinates(curvatures: Sequence[Curvature], wanted: str | None) -> 
         if {type(b) for b in curvature.values()} != {type(b) for b in first.values()}:
             raise IncompatibleError(
                 f"approximation: expected one kind of block in all curvatures, got "
-                f"{first.approximation!r} and {curvature.approximation!r}"
+                f"{first.settings.approximation!r} and {curvature.settings.approximation!r}"
             )
-    return first.coordinates
+    return expected
 
 
 def _bind(

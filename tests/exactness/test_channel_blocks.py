@@ -36,11 +36,11 @@ from oracle import (
 
 EXACT = 1e-10
 DIFFERENT = 1e-2
-MERGED = {"coordinates": "merged", "batchnorm": "batch"}
+MERGED = {"coordinates": "merged", "statistics": "batch"}
 MODES = [
-    {"coordinates": coordinates, "batchnorm": batchnorm}
+    {"coordinates": coordinates, "statistics": statistics}
     for coordinates in COORDINATES
-    for batchnorm in ("batch", "running")
+    for statistics in ("batch", "running")
 ]
 
 
@@ -152,13 +152,13 @@ def shift_rows(matrix: Tensor) -> Tensor:
 # --- the oracle itself --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("name", CASES)
-def test_the_two_forms_of_the_exact_block_agree(name, batchnorm):
+def test_the_two_forms_of_the_exact_block_agree(name, statistics):
     case = CASES[name]
     model, (batch,) = case.network.make(), case.network.batches("cross_entropy", (3,))
     of_example = LOSSES["cross_entropy"].of_example
-    modes = {"coordinates": "merged", "batchnorm": batchnorm}
+    modes = {"coordinates": "merged", "statistics": statistics}
     units = units_of(model, case.layer, batch, of_example, **modes)
     block = exact_block(model, case.layer, batch, of_example, **modes)
     assert relative_error(block_from_units(units), block) < 1e-12
@@ -182,7 +182,7 @@ def test_the_exact_block_is_that_of_the_modules_own_parameters(name):
         by_scale = sigma * by_scale + module.running_mean * by_shift[0]
     jacobian = torch.stack([by_scale, *by_shift], -1).flatten(2)
     expected = torch.einsum("nip,niq->pq", jacobian, jacobian) * 2 / 3 / len(x)
-    modes = {"coordinates": "merged", "batchnorm": "running"}
+    modes = {"coordinates": "merged", "statistics": "running"}
     block = exact_block(model, case.layer, (x, y), LOSSES["mse"].of_example, **modes)
     assert relative_error(within_groups(expected, module.weight.numel()), block) < EXACT
 
@@ -223,7 +223,7 @@ def test_the_diagonal_is_made_of_each_examples_gradient(name, modes):
     block = estimate(model, [batch], "bce", **options)[case.layer]
     units = units_of(model, case.layer, batch, LOSSES["bce"].of_example, **modes)
     assert relative_error(block.values, diagonal_from_units(units)) < EXACT
-    if modes["batchnorm"] == "running":
+    if modes["statistics"] == "running":
         exact = exact_block(model, case.layer, batch, LOSSES["bce"].of_example, **modes)
         assert relative_error(block.values.flatten(), exact.diagonal()) < EXACT
 
@@ -265,14 +265,14 @@ def test_single_precision_is_close_to_double(name, approximation, device):
 # --- known answers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize(
     "name", [n for n in CASES if n not in ("RMSNorm", "LayerNorm without shift")]
 )
-def test_what_a_shift_feels_is_exact_whoever_interacts(name, batchnorm):
+def test_what_a_shift_feels_is_exact_whoever_interacts(name, statistics):
     case = CASES[name]
     model, (batch,) = case.network.make(), case.network.batches("cross_entropy", (4,))
-    modes = {"coordinates": "merged", "batchnorm": batchnorm}
+    modes = {"coordinates": "merged", "statistics": statistics}
     exact = exact_block(model, case.layer, batch, LOSSES["cross_entropy"].of_example, **modes)
     errors = {}
     for approximation in APPROXIMATIONS:
@@ -434,7 +434,7 @@ def test_a_later_batchnorm_in_train_mode_breaks_it(approximation):
     options = {"approximation": approximation, "coordinates": "merged"}
     running = errors_to_exact(network.make(), batches, "mse", **options)
     assert max(running.values()) < EXACT
-    batch = errors_to_exact(network.make(), batches, "mse", batchnorm="batch", **options)
+    batch = errors_to_exact(network.make(), batches, "mse", statistics="batch", **options)
     assert batch["0"] > 0.1
     # In merged coordinates the second BatchNorm is part of the layer before it.
     assert max(batch["1"], batch["3"]) < EXACT

@@ -47,9 +47,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 EXACT = 1e-10
 DIFFERENT = 1e-3
 MODES = [
-    {"coordinates": coordinates, "batchnorm": batchnorm}
+    {"coordinates": coordinates, "statistics": statistics}
     for coordinates in COORDINATES
-    for batchnorm in ("batch", "running")
+    for statistics in ("batch", "running")
 ]
 
 # Every convolution with the shape of one example.
@@ -226,7 +226,7 @@ def test_the_exact_block_is_that_of_the_modules_own_parameters():
     by_weight, by_bias = torch.func.jacrev(outputs, (0, 1))(weight, bias)
     jacobian = torch.cat([by_weight.flatten(3), by_bias[..., None]], -1).flatten(2)
     expected = torch.einsum("nip,niq->pq", jacobian, jacobian) * 2 / 3 / len(x)
-    block = exact_block(model, "0", (x, y), LOSSES["mse"].of_example, batchnorm="running")
+    block = exact_block(model, "0", (x, y), LOSSES["mse"].of_example, statistics="running")
     assert relative_error(block, within_groups(expected, 2)) < 1e-12
     assert relative_error(expected, block) > DIFFERENT
 
@@ -284,7 +284,7 @@ def test_the_diagonal_is_made_of_each_examples_gradient(name, modes):
     exact = exact_block(model, "0", batches[0], of_example, **modes).diagonal()
     error = relative_error(block.values.flatten(), exact)
     # In merged coordinates no BatchNorm comes after this layer.
-    interacting = modes == {"coordinates": "raw", "batchnorm": "batch"}
+    interacting = modes == {"coordinates": "raw", "statistics": "batch"}
     assert error > DIFFERENT if interacting else error < EXACT
 
 
@@ -491,7 +491,7 @@ def test_zero_padding_breaks_all_but_the_last_convolution(approximation):
 @pytest.mark.parametrize("approximation", REDUCE)
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_batchnorm_in_train_mode_breaks_the_convolutions_before_it(approximation, coordinates):
-    options = {"coordinates": coordinates, "batchnorm": "batch", "sizes": (4, 3)}
+    options = {"coordinates": coordinates, "statistics": "batch", "sizes": (4, 3)}
     errors = found_errors(CIRCULAR, "mse", approximation, **options)
     # In merged coordinates the last BatchNorm belongs to nobody: it follows a sum.
     assert_different(errors, CONVS)
@@ -519,7 +519,7 @@ def _to_one_pixel() -> nn.Sequential:
 def test_one_example_with_one_output_location_is_exact(loss, approximation):
     network = Network(_to_one_pixel, (2, 2, 3), (3,))
     model, batches = network.make(), network.batches(loss, (1,))
-    live = exact_block(model, "0", batches[0], LOSSES[loss].of_example, batchnorm="running")
+    live = exact_block(model, "0", batches[0], LOSSES[loss].of_example, statistics="running")
     assert live.norm() > 1e-3
     for coordinates in COORDINATES:
         options = {"labels": ["type2", "exact"], "coordinates": coordinates}
@@ -536,11 +536,11 @@ def test_one_example_with_several_output_locations_is_not_exact(approximation):
     assert_different(errors, ["0"])
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
-def test_the_last_layer_with_squared_error_is_exact_on_convolutional_features(batchnorm):
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_the_last_layer_with_squared_error_is_exact_on_convolutional_features(statistics):
     for approximation in ("kfac-expand", "xkfac", "xkfac-nested"):
         errors = found_errors(
-            DEEP, "mse", approximation, sizes=(4,), batchnorm=batchnorm, labels=["exact"]
+            DEEP, "mse", approximation, sizes=(4,), statistics=statistics, labels=["exact"]
         )
         assert_exact(errors, ["12"])
         assert_different(errors, ["0", "3", "6", "9"])
@@ -551,12 +551,12 @@ def bias_block(matrix, width):
     return matrix.reshape(width, -1, width, matrix.shape[0] // width)[:, -1, :, -1]
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("name", ["1d groups", "2d zeros", "2d stride, uneven", "3d"])
-def test_bias_blocks(name, batchnorm):
+def test_bias_blocks(name, statistics):
     network = network_with(name)
     model, batches = network.make(), network.batches("cross_entropy", (4,))
-    modes = {"coordinates": "merged", "batchnorm": batchnorm}
+    modes = {"coordinates": "merged", "statistics": statistics}
     exact = exact_block(model, "0", batches[0], LOSSES["cross_entropy"].of_example, **modes)
     width = model[0].out_channels
     errors = {}
@@ -574,7 +574,7 @@ def test_bias_blocks(name, batchnorm):
 def test_bias_block_of_one_output_location_is_exact_for_expand():
     network = Network(_to_one_pixel, (2, 2, 3), (3,))
     model, batches = network.make(), network.batches("cross_entropy", (5, 2))
-    modes = {"coordinates": "merged", "batchnorm": "running"}
+    modes = {"coordinates": "merged", "statistics": "running"}
     options = {"approximation": "kfac-expand", "labels": "type2", **modes}
     block = dense_block(estimate(model, batches, "cross_entropy", **options)["0"])
     of_example = LOSSES["cross_entropy"].of_example
@@ -608,13 +608,13 @@ def test_square_roots_give_reduce_exactly_without_interaction(name, generator):
     network = network_with(name)
     model, batches = network.make(), network.batches("cross_entropy", (4, 3))
     for approximation in ("kfac-reduce", "kfac-expand"):
-        for batchnorm in ("running", "batch"):
-            options = {"approximation": approximation, "batchnorm": batchnorm}
+        for statistics in ("running", "batch"):
+            options = {"approximation": approximation, "statistics": statistics}
             exact = estimate(model, batches, "cross_entropy", **options)["0"]
             options |= {"labels": "type2", "generator": generator}
             roots = estimate(model, batches, "cross_entropy", **options)["0"]
             error = relative_error(dense_block(roots), dense_block(exact))
-            assert error < 1e-12 if batchnorm == "running" else error > DIFFERENT
+            assert error < 1e-12 if statistics == "running" else error > DIFFERENT
 
 
 # --- invariances --------------------------------------------------------------------------
@@ -649,7 +649,7 @@ def test_order_of_examples(name, approximation, modes, seed, order):
 def test_splitting_a_batch_whose_examples_do_not_interact(name, coordinates, seed, at, expand):
     network = network_with(name)
     model, ((x, y),) = network.make(seed), network.batches("mse", (6,), seed)
-    options = {"coordinates": coordinates, "batchnorm": "running"}
+    options = {"coordinates": coordinates, "statistics": "running"}
     options["approximation"] = "kfac-expand" if expand else "kfac-reduce"
     whole = estimate(model, [(x, y)], "mse", **options)
     pieces = list(zip(x.split([at, 6 - at]), y.split([at, 6 - at]), strict=True))

@@ -25,31 +25,31 @@ EXACT = 1e-10
 MEANS = ["cross_entropy", "mse", "bce"]
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("loss", MEANS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_two_forms_of_the_exact_block_agree(name, loss, coordinates, batchnorm):
+def test_the_two_forms_of_the_exact_block_agree(name, loss, coordinates, statistics):
     network = NETWORKS[name]
     model, (batch,) = network.make(), network.batches(loss, (4,))
     of_example = LOSSES[loss].of_example
     for layer in linear_layers(model)[:2]:
-        options = {"coordinates": coordinates, "batchnorm": batchnorm}
+        options = {"coordinates": coordinates, "statistics": statistics}
         block = exact_block(model, layer, batch, of_example, **options)
         units = units_of(model, layer, batch, of_example, **options)
         assert relative_error(block_from_units(units), block) < 1e-12
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("loss", MEANS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_factors_are_the_strata_of_the_analysis_of_variance(
-    name, loss, coordinates, batchnorm, device
+    name, loss, coordinates, statistics, device
 ):
     network = NETWORKS[name]
     model, batches = network.make(), network.batches(loss, (5, 3))
-    modes = {"coordinates": coordinates, "batchnorm": batchnorm}
+    modes = {"coordinates": coordinates, "statistics": statistics}
     if name == "positions-bn" and coordinates == "merged":
         pytest.skip("this BatchNorm normalises a transposed tensor: it is not merged")
     curvatures = {
@@ -188,7 +188,7 @@ def test_without_shared_weights_nested_and_plain_strata_coincide(name):
 def test_without_interaction_xkfac_is_kfac(name, coordinates):
     network = NETWORKS[name]
     model, batches = network.make(), network.batches("cross_entropy", (5, 5))
-    modes = {"coordinates": coordinates, "batchnorm": "running"}
+    modes = {"coordinates": coordinates, "statistics": "running"}
     kfac = estimate(model, batches, "cross_entropy", approximation="kfac-expand", **modes)
     xkfac = estimate(model, batches, "cross_entropy", approximation="xkfac", **modes)
     for layer in kfac:

@@ -18,14 +18,14 @@ def close(first, second, tolerance: float = EXACT) -> bool:
     )
 
 
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("name", ["mlp-bn", "positions-bn"])
-def test_order_of_examples(name, approximation, batchnorm):
+def test_order_of_examples(name, approximation, statistics):
     network = NETWORKS[name]
     model, ((x, y),) = network.make(), network.batches("cross_entropy", (6,))
     order = torch.tensor([4, 2, 5, 0, 3, 1])
-    options = {"approximation": approximation, "batchnorm": batchnorm}
+    options = {"approximation": approximation, "statistics": statistics}
     plain = estimate(model, [(x, y)], "cross_entropy", **options)
     assert close(estimate(model, [(x[order], y[order])], "cross_entropy", **options), plain)
 
@@ -54,15 +54,15 @@ def test_splitting_a_batch_whose_examples_do_not_interact(approximation, coordin
     model, ((x, y),) = network.make(), network.batches("cross_entropy", (9,))
     pieces = list(zip(x.split([5, 3, 1]), y.split([5, 3, 1]), strict=True))
     options = {"approximation": approximation, "coordinates": coordinates}
-    whole = estimate(model, [(x, y)], "cross_entropy", batchnorm="running", **options)
-    assert close(estimate(model, pieces, "cross_entropy", batchnorm="running", **options), whole)
+    whole = estimate(model, [(x, y)], "cross_entropy", statistics="running", **options)
+    assert close(estimate(model, pieces, "cross_entropy", statistics="running", **options), whole)
 
 
 def test_splitting_a_batch_that_interacts_does_change_it():
     network = NETWORKS["mlp-bn"]
     model, ((x, y),) = network.make(), network.batches("cross_entropy", (8,))
     pieces = list(zip(x.split(4), y.split(4), strict=True))
-    options = {"approximation": "kfac-expand", "batchnorm": "batch"}
+    options = {"approximation": "kfac-expand", "statistics": "batch"}
     whole = estimate(model, [(x, y)], "cross_entropy", **options)
     split = estimate(model, pieces, "cross_entropy", **options)
     assert relative_error(dense_block(split["0"]), dense_block(whole["0"])) > 1e-2
@@ -160,12 +160,12 @@ def test_running_statistics_do_not_matter_in_train_mode():
     network = NETWORKS["mlp-bn"]
     model, batches = network.make(), network.batches("cross_entropy", (6,))
     found = {}
-    for batchnorm in ("batch", "running"):
-        before = dense_block(estimate(model, batches, "cross_entropy", batchnorm=batchnorm)["0"])
+    for statistics in ("batch", "running"):
+        before = dense_block(estimate(model, batches, "cross_entropy", statistics=statistics)["0"])
         other = network.make()
         other[1].running_var.mul_(3)
-        after = dense_block(estimate(other, batches, "cross_entropy", batchnorm=batchnorm)["0"])
-        found[batchnorm] = relative_error(after, before)
+        after = dense_block(estimate(other, batches, "cross_entropy", statistics=statistics)["0"])
+        found[statistics] = relative_error(after, before)
     assert found["batch"] < 1e-13
     assert found["running"] > 0.1
 

@@ -22,7 +22,7 @@ KFAC = ["kfac-expand", "kfac-reduce"]
 
 def errors(model, batches, loss, device="cpu", **options) -> dict[str, float]:
     """Relative error of every layer's block to the exact GGN of the same coordinates."""
-    modes = {"coordinates": "raw", "batchnorm": "running"}
+    modes = {"coordinates": "raw", "statistics": "running"}
     modes |= {key: options[key] for key in modes.keys() & options.keys()}
     curvature = estimate(model, batches, loss, device, **options | modes)
     of_example = LOSSES[loss].of_example
@@ -141,7 +141,7 @@ def test_deep_linear_with_the_true_labels_is_not_exact():
 def test_deep_linear_with_train_mode_batchnorm_is_not_exact_before_it():
     network = NETWORKS["linear-stack-bn"]
     model, batches = network.make(), network.batches("mse", (6,))
-    found = errors(model, batches, "mse", approximation="kfac-expand", batchnorm="batch")
+    found = errors(model, batches, "mse", approximation="kfac-expand", statistics="batch")
     assert found["0"] > 0.5
     assert found["2"] > 0.5
     assert found["4"] < EXACT
@@ -151,11 +151,11 @@ def test_deep_linear_with_train_mode_batchnorm_is_not_exact_before_it():
 
 
 @pytest.mark.parametrize("approximation", ["kfac-expand", "xkfac"])
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("name", ["mlp", "mlp-bn", "positions-bn"])
-def test_last_layer_with_squared_error_is_exact_on_any_features(name, batchnorm, approximation):
+def test_last_layer_with_squared_error_is_exact_on_any_features(name, statistics, approximation):
     network = NETWORKS[name]
-    options = {"approximation": approximation, "batchnorm": batchnorm}
+    options = {"approximation": approximation, "statistics": statistics}
     found = errors(network.make(), network.batches("mse", (6,)), "mse", **options)
     *earlier, last = found.values()
     assert last < EXACT
@@ -166,7 +166,7 @@ def test_last_layer_with_squared_error_is_exact_on_any_features(name, batchnorm,
 def test_zero_initialised_head_is_exact_with_cross_entropy(approximation):
     network = NETWORKS["mlp-bn"]
     model, batches = network.make(), network.batches("cross_entropy", (6,))
-    options = {"approximation": approximation, "batchnorm": "batch", "layers": ["6"]}
+    options = {"approximation": approximation, "statistics": "batch", "layers": ["6"]}
     assert errors(model, batches, "cross_entropy", **options)["6"] > DIFFERENT
     nn.init.zeros_(model.get_submodule("6").weight)
     assert errors(model, batches, "cross_entropy", **options)["6"] < EXACT
@@ -231,7 +231,7 @@ def bias_block(matrix, width):
 def test_bias_block_without_interaction_is_exact(name, loss):
     network = NETWORKS[name]
     model, batches = network.make(), network.batches(loss, (5, 2))
-    modes = {"coordinates": "merged", "batchnorm": "running"}
+    modes = {"coordinates": "merged", "statistics": "running"}
     options = {"approximation": "kfac-expand", "labels": "type2", **modes}
     for layer, block in estimate(model, batches, loss, **options).items():
         exact = exact_block_of_loader(model, layer, batches, LOSSES[loss].of_example, **modes)
@@ -327,7 +327,7 @@ def test_merged_coordinates_give_scale_and_shift_real_curvature():
 def test_diagonal_without_interaction_is_that_of_the_exact_block(name, loss, coordinates):
     network = NETWORKS[name]
     model, batches = network.make(), network.batches(loss, (5, 3))
-    modes = {"coordinates": coordinates, "batchnorm": "running"}
+    modes = {"coordinates": coordinates, "statistics": "running"}
     curvature = estimate(model, batches, loss, approximation="diagonal", **modes)
     of_example = LOSSES[loss].of_example
     for layer, block in curvature.items():

@@ -32,7 +32,7 @@ def columns_without_signs(units: Units) -> Units:
 
 
 @pytest.mark.parametrize(
-    ("name", "approximation", "batchnorm"),
+    ("name", "approximation", "statistics"),
     [
         ("mlp-bn", "kfac-expand", "batch"),
         ("mlp-bn", "xkfac", "batch"),
@@ -42,10 +42,10 @@ def columns_without_signs(units: Units) -> Units:
     ],
 )
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-def test_type2_is_unbiased_by_its_random_signs(name, loss, approximation, batchnorm, generator):
+def test_type2_is_unbiased_by_its_random_signs(name, loss, approximation, statistics, generator):
     network = NETWORKS[name]
     model, batches = network.make(), network.batches(loss, (6,))
-    modes = {"batchnorm": batchnorm}
+    modes = {"statistics": statistics}
     options = {"approximation": approximation, "layers": [LAYER], **modes}
     units = units_of(model, LAYER, batches[0], LOSSES[loss].of_example, **modes)
     expected = dense(strata_terms(approximation, [units]))
@@ -64,7 +64,7 @@ def test_type2_is_unbiased_by_its_random_signs(name, loss, approximation, batchn
 def test_without_interaction_type2_is_exact_for_one_stratum(name, loss, generator):
     network = NETWORKS[name]
     model, batches = network.make(), network.batches(loss, (4, 3))
-    options = {"approximation": "kfac-reduce", "batchnorm": "running"}
+    options = {"approximation": "kfac-reduce", "statistics": "running"}
     exact = estimate(model, batches, loss, **options)
     roots = estimate(model, batches, loss, labels="type2", generator=generator, **options)
     for layer in exact:

@@ -93,14 +93,14 @@ class Interrupted:
 
 OPTIONS = {
     **{
-        f"{approximation} {coordinates} {batchnorm}": {
+        f"{approximation} {coordinates} {statistics}": {
             "approximation": approximation,
             "coordinates": coordinates,
-            "batchnorm": batchnorm,
+            "statistics": statistics,
         }
         for approximation in (*APPROXIMATIONS, "diagonal")
         for coordinates in ("raw", "merged")
-        for batchnorm in ("batch", "running")
+        for statistics in ("batch", "running")
     },
     **{f"labels {labels}": {"labels": labels} for labels in ("type2", "empirical", "exact")},
     "own generator": {"generator": torch.Generator().manual_seed(0)},
@@ -123,16 +123,16 @@ def test_a_pass_changes_nothing(options, batches):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken loader"), KeyboardInterrupt()])
-@pytest.mark.parametrize("batchnorm", ["batch", "running"])
+@pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("coordinates", ["raw", "merged"])
-def test_an_interrupted_pass_changes_nothing(error, batchnorm, coordinates, batches):
+def test_an_interrupted_pass_changes_nothing(error, statistics, coordinates, batches):
     model = uneven_model()
     before = snapshot(model)
     with pytest.raises(type(error)) as caught:
         ek.estimate_curvature(
             model,
             Interrupted(batches, error),
-            batchnorm=batchnorm,
+            statistics=statistics,
             coordinates=coordinates,
             layers=["0", "6"],
         )

@@ -132,7 +132,7 @@ def shifted_templates(size: int, generator: torch.Generator) -> Draw:
 
 def digits(size: int, generator: torch.Generator) -> Draw:
     """The MNIST images that come with the package, made smaller: zeros, ones and twos."""
-    from ekfac_rs.data import load_mnist_subset
+    from ekfac_rs.experiments.data import load_mnist_subset
 
     mnist = load_mnist_subset()
     labels = torch.from_numpy(mnist.train_labels).long()
@@ -177,7 +177,7 @@ class Row:
     net: str
     size: int
     seed: int
-    batchnorm: str
+    statistics: str
     coordinates: str
     layer: str
     interacting: bool  # fed by a ReLU, and a train-mode BN acts on what it computes
@@ -219,7 +219,7 @@ def compare(
                 **labels,
                 **modes,
                 layer=layer,
-                interacting=modes["batchnorm"] == "batch"
+                interacting=modes["statistics"] == "batch"
                 and interacts(model, layer, modes["coordinates"]),
                 errors={n: relative_error(b, exact) for n, b in blocks.items()},
                 calibrated={n: relative_error(best[n] * b, exact) for n, b in blocks.items()},
@@ -232,7 +232,7 @@ def measure(
     bodies: Iterable[Callable[[int], list[nn.Module]]] = FLATTENED,
     sizes: Iterable[int] = (6, 14),
     problem: str = "noisy",
-    batchnorms: Sequence[str] = ("batch", "running"),
+    statistics: Sequence[str] = ("batch", "running"),
 ) -> list[Row]:
     """Train every net and seed, and compare all approximations with the exact blocks."""
     rows = []
@@ -243,8 +243,8 @@ def measure(
         model = build(body, tuple(batch[0].shape[1:]), seed)
         train(model, draw, generator)
         labels = {"net": body.__name__.strip("_"), "size": size, "seed": seed}
-        for coordinates, batchnorm in itertools.product(COORDINATES, batchnorms):
-            modes = {"coordinates": coordinates, "batchnorm": batchnorm}
+        for coordinates, mode in itertools.product(COORDINATES, statistics):
+            modes = {"coordinates": coordinates, "statistics": mode}
             rows += compare(model, batch, labels, **modes)
     return rows
 
@@ -279,8 +279,8 @@ def summarize(rows: Sequence[Row]) -> Summary:
 # Where a layer stands, for tables and tests.
 SITUATIONS: dict[str, Callable[[Row], bool]] = {
     "fed by a ReLU, a train-mode BN after it": lambda row: row.interacting,
-    "others, train mode": lambda row: row.batchnorm == "batch" and not row.interacting,
-    "eval mode": lambda row: row.batchnorm == "running",
+    "others, train mode": lambda row: row.statistics == "batch" and not row.interacting,
+    "eval mode": lambda row: row.statistics == "running",
 }
 
 
@@ -291,7 +291,7 @@ def rows() -> list[Row]:
 
 @pytest.fixture(scope="module")
 def pooled_rows() -> list[Row]:
-    return measure(AVERAGED, batchnorms=("batch",))
+    return measure(AVERAGED, statistics=("batch",))
 
 
 @pytest.mark.parametrize(

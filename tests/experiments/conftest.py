@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ekfac_rs.data import find_mnist
+from ekfac_rs.experiments.data import find_mnist
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from ekfac_rs.data import (
+from ekfac_rs.errors import FileFormatError, OptionError, ShapeError
+from ekfac_rs.experiments.data import (
     TensorLoader,
     find_mnist,
     image_features,
@@ -21,7 +22,6 @@ from ekfac_rs.data import (
     read_idx,
     task_permutation,
 )
-from ekfac_rs.errors import FileFormatError, OptionError, ShapeError
 
 TYPE_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 NAMES = (
@@ -176,7 +176,7 @@ def test_the_whole_of_mnist_is_read(mnist_folder):
 
 
 def subset_file():
-    return Path(str(resources.files("ekfac_rs.data") / "mnist_subset.npz"))
+    return Path(str(resources.files("ekfac_rs.experiments.data") / "mnist_subset.npz"))
 
 
 def test_the_subset_keeps_every_digits_share():

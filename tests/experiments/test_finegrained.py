@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.data import ImageSet
 from ekfac_rs.errors import OptionError
 from ekfac_rs.experiments import finegrained
 from ekfac_rs.experiments.__main__ import main
+from ekfac_rs.experiments.data import ImageSet
 from ekfac_rs.experiments.finegrained import METHODS, PRESETS, Preset, choose, read_images, study
 from ekfac_rs.experiments.networks import ARCHITECTURES, Architecture
 from ekfac_rs.experiments.report import GridPoint, MethodResult

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from PIL import Image
 
-from ekfac_rs.data import ImageLoader, ImageSet, ImageTree, find_data
-from ekfac_rs.data.images import stratified_rows
 from ekfac_rs.errors import FileFormatError, OptionError
+from ekfac_rs.experiments.data import ImageLoader, ImageSet, ImageTree, find_data
+from ekfac_rs.experiments.data.images import stratified_rows
 
 SPLITS = {"train/b": 3, "train/a": 2, "val/a": 1, "val/b": 1, "test/a": 1, "test/b": 2}
 

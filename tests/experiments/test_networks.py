@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.data import ImageLoader, ImageTree
 from ekfac_rs.errors import FileFormatError, OptionError
+from ekfac_rs.experiments.data import ImageLoader, ImageTree
 from ekfac_rs.experiments.networks import (
     ARCHITECTURES,
     CifarResNet,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import ekfac_rs as ek
-from ekfac_rs.data import Mnist, load_mnist_subset
 from ekfac_rs.errors import FileFormatError, OptionError
 from ekfac_rs.experiments import permuted_mnist
+from ekfac_rs.experiments.data import Mnist, load_mnist_subset
 from ekfac_rs.experiments.permuted_mnist import METHODS, PRESETS, RunConfig, study
 from ekfac_rs.experiments.runs import (
     PlannedRun,

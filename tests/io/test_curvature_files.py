@@ -15,7 +15,7 @@ DIFFERENCES = {
     "approximation": {"approximation": "kfac-expand"},
     "diagonal": {"approximation": "diagonal"},
     "coordinates": {"coordinates": "merged"},
-    "batchnorm": {"batchnorm": "running"},
+    "batchnorm": {"statistics": "running"},
     "labels": {"labels": "empirical"},
     "layers": {"layers": ["0", "6"]},
 }

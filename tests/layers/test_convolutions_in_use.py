@@ -123,7 +123,7 @@ def test_the_diagonal_is_that_of_per_example_gradients():
     model = network().double().eval()
     x, found = X.double(), {}
     curvature = ek.estimate_curvature(
-        model, [(x, Y)], approximation="diagonal", batchnorm="running", labels="empirical"
+        model, [(x, Y)], approximation="diagonal", statistics="running", labels="empirical"
     )
     for row, label in zip(x, Y, strict=True):
         merged = {

@@ -43,9 +43,9 @@ def learn(loaders, model=None, epochs=8, lr=0.05, **options):
     "options",
     [
         {"approximation": "xkfac"},
-        {"approximation": "kfac-expand", "batchnorm": "running"},
+        {"approximation": "kfac-expand", "statistics": "running"},
         {"approximation": "xkfac", "freeze_bn_after": 0.3},
-        {"approximation": "kfac-expand", "batchnorm": "running", "freeze_bn_after": 0.0},
+        {"approximation": "kfac-expand", "statistics": "running", "freeze_bn_after": 0.0},
     ],
     ids=["xkfac", "kfac eval", "xkfac scheduled", "kfac frozen"],
 )
@@ -84,7 +84,7 @@ def test_consolidation_keeps_the_function_and_sets_the_anchor():
 
 def test_frozen_batchnorm_stays_a_shift():
     loaders = shifted_tasks(tasks=2)
-    learner = learn(loaders, freeze_bn_after=0.0, batchnorm="running")
+    learner = learn(loaders, freeze_bn_after=0.0, statistics="running")
     batchnorm = learner.model[1]
     torch.testing.assert_close(batchnorm.weight, torch.ones(24))
     torch.testing.assert_close(batchnorm.running_mean, torch.zeros(24))
@@ -199,7 +199,7 @@ def change_by_consolidation(learner, loader, x):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"freeze_bn_after": 0.5}, {"freeze_bn_after": 0.0, "batchnorm": "running"}],
+    [{}, {"freeze_bn_after": 0.5}, {"freeze_bn_after": 0.0, "statistics": "running"}],
     ids=["throughout", "frozen halfway", "frozen"],
 )
 def test_consolidation_keeps_the_function_with_a_batchnorm_over_positions(affine, options):

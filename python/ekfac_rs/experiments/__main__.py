@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ekfac_rs.data import find_data, load_mnist, load_mnist_subset
 from ekfac_rs.errors import EkfacError, OptionError
 from ekfac_rs.experiments import finegrained, permuted_mnist
+from ekfac_rs.experiments.data import find_data, load_mnist, load_mnist_subset
 from ekfac_rs.experiments.networks import ARCHITECTURES
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 import ekfac_rs as ek
-from ekfac_rs.data import ImageTree
 from ekfac_rs.errors import OptionError
+from ekfac_rs.experiments.data import ImageTree
 from ekfac_rs.experiments.networks import ARCHITECTURES, Weights
 from ekfac_rs.experiments.pictures import TradeOff, draw_bars, draw_trade_offs
 from ekfac_rs.experiments.report import (
@@ -57,7 +57,7 @@ class Preset:
     image_size
         Height and width of all images.
     crop
-        As in `ekfac_rs.data.ImageTree.read`.
+        As in `ekfac_rs.experiments.data.ImageTree.read`.
     source_images
         Read at most so many of each of the source's splits.
     epochs

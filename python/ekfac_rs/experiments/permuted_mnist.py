@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import ekfac_rs as ek
-from ekfac_rs.data import Mnist, TensorLoader, image_features, task_permutation
 from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
+from ekfac_rs.experiments.data import Mnist, TensorLoader, image_features, task_permutation
 from ekfac_rs.experiments.report import GridPoint, MethodResult, counted, write_report
 from ekfac_rs.experiments.runs import (
     Clock,

@@ -11,12 +11,12 @@ Setting = dict[str, float | str]
 # The curvatures compared, as arguments of the learner.
 CURVATURES: dict[str, dict[str, Any]] = {
     "none": {"approximation": None},
-    "diagonal": {"approximation": "diagonal", "batchnorm": "running"},
-    "kfac-eval": {"approximation": "kfac-expand", "batchnorm": "running"},
-    "kfac-train": {"approximation": "kfac-expand", "batchnorm": "batch"},
-    "xkfac": {"approximation": "xkfac", "batchnorm": "batch"},
-    "xkfac-nested": {"approximation": "xkfac-nested", "batchnorm": "batch"},
-    "xkfac-raw": {"approximation": "xkfac", "batchnorm": "batch", "coordinates": "raw"},
+    "diagonal": {"approximation": "diagonal", "statistics": "running"},
+    "kfac-eval": {"approximation": "kfac-expand", "statistics": "running"},
+    "kfac-train": {"approximation": "kfac-expand", "statistics": "batch"},
+    "xkfac": {"approximation": "xkfac", "statistics": "batch"},
+    "xkfac-nested": {"approximation": "xkfac-nested", "statistics": "batch"},
+    "xkfac-raw": {"approximation": "xkfac", "statistics": "batch", "coordinates": "raw"},
 }
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.data import ImageLoader, ImageSet
 from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
+from ekfac_rs.experiments.data import ImageLoader, ImageSet
 from ekfac_rs.experiments.networks import ARCHITECTURES, Weights, backbone_layers
 from ekfac_rs.experiments.runs import (
     Clock,

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ekfac_rs.data.tensors import TensorLoader
 from ekfac_rs.errors import FileFormatError, OptionError
+from ekfac_rs.experiments.data.tensors import TensorLoader
 
 __all__ = ["ImageLoader", "ImageSet", "ImageTree", "stratified_rows"]
 

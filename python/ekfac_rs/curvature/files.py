@@ -1,14 +1,84 @@
-"""Symmetric factors on disk: as they are, as triangles, or as half-precision correlations."""
+"""Files of factors: safetensors with JSON metadata, replaced only when complete.
 
+Symmetric factors are stored as they are, as triangles, or as half-precision correlations.
+"""
+
+import errno
+import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from ekfac_rs._checks import require_choice
+from ekfac_rs.errors import FileFormatError
+
+_FORMAT = 2
+_METADATA_KEY = "ekfac_rs"
 
 STORAGES = ("full", "triangle", "half")
 
 _TRIANGLE, _CORRELATIONS, _DIAGONAL = "/triangle", "/correlations", "/diagonal"
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    storage: str,
+) -> None:
+    """Write tensors and metadata; see `Curvature.save`."""
+    require_choice("storage", storage, STORAGES)
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        packed: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            symmetric = not key.endswith("diagonal")
+            packed |= pack(key, tensor, storage if symmetric else "full")
+        text = json.dumps({"format": _FORMAT, **metadata})
+        save_file(packed, partial, metadata={_METADATA_KEY: text})
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(
+    path: str | os.PathLike[str], device: torch.device | str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the metadata that `write` wrote.
+
+    Raises
+    ------
+    FileFormatError
+        The file is truncated, corrupted, of another format or not one of ours.
+    FileNotFoundError
+        There is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
+            tensors = unpack({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        found = metadata.pop("format")
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise FileFormatError(
+            f"{path}: expected a curvature written by save(), got: {error}"
+        ) from error
+    if found != _FORMAT:
+        raise FileFormatError(
+            f"{path}: expected a curvature of format {_FORMAT}, got format {found!r}"
+        )
+    return tensors, metadata
 
 
 def pack(key: str, factor: Tensor, storage: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Curvature blocks: sums of Kronecker products, and the diagonal baseline.
+"""Curvature blocks as sums of Kronecker products.
 
 A block is a symmetric positive semi-definite operator on matrices ``V`` of shape ``(D, K)``.
 ``vec`` is row-major: entry ``(d, k)`` of ``V`` is entry ``d * K + k`` of ``vec V``.
@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from ekfac_rs import _core
-from ekfac_rs._tensors import (
-    borrow,
-    require_count,
-    require_finite,
-    require_like,
-    require_nonnegative,
-)
+from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
+from ekfac_rs._tensors import borrow
 from ekfac_rs.errors import (
     DtypeError,
     IncompatibleError,
@@ -404,96 +399,6 @@ class KroneckerSum:
         )
         if mine != theirs:
             raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
-
-
-class DiagonalBlock:
-    """A diagonal operator: the elementwise product with a matrix of shape (D, K).
-
-    The baseline of elastic weight consolidation (Kirkpatrick et al. 2017), in the coordinates of
-    the other blocks.
-
-    Parameters
-    ----------
-    values : Tensor of shape (D, K)
-        The diagonal.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        if values.dim() != 2:
-            raise ShapeError(f"values: expected shape (D, K), got {tuple(values.shape)}")
-        require_finite("values", values)
-        self.values = values
-
-    def __repr__(self) -> str:
-        return f"DiagonalBlock(shape={self.shape}, dtype={self.dtype})"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape ``(D, K)`` of the matrices the block acts on."""
-        return self.values.shape[0], self.values.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the diagonal."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the diagonal."""
-        return self.values.device
-
-    def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> "DiagonalBlock":
-        """Return the block on another device or in another dtype."""
-        return DiagonalBlock(self.values.to(device=device, dtype=dtype))
-
-    def product(self, V: Tensor) -> Tensor:
-        """Apply the block to ``V`` of shape (D, K) or (S, D, K)."""
-        return self.values * V
-
-    def quadratic(self, V: Tensor) -> float:
-        """Quadratic form ``<V, H V>``."""
-        return float((self.values * V.detach().square()).sum())
-
-    def trace(self) -> float:
-        """Trace of the block."""
-        return float(self.values.double().sum())
-
-    def norm(self) -> float:
-        """Frobenius norm of the block."""
-        return float(torch.linalg.vector_norm(self.values.double()))
-
-    def diagonal(self) -> Tensor:
-        """Diagonal of the block, shape (D, K)."""
-        return self.values
-
-    def dense(self) -> Tensor:
-        """Return the block as a matrix of shape (D * K, D * K)."""
-        return torch.diag(self.values.reshape(-1))
-
-    def top_eigenvalue(self, damping: float = 0.0) -> float:
-        """Largest eigenvalue of ``H + damping I``."""
-        return float(self.values.max()) + damping
-
-    def __add__(self, other: "DiagonalBlock") -> "DiagonalBlock":
-        """Sum of two diagonal blocks."""
-        if not isinstance(other, DiagonalBlock):
-            return NotImplemented
-        if self.shape != other.shape:
-            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
-        return DiagonalBlock(self.values + other.values)
-
-    def __mul__(self, factor: float) -> "DiagonalBlock":
-        """Multiply the block by a number."""
-        if not isinstance(factor, int | float):
-            return NotImplemented
-        return DiagonalBlock(self.values * factor)
-
-    __rmul__ = __mul__
-
-
-Block = KroneckerSum | DiagonalBlock
 
 
 def _stack_of(factor: Tensor) -> tuple[int, ...]:

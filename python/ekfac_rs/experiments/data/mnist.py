@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ekfac_rs.data.idx import read_idx
-from ekfac_rs.data.locate import DATA_VARIABLE
 from ekfac_rs.errors import FileFormatError, OptionError
+from ekfac_rs.experiments.data.idx import read_idx
+from ekfac_rs.experiments.data.locate import DATA_VARIABLE
 
 __all__ = ["Mnist", "find_mnist", "load_mnist", "load_mnist_subset"]
 
@@ -82,7 +82,7 @@ def load_mnist_subset() -> Mnist:
     FileFormatError
         If the embedded file is damaged.
     """
-    with resources.as_file(resources.files("ekfac_rs.data") / SUBSET_FILE) as path:
+    with resources.as_file(resources.files("ekfac_rs.experiments.data") / SUBSET_FILE) as path:
         try:
             with np.load(path) as arrays:
                 return Mnist("mnist-subset", **{field: arrays[field] for field in _FILES})

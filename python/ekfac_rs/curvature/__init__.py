@@ -1,0 +1,20 @@
+"""Curvature: its blocks, the passes that accumulate them, and the files that keep them."""
+
+from ekfac_rs.curvature.curvature import Block, Curvature, Signature
+from ekfac_rs.curvature.diagonal import DiagonalBlock
+from ekfac_rs.curvature.kronecker import KroneckerSum
+from ekfac_rs.curvature.passes import estimate_curvature
+from ekfac_rs.curvature.settings import APPROXIMATIONS, DIAGONAL, STATISTICS, PassSettings
+
+__all__ = [
+    "APPROXIMATIONS",
+    "DIAGONAL",
+    "STATISTICS",
+    "Block",
+    "Curvature",
+    "DiagonalBlock",
+    "KroneckerSum",
+    "PassSettings",
+    "Signature",
+    "estimate_curvature",
+]

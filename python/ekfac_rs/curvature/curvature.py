@@ -1,0 +1,294 @@
+"""The curvature of a model: a block for each layer, and what it was taken of."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ekfac_rs.curvature import files
+from ekfac_rs.curvature.diagonal import DiagonalBlock
+from ekfac_rs.curvature.kronecker import KroneckerSum
+from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
+from ekfac_rs.errors import EkfacError, FileFormatError, IncompatibleError, UnknownLayerError
+from ekfac_rs.layers import AffineLayer
+
+Block = KroneckerSum | DiagonalBlock
+
+
+class Signature(NamedTuple):
+    """Two numbers that tell whether weights are still those a curvature was taken at."""
+
+    norm: float
+    projection: float
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Signature":
+        """Signature of a weight matrix of shape (D, K)."""
+        flat = weight.detach().double().reshape(-1)
+        # Fixed incommensurate phases: no change of weights short of a conspiracy keeps the sum.
+        phases = torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device).mul_(0.7390851)
+        return cls(float(flat.norm()), float(flat @ phases.cos_()))
+
+    def agrees(self, other: "Signature", tolerance: float = 1e-4) -> bool:
+        """Whether both belong to the same weights up to the rounding of merging them."""
+        scale = tolerance * max(self.norm, other.norm)
+        return abs(self.norm - other.norm) <= scale and (
+            abs(self.projection - other.projection) <= scale
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature(Mapping[str, Block]):
+    """Curvature of a model's loss, the mean over examples: one block for each layer.
+
+    A mapping from layer name to `KroneckerSum` (or `DiagonalBlock`).
+
+    Attributes
+    ----------
+    blocks : dict of str to block
+        In the model's order.
+    settings : PassSettings
+        What was computed: loss, approximation, coordinates, statistics, labels, precision.
+    examples, batches : int
+        How many were seen.
+    gradient_examples : dict of str to list of int
+        For each layer and stratum, how many of the examples were in mini-batches where the
+        stratum has degrees of freedom: the others say nothing about its gradients.
+    loss : float
+        Mean loss per example at the weights the curvature was taken at.
+    batchnorms : dict of str to str or None
+        Layer name to the name of the BatchNorm it feeds.
+    signatures : dict of str to Signature
+        Of the weights the curvature was taken at.
+    uncovered : tuple of str
+        Trainable parameters without a block: in raw coordinates those of BatchNorms.
+    versions : dict of str to str
+        Of ekfac_rs and torch.
+    """
+
+    blocks: dict[str, Block]
+    settings: PassSettings
+    examples: int
+    gradient_examples: dict[str, list[int]]
+    batches: int
+    loss: float
+    batchnorms: dict[str, str | None]
+    signatures: dict[str, Signature]
+    uncovered: tuple[str, ...]
+    versions: dict[str, str]
+
+    def __getitem__(self, name: str) -> Block:
+        try:
+            return self.blocks[name]
+        except KeyError:
+            raise UnknownLayerError(
+                f"layer {name!r}: expected one of {', '.join(map(repr, self.blocks))}"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        return (
+            f"Curvature({self.settings}, examples={self.examples}, batches={self.batches}, "
+            f"layers={list(self)})"
+        )
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in the model's order."""
+        return tuple(self.blocks)
+
+    def trace(self) -> float:
+        """Sum of the blocks' traces."""
+        return sum(block.trace() for block in self.values())
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Curvature":
+        """Return the curvature on another device or in another dtype."""
+        return replace(self, blocks={n: block.to(device, dtype) for n, block in self.items()})
+
+    def merge(self, other: "Curvature") -> "Curvature":
+        """Union of two passes over disjoint mini-batches, exactly as one pass over both.
+
+        Parameters
+        ----------
+        other : Curvature
+            Taken at the same weights with the same settings.
+
+        Raises
+        ------
+        IncompatibleError
+            Another setting, layer, shape or model; the message names it.
+        """
+        self._require_same_pass(other)
+        examples = self.examples + other.examples
+        share = self.examples / examples
+        mine, theirs = self.gradient_examples, other.gradient_examples
+        return replace(
+            self,
+            blocks={
+                name: _mix(self[name], other[name], share, mine[name], theirs[name])
+                for name in self
+            },
+            examples=examples,
+            gradient_examples={
+                name: [a + b for a, b in zip(mine[name], theirs[name], strict=True)]
+                for name in self
+            },
+            batches=self.batches + other.batches,
+            loss=share * self.loss + (1.0 - share) * other.loss,
+        )
+
+    def _require_same_pass(self, other: "Curvature") -> None:
+        for setting, (mine, theirs) in self.settings.differences(other.settings).items():
+            raise IncompatibleError(f"{setting}: expected {mine!r} in both, got {theirs!r}")
+        if self.batchnorms != other.batchnorms:
+            raise IncompatibleError(
+                f"batchnorms: expected {self.batchnorms!r} in both, got {other.batchnorms!r}"
+            )
+        for name, block in self.items():
+            if block.shape != other[name].shape:
+                raise IncompatibleError(
+                    f"layer {name!r}: expected shape {block.shape}, got {other[name].shape}"
+                )
+            if block.dtype != other[name].dtype:
+                raise IncompatibleError(
+                    f"layer {name!r}: expected dtype {block.dtype} in both, got {other[name].dtype}"
+                )
+            if not self.signatures[name].agrees(other.signatures[name]):
+                raise IncompatibleError(
+                    f"layer {name!r}: expected both passes at the same weights, got others"
+                )
+
+    def metadata(self) -> dict[str, Any]:
+        """Everything but the blocks, ready for JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "blocks"}
+        return values | {
+            "settings": asdict(self.settings),
+            "signatures": {name: list(s) for name, s in self.signatures.items()},
+        }
+
+    def save(self, path: str | os.PathLike[str], *, storage: str = "full") -> None:
+        """Write to a safetensors file with JSON metadata; replaced only when complete.
+
+        Parameters
+        ----------
+        path : path-like
+        storage : {"full", "triangle", "half"}
+            "triangle" stores one triangle of each factor, without loss, in half the bytes;
+            "half" its correlations in float16 beside an exact diagonal, in a quarter of those of
+            float32 (each entry right to ``2**-11 sqrt(F_ii F_jj)``). `load` reads all three.
+
+        Raises
+        ------
+        FileNotFoundError
+            The directory does not exist.
+        OptionError
+            Unknown storage.
+        """
+        files.write(path, self.tensors(), {"layers": self.layers, **self.metadata()}, storage)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "Curvature":
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+        device : torch.device or str
+
+        Raises
+        ------
+        FileFormatError
+            The file is truncated, corrupted or not a curvature.
+        FileNotFoundError
+            There is no such file.
+        """
+        tensors, metadata = files.read(path, device)
+        try:
+            return cls.from_tensors(tensors, metadata)
+        except (KeyError, ValueError, TypeError, EkfacError) as error:
+            raise FileFormatError(
+                f"{path}: expected a curvature written by save(), got: {error}"
+            ) from error
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All factors under flat keys, for `from_tensors`."""
+        return {
+            f"{index}.{key}": tensor.contiguous()
+            for index, name in enumerate(self)
+            for key, tensor in _block_tensors(self[name]).items()
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> "Curvature":
+        """Rebuild from `tensors` and `metadata`."""
+        values = dict(metadata)
+        layers = values.pop("layers", None) or list(values["batchnorms"])
+        values["settings"] = PassSettings(**values["settings"])
+        values["signatures"] = {name: Signature(*s) for name, s in values["signatures"].items()}
+        values["uncovered"] = tuple(values["uncovered"])
+        blocks: dict[str, Block] = {}
+        for index, name in enumerate(layers):
+            own = _with_prefix(tensors, f"{index}.")
+            if values["settings"].approximation == DIAGONAL:
+                blocks[name] = DiagonalBlock(own["diagonal"])
+            else:
+                terms = len(kept_strata(values["gradient_examples"][name]))
+                blocks[name] = KroneckerSum([(own[f"{k}.A"], own[f"{k}.G"]) for k in range(terms)])
+        return cls(blocks=blocks, **values)
+
+
+def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
+    """Signature of a layer's weights; of the raw ones where there are no running statistics."""
+    has_statistics = layer.batchnorm is None or layer.batchnorm.running_var is not None
+    return Signature.of(layer.weight_matrix(coordinates if has_statistics else "raw"))
+
+
+def kept_strata(gradient_examples: list[int]) -> list[int]:
+    """Return the strata that had a degree of freedom: the others are no terms."""
+    return [k for k, examples in enumerate(gradient_examples) if examples]
+
+
+def _mix(
+    mine: Block, theirs: Block, share: float, my_examples: list[int], their_examples: list[int]
+) -> Block:
+    """Blocks of the union, where the first pass saw ``share`` of the examples."""
+    if isinstance(mine, DiagonalBlock) and isinstance(theirs, DiagonalBlock):
+        return DiagonalBlock(torch.lerp(theirs.values, mine.values, share))
+    if isinstance(mine, KroneckerSum) and isinstance(theirs, KroneckerSum):
+        A, G = mine.terms[0]
+        absent = torch.zeros_like(A), torch.zeros_like(G)
+        my_terms = dict(zip(kept_strata(my_examples), mine.terms, strict=True))
+        their_terms = dict(zip(kept_strata(their_examples), theirs.terms, strict=True))
+        terms = []
+        for k in sorted(my_terms.keys() | their_terms.keys()):
+            (A, G), (B, H) = my_terms.get(k, absent), their_terms.get(k, absent)
+            gradient_share = my_examples[k] / (my_examples[k] + their_examples[k])
+            terms.append((torch.lerp(B, A, share), torch.lerp(H, G, gradient_share)))
+        return KroneckerSum(terms)
+    raise IncompatibleError(f"expected two blocks of one kind, got {mine!r} and {theirs!r}")
+
+
+def _block_tensors(block: Block) -> dict[str, Tensor]:
+    if isinstance(block, DiagonalBlock):
+        return {"diagonal": block.values}
+    return {
+        f"{k}.{letter}": factor
+        for k, term in enumerate(block.terms)
+        for letter, factor in zip("AG", term, strict=True)
+    }
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,60 @@
+"""What decides what a curvature pass computes."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ekfac_rs import _core
+from ekfac_rs._checks import require_choice, require_count
+from ekfac_rs.layers import COORDINATES
+from ekfac_rs.likelihood import LABELS, Likelihood
+
+DIAGONAL = "diagonal"
+APPROXIMATIONS = (*_core.strata(), DIAGONAL)
+STATISTICS = ("batch", "running")
+PRECISIONS = ("ieee", "tf32")
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """Everything that decides what a pass computes, the model and its data apart.
+
+    Two passes can only be merged under equal settings; files keep them.
+
+    Attributes
+    ----------
+    likelihood : str
+        The loss, with its reduction: the ``repr`` of a `Likelihood`.
+    approximation, coordinates, statistics, labels, draws, precision
+        As given to `estimate_curvature`.
+
+    Raises
+    ------
+    OptionError
+        An unknown option, or draws below 1.
+    """
+
+    likelihood: str
+    approximation: str
+    coordinates: str
+    statistics: str
+    labels: str
+    draws: int
+    precision: str
+
+    def __post_init__(self) -> None:
+        require_choice("approximation", self.approximation, APPROXIMATIONS)
+        require_choice("coordinates", self.coordinates, COORDINATES)
+        require_choice("statistics", self.statistics, STATISTICS)
+        require_choice("labels", self.labels, LABELS)
+        require_choice("precision", self.precision, PRECISIONS)
+        require_count("draws", self.draws)
+
+    @classmethod
+    def of(cls, likelihood: Likelihood, **settings: Any) -> "PassSettings":
+        """Make the settings of passes under this loss."""
+        return cls(likelihood=repr(likelihood), **settings)
+
+    def differences(self, other: "PassSettings") -> dict[str, tuple[Any, Any]]:
+        """Return the settings that are not the same in both, and their values."""
+        mine, theirs = asdict(self), asdict(other)
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
