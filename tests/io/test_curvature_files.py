@@ -15,7 +15,7 @@ DIFFERENCES = {
     "approximation": {"approximation": "kfac-expand"},
     "diagonal": {"approximation": "diagonal"},
     "coordinates": {"coordinates": "merged"},
-    "batchnorm": {"statistics": "running"},
+    "statistics": {"statistics": "running"},
     "labels": {"labels": "empirical"},
     "layers": {"layers": ["0", "6"]},
 }
@@ -33,11 +33,7 @@ def factors(block) -> list[torch.Tensor]:
 
 
 ATTRIBUTES = (
-    "approximation",
-    "coordinates",
-    "batchnorm",
-    "labels",
-    "draws",
+    "settings",
     "examples",
     "batches",
     "loss",
@@ -105,7 +101,9 @@ def test_half_storage_keeps_diagonals_and_rounds_correlations(dtype, tmp_path):
 def test_storages_take_what_they_promise(tmp_path):
     A = torch.randn(300, 600)
     block = ek.KroneckerSum([(A @ A.T, A[:200] @ A[:200].T)])
-    wide = replace(curvature(), approximation="kfac-expand", blocks={"0": block})
+    narrow = curvature()
+    settings = replace(narrow.settings, approximation="kfac-expand")
+    wide = replace(narrow, settings=settings, blocks={"0": block})
     sizes = {}
     for storage in ("full", "triangle", "half"):
         wide.save(tmp_path / storage, storage=storage)
