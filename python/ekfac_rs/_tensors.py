@@ -1,5 +1,7 @@
 """Torch tensors as the Rust core sees them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,22 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums over a tensor of ``dtype`` are kept (half ones in float32)."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@torch.no_grad()
+def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy each value into its tensor: all of them, or none where one fails.
+
+    Parameters
+    ----------
+    writes : sequence of (target, value)
+        Values are rounded to the dtype of their targets.
+    """
+    before = [(target, target.clone()) for target, _ in writes]
+    try:
+        for target, value in writes:
+            target.copy_(value)
+    except BaseException:
+        for target, value in before:
+            target.copy_(value)
+        raise

@@ -160,7 +160,7 @@ def _in_words(layer: AffineLayer, coordinates: str) -> str:
 
 
 def _factor_bytes(layer: AffineLayer, approximation: str, coordinates: str) -> int:
-    itemsize = accumulation_dtype(layer.module.weight.dtype).itemsize
+    itemsize = accumulation_dtype(layer.like.dtype).itemsize
     if approximation == DIAGONAL:
         return prod(layer.shape(coordinates)) * itemsize
     terms = len(_core.strata()[approximation])

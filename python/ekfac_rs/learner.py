@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,13 @@ from tqdm import tqdm
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
 from ekfac_rs._tensors import moved
 from ekfac_rs.batchnorm import (
+    WEIGHTS,
     Anchor,
     as_found,
     device_of,
     first_input,
-    is_merged,
-    merge_batchnorm,
+    frozen_batchnorms,
+    merged_weights,
     raw_weights,
     reparameterize,
 )
@@ -45,11 +47,15 @@ class ContinualLearner:
     """Learns tasks one after another under a curvature penalty on merged weights.
 
     For each task call `fit`, then `consolidate`. `fit` trains with SGD and momentum, the learning
-    rate falling to zero along a cosine. From the second task on it first puts BatchNorm back
-    (`reparameterize`) and adds the penalty ``scale * sum of the earlier tasks' quadratic forms``
-    and ``damping`` (see `QuadraticPenalty`); counting tasks as equally important is scale 1.
-    `consolidate` accumulates the task's curvature and merges BatchNorm into the weights: the
-    result is the next anchor. Evaluation uses the merged weights: one network for all tasks.
+    rate falling to zero along a cosine. From the second task on it first takes the new task's
+    statistics into the BatchNorms (`reparameterize`) and adds the penalty ``scale * sum of the
+    earlier tasks' quadratic forms`` and ``damping`` (see `QuadraticPenalty`); counting tasks as
+    equally important is scale 1. `consolidate` accumulates the task's curvature; the merged view
+    of the weights is the next anchor. The model stays an ordinary, trainable one all along, and
+    is evaluated with its running statistics: one network for all tasks.
+
+    Without curvature and damping there is nothing to protect, and this is ordinary fine-tuning:
+    the model is trained as it is.
 
     Parameters
     ----------
@@ -57,23 +63,26 @@ class ContinualLearner:
         Trained in place.
     loss : {"cross_entropy", "mse", "bce"} or Likelihood
     approximation : str or None
-        As in `estimate_curvature`. None takes no curvature: fine-tuning, or L2 to the anchor when
-        there is damping.
+        As in `estimate_curvature`. None takes no curvature: ordinary fine-tuning, or L2 to the
+        anchor when there is damping.
     coordinates : {"merged", "raw"}
-        "raw" leaves BatchNorm out: nothing is merged, and its parameters and statistics are
-        carried from task to task unpenalised.
+        "raw" leaves BatchNorm out: its parameters and statistics are carried from task to task
+        unpenalised.
     statistics : {"batch", "running"}
         Those under which factors are taken.
     labels, draws, max_examples, generator
         As in `estimate_curvature`.
+    weights : {"kept", "merged"}
+        What `reparameterize` does with the weights when a task begins.
     scale, damping : float
         Of the penalty.
     momentum : float
         Of SGD.
     freeze_bn_after : float
-        Fraction of a task's steps, from the second task on, after which BatchNorm is folded into
-        the weights and stays so until the task's end: 1 trains with BatchNorm throughout, 0
-        freezes it after the first task (method: BN schedule).
+        Fraction of a task's steps, from the second task on, after which BatchNorms are in eval
+        mode until the task's end: 1 trains with batch statistics throughout, 0 freezes them after
+        the first task (method: BN schedule). What doubles the weights then stays as it is: gamma,
+        and a bias before the BatchNorm.
     progress : bool
         Show tqdm bars.
 
@@ -107,6 +116,7 @@ class ContinualLearner:
         statistics: str = "batch",
         labels: str = "mc",
         draws: int = 1,
+        weights: str = "kept",
         scale: float = 1.0,
         damping: float = 0.0,
         momentum: float = 0.9,
@@ -120,6 +130,7 @@ class ContinualLearner:
         require_choice("coordinates", coordinates, COORDINATES)
         require_choice("statistics", statistics, STATISTICS)
         require_choice("labels", labels, LABELS)
+        require_choice("weights", weights, WEIGHTS)
         require_count("draws", draws)
         require_nonnegative("scale", scale)
         require_nonnegative("damping", damping)
@@ -132,6 +143,7 @@ class ContinualLearner:
         self.statistics = statistics
         self.labels = labels
         self.draws = draws
+        self.weights = weights
         self.scale = scale
         self.damping = damping
         self.momentum = momentum
@@ -144,6 +156,8 @@ class ContinualLearner:
         self.anchor: Anchor | None = None
         # Of the task since the last consolidation, once seen: see `_example_of`.
         self._example: Tensor | None = None
+        # Whether the weights have moved on under frozen statistics since.
+        self._froze_batchnorm = False
 
     def fit(
         self,
@@ -154,6 +168,10 @@ class ContinualLearner:
         callback: Callable[[int, "ContinualLearner"], None] | None = None,
     ) -> list[dict[str, float]]:
         """Train on one task.
+
+        A model in train mode is trained in the modes that its modules are in: a BatchNorm in eval
+        mode keeps its statistics and is penalised under them. A model in eval mode as a whole is
+        put in train mode first (see `frozen_batchnorms` for what stays frozen), and back after.
 
         Parameters
         ----------
@@ -185,29 +203,29 @@ class ContinualLearner:
         if batches == 0:
             raise EmptyLoaderError("loader: expected at least one batch, got none")
         steps = epochs * batches
-        phase = _Phase(self, loader, lr, steps)
         history = []
-        try:
-            bar = tqdm(total=steps, desc="fit", disable=not self.progress, leave=False)
-            with bar:
-                for _ in range(epochs):
-                    means = _Means(device_of(self.model))
-                    for x, y in _on_device(loader, device_of(self.model)):
-                        loss, penalty, outputs = phase.step(x, y)
-                        means.add(loss, penalty, self._accuracy(outputs, y), len(x))
-                        bar.update()
-                        if callback is not None:
-                            callback(phase.steps_done, self)
-                    phase.finite.finish()
-                    if not means.examples:
-                        raise EmptyLoaderError("loader: expected examples, got none")
-                    history.append(means.result())
-        finally:
-            phase.close()
+        bar = tqdm(total=steps, desc="fit", disable=not self.progress, leave=False)
+        with bar, _Phase(self, loader, lr, steps) as phase:
+            for _ in range(epochs):
+                means = _Means(device_of(self.model))
+                for x, y in _on_device(loader, device_of(self.model)):
+                    loss, penalty, outputs = phase.step(x, y)
+                    means.add(loss, penalty, self._accuracy(outputs, y), len(x))
+                    bar.update()
+                    if callback is not None:
+                        callback(phase.steps_done, self)
+                phase.finite.finish()
+                if not means.examples:
+                    raise EmptyLoaderError("loader: expected examples, got none")
+                history.append(means.result())
         return history
 
     def consolidate(self, loader: Iterable[Any]) -> None:
-        """Close a task: accumulate its curvature, then merge BatchNorm into the anchor.
+        """Close a task: accumulate its curvature and take the anchor.
+
+        The model stays as it is, but for one case: where its BatchNorms were frozen during `fit`
+        and the curvature is taken under batch statistics, `reparameterize` brings them up to the
+        weights first. The eval-mode function stays.
 
         Parameters
         ----------
@@ -216,38 +234,41 @@ class ContinualLearner:
 
         Raises
         ------
-        Whatever `estimate_curvature` and `merge_batchnorm` raise.
+        Whatever `estimate_curvature`, `reparameterize` and `merged_weights` raise.
         """
-        if self._example is None:
-            # The loader may draw its order from torch's random state, which is to stay.
-            with as_found(self.model):
-                self._example, batches = _peeked(loader, device_of(self.model))
-            if isinstance(loader, Iterator):
-                loader = batches  # or the mini-batch looked at would be lost
-        example = self._example.to(device_of(self.model))
-        if self.approximation is not None:
-            if self.statistics == "batch" and self._is_merged(example):
-                # Train-mode curvature needs a BatchNorm that normalises; the function stays.
-                reparameterize(self.model, loader, max_examples=self.max_examples)
-            curvature = estimate_curvature(
-                self.model,
-                loader,
-                loss=self.likelihood,
-                approximation=self.approximation,
-                coordinates=self.coordinates,
-                statistics=self.statistics,
-                labels=self.labels,
-                draws=self.draws,
-                generator=self.generator,
-                max_examples=self.max_examples,
-                progress=self.progress,
+        if self._protects:
+            curvature, anchor = self._consolidated(loader)
+            self.curvatures += [] if curvature is None else [curvature]
+            self.anchor = anchor
+        self._begin_task(self.task + 1)
+
+    def adopt(self, curvature: Curvature | None, anchor: Anchor) -> None:
+        """Take over a task that was consolidated elsewhere.
+
+        Parameters
+        ----------
+        curvature : Curvature or None
+            Of the task's loss at the model's present weights; None where the learner takes none.
+        anchor : Anchor
+            The present weights, from `merged_weights` or `raw_weights`.
+
+        Raises
+        ------
+        IncompatibleError
+            Another approximation or coordinates than the learner's.
+        ModelChangedError, UnknownLayerError, ShapeError, DtypeError, DeviceError
+            The model is not theirs, as for `QuadraticPenalty`. A failed call changes nothing.
+        """
+        if curvature is not None:
+            self._require_of_this_kind(curvature)
+        elif self.approximation is not None:
+            raise IncompatibleError(
+                f"curvature: expected one of kind {self.approximation!r}, got none"
             )
-            self.anchor = self._take_anchor(example)
-            self.curvatures.append(curvature)
-        else:
-            self.anchor = self._take_anchor(example)
-        self._example = None
-        self.task += 1
+        adopted = [*self.curvatures, *([] if curvature is None else [curvature])]
+        self._penalty_of(adopted, anchor).close()
+        self.curvatures, self.anchor = adopted, anchor
+        self._begin_task(self.task + 1)
 
     @torch.no_grad()
     def evaluate(self, loaders: Sequence[Iterable[Any]]) -> list[float]:
@@ -279,10 +300,13 @@ class ContinualLearner:
         """Penalty that holds the consolidated tasks, or None before the first or without any."""
         if self.anchor is None or (not self.curvatures and not self.damping):
             return None
+        return self._penalty_of(self.curvatures, self.anchor)
+
+    def _penalty_of(self, curvatures: list[Curvature], anchor: Anchor) -> QuadraticPenalty:
         return QuadraticPenalty(
             self.model,
-            self.curvatures,
-            self.anchor,
+            curvatures,
+            anchor,
             damping=self.damping,
             scale=self.scale,
             coordinates=self.coordinates,
@@ -315,26 +339,55 @@ class ContinualLearner:
             Curvature.from_tensors(tensors, meta) for tensors, meta in state["curvatures"]
         ]
         for curvature in curvatures:
-            settings = curvature.settings
-            if (settings.approximation, settings.coordinates) != (
-                self.approximation,
-                self.coordinates,
-            ):
-                raise IncompatibleError(
-                    f"state: expected {self.approximation!r} curvature in {self.coordinates} "
-                    f"coordinates, got {curvature!r}"
-                )
+            self._require_of_this_kind(curvature)
         self.model.load_state_dict(state["model"])
-        self.task, self.curvatures = state["task"], curvatures
+        self.curvatures = curvatures
         self.anchor = None if state["anchor"] is None else Anchor(**state["anchor"])
-        self._example = None
+        self._begin_task(state["task"])
 
-    def _take_anchor(self, example: Tensor) -> Anchor:
-        take = merge_batchnorm if self.coordinates == "merged" else raw_weights
-        return take(self.model, example=example)
+    @property
+    def _protects(self) -> bool:
+        """Whether anything is ever held on to; otherwise this is ordinary fine-tuning."""
+        return self.approximation is not None or self.damping > 0.0
 
-    def _is_merged(self, example: Tensor) -> bool:
-        return any(is_merged(layer) for layer in self._layers_with_batchnorm(example))
+    def _begin_task(self, task: int) -> None:
+        self.task, self._example, self._froze_batchnorm = task, None, False
+
+    def _require_of_this_kind(self, curvature: Curvature) -> None:
+        settings = curvature.settings
+        if (settings.approximation, settings.coordinates) != (self.approximation, self.coordinates):
+            raise IncompatibleError(
+                f"curvature: expected {self.approximation!r} in {self.coordinates} coordinates, "
+                f"got {curvature!r}"
+            )
+
+    def _consolidated(self, loader: Iterable[Any]) -> tuple[Curvature | None, Anchor]:
+        if self._example is None:
+            # The loader may draw its order from torch's random state, which is to stay.
+            with as_found(self.model):
+                self._example, batches = _peeked(loader, device_of(self.model))
+            if isinstance(loader, Iterator):
+                loader = batches  # or the mini-batch looked at would be lost
+        example = self._example.to(device_of(self.model))
+        curvature = None
+        if self.approximation is not None:
+            if self._froze_batchnorm and self.statistics == "batch":
+                reparameterize(self.model, loader, max_examples=self.max_examples)
+            curvature = estimate_curvature(
+                self.model,
+                loader,
+                loss=self.likelihood,
+                approximation=self.approximation,
+                coordinates=self.coordinates,
+                statistics=self.statistics,
+                labels=self.labels,
+                draws=self.draws,
+                generator=self.generator,
+                max_examples=self.max_examples,
+                progress=self.progress,
+            )
+        take_anchor = merged_weights if self.coordinates == "merged" else raw_weights
+        return curvature, take_anchor(self.model, example=example)
 
     def _layers_with_batchnorm(self, example: Tensor) -> list[AffineLayer]:
         with as_found(self.model):
@@ -358,27 +411,50 @@ class ContinualLearner:
 
 
 class _Phase:
-    """The optimiser, penalty and BatchNorm mode of one task's training."""
+    """The optimiser, penalty and BatchNorm mode of one task's training.
+
+    Left as a context, it takes its hooks and gradients with it and puts modes back, also where
+    entering it fails.
+    """
 
     def __init__(
         self, learner: ContinualLearner, loader: Iterable[Any], lr: float, steps: int
     ) -> None:
         self.learner = learner
+        self.loader = loader
         self.lr = lr
         self.steps = steps
         self.steps_done = 0
-        self.modes = {module: module.training for module in learner.model.modules()}
         later = learner.task > 0
         self.freeze_at = round(learner.freeze_bn_after * steps) if later else steps
-        self.frozen: list[AffineLayer] = []
         self.finite = _FiniteCheck(deferred=device_of(learner.model).type == "cuda")
-        if later and learner.coordinates == "merged" and self.freeze_at > 0:
-            _reparameterize_if_any(learner, loader)
+        self.penalty: QuadraticPenalty | None = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as cleanup:
+            cleanup.callback(_set_modes, _modes(self.learner.model))
+            self._begin(cleanup)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._cleanup.close()
+
+    def _begin(self, cleanup: ExitStack) -> None:
+        learner = self.learner
+        protected = learner.anchor is not None and learner.coordinates == "merged"
+        if protected and self.freeze_at > 0:
+            _reparameterize_if_any(learner, self.loader)
+        _put_in_train_mode(learner.model)
         self.penalty = learner.penalty()
-        learner.model.train()
         if self.penalty is not None:
-            self.penalty.check_lr(lr, learner.momentum)
-        self._new_optimizer()
+            cleanup.callback(self.penalty.close)
+            self.penalty.check_lr(self.lr, learner.momentum)
+        parameters = [p for p in learner.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise OptionError("model: expected trainable parameters, got none")
+        self.optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=learner.momentum)
+        cleanup.callback(learner.model.zero_grad, set_to_none=True)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One optimiser step; returns loss, penalty and the outputs, without waiting for them."""
@@ -409,36 +485,38 @@ class _Phase:
         self.steps_done += 1
         return loss.detach(), penalty.detach(), outputs.detach()
 
-    def close(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.penalty is not None:
-            self.penalty.close()
-        for module, training in self.modes.items():
-            module.training = training
-
     def _freeze(self, example: Tensor) -> None:
-        """Fold BatchNorm into the weights; from here on the merged weights are the parameters."""
-        learner = self.learner
-        if learner.coordinates == "merged":
-            merge_batchnorm(learner.model, example=example)
-        self.frozen = learner._layers_with_batchnorm(example)
-        for layer in self.frozen:
-            layer.batchnorm.eval()
-        self._new_optimizer()  # momentum of the old parameters means nothing to the new
-
-    def _new_optimizer(self) -> None:
-        # A folded BatchNorm is a shift: its gamma and the bias before it would only double the
-        # weights and the shift.
+        """From here on BatchNorms use their running statistics; nothing is folded."""
         redundant: set[int] = set()
-        for layer in self.frozen:
+        for layer in self.learner._layers_with_batchnorm(example):
+            if not layer.batchnorm.training:
+                continue  # its user froze it, and what is trained of it is theirs to say
+            layer.batchnorm.eval()
+            self.learner._froze_batchnorm = True
             if layer.absorbs_scale:
+                # A frozen gamma and the bias before it only double the weights and the shift.
                 redundant.update(id(p) for p in (layer.batchnorm.weight, layer.bias()))
-        parameters = [
-            p for p in self.learner.model.parameters() if p.requires_grad and id(p) not in redundant
-        ]
-        if not parameters:
-            raise OptionError("model: expected trainable parameters, got none")
-        self.optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=self.learner.momentum)
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in redundant]
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, bool]:
+    return {module: module.training for module in model.modules()}
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
+def _put_in_train_mode(model: nn.Module) -> None:
+    """Put a model that is in eval mode as a whole in train mode, frozen BatchNorms apart."""
+    if model.training:
+        return
+    frozen = frozen_batchnorms(model)
+    model.train()
+    for name in frozen:
+        model.get_submodule(name).eval()
 
 
 class _FiniteCheck:
@@ -506,7 +584,9 @@ def _reparameterize_if_any(learner: ContinualLearner, loader: Iterable[Any]) -> 
     with as_found(model):
         example, batches = _peeked(loader, device_of(model))
         if learner._layers_with_batchnorm(example):
-            reparameterize(model, batches, max_examples=learner.max_examples)
+            reparameterize(
+                model, batches, weights=learner.weights, max_examples=learner.max_examples
+            )
 
 
 def _example_of(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The quadratic penalty around an anchor, as an autograd function over the Rust product."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, Self
@@ -19,7 +19,7 @@ from ekfac_rs._checks import (
     require_nonnegative,
 )
 from ekfac_rs._tensors import borrow
-from ekfac_rs.batchnorm import Anchor
+from ekfac_rs.batchnorm import Anchor, moments_of
 from ekfac_rs.curvature import Curvature, DiagonalBlock, KroneckerSum, Signature
 from ekfac_rs.errors import (
     IncompatibleError,
@@ -29,6 +29,7 @@ from ekfac_rs.errors import (
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
 from ekfac_rs.layers.dataflow import removed_afterwards
+from ekfac_rs.stable import top_eigenvalue_of_parameters
 
 
 class StabilityWarning(UserWarning):
@@ -40,9 +41,15 @@ class QuadraticPenalty:
 
     ``scale / 2 * sum_l <D_l, sum_t H_tl D_l> + damping / 2 * sum_l |D_l|**2`` where ``H_tl`` is
     the block of layer l in curvature t and ``D_l`` the layer's current weights less the anchor, a
-    matrix of shape (D, K). In merged coordinates the current weights are merged with the
+    matrix of shape (D, K). In merged coordinates the current weights are the merged view: with the
     statistics of the **current mini-batch** where the BatchNorm is in train mode (gradients flow
-    through them), and with its running statistics in eval mode (method: section 4).
+    through them), and with its running statistics in eval mode (method: section 4). The current
+    mini-batch is that of the model's last forward pass with gradients: neither a pass under
+    ``no_grad`` counts, nor one of a copy of the model, nor one that is made again during a
+    backward pass (activation checkpointing).
+
+    The model can be copied and saved as a whole while a penalty listens to it; the copies have no
+    penalty.
 
     Parameters
     ----------
@@ -51,8 +58,7 @@ class QuadraticPenalty:
         One for each earlier task, all in the same coordinates; may be empty, which leaves the
         damping: L2 to the anchor. The last must have been taken at the anchor.
     anchor : mapping of str to Tensor
-        Layer name to weights of shape (D, K), as from `merge_batchnorm` or `merged_weights`.
-        Copied.
+        Layer name to weights of shape (D, K), as from `merged_weights`. Copied.
     damping : float
         Weight decay centred on the anchor, not multiplied by ``scale``.
     scale : float
@@ -99,13 +105,14 @@ class QuadraticPenalty:
             layer.name: _operator([c[layer.name] for c in curvatures], self._anchor[layer.name])
             for layer in self._layers
         }
+        self._input_moments = _input_moments(curvatures[-1:], self._layers)
         self._top_eigenvalue: float | None = None
-        self._batch_inputs: dict[str, _BatchInput] = {}
-        self._handles = [
-            layer.batchnorm.register_forward_pre_hook(self._keeper(layer))
-            for layer in self._layers
-            if self.coordinates == "merged" and layer.batchnorm is not None
-        ]
+        self._batches: dict[str, _LastBatch] = {}
+        self._handles = []
+        for layer in self._layers:
+            if self.coordinates == "merged" and layer.batchnorm is not None:
+                self._batches[layer.name] = batch = _LastBatch(layer)
+                self._handles.append(layer.batchnorm.register_forward_pre_hook(batch))
 
     def __enter__(self) -> Self:
         return self
@@ -116,7 +123,8 @@ class QuadraticPenalty:
     def close(self) -> None:
         """Remove the penalty's hooks from the model; it cannot be called in train mode after."""
         with removed_afterwards(self._handles):
-            self._batch_inputs.clear()
+            for batch in self._batches.values():
+                batch.forget()
         self._handles = []
 
     def __call__(self) -> Tensor:
@@ -125,8 +133,8 @@ class QuadraticPenalty:
         Raises
         ------
         ModelChangedError
-            A layer was replaced; there was no forward pass in train mode yet; or the parameters
-            changed since the last one.
+            A layer was replaced; there was no forward pass in train mode with gradients yet; or
+            the parameters changed since the last one.
         NonFiniteError
             The current weights are NaN or infinite. On a GPU nothing is looked at, so that nothing
             waits for it, and the value is NaN or infinite, too.
@@ -149,12 +157,17 @@ class QuadraticPenalty:
         return self.scale * self._top_eigenvalue + self.damping
 
     def max_stable_lr(self, momentum: float = 0.0) -> float:
-        """Learning rate above which explicit SGD diverges along the top eigenvector.
+        """Learning rate above which explicit SGD on the penalty alone diverges at the anchor.
 
-        ``2 (1 + momentum) / top_eigenvalue()``: the bound of gradient descent with heavy-ball
-        momentum on a quadratic (Polyak 1964). Infinite for a zero penalty.
+        ``2 (1 + momentum) / top``, the bound of gradient descent with heavy-ball momentum on a
+        quadratic (Polyak 1964), where ``top`` is the top eigenvalue of the penalty's Hessian in
+        the model's own parameters: a step of ``W`` moves the merged weights by the gain
+        ``gamma / sigma``, once in the gradient and once in the weights. Layers are taken one by
+        one, BatchNorms in the mode they are in. In train mode their statistics follow the weights
+        as on the last curvature's data; with a diagonal one, which does not know its inputs, and
+        in eval mode they are constants. Infinite for a zero penalty.
         """
-        top = self.top_eigenvalue()
+        top = max(self._top_eigenvalue_of_parameters(layer) for layer in self._layers)
         return 2.0 * (1.0 + momentum) / top if top > 0.0 else float("inf")
 
     def check_lr(self, lr: float, momentum: float = 0.0) -> bool:
@@ -170,7 +183,7 @@ class QuadraticPenalty:
             return True
         warnings.warn(
             f"lr {lr:g} exceeds {bound:g}, above which SGD is unstable on this penalty "
-            f"(top eigenvalue {self.top_eigenvalue():g}, momentum {momentum:g})",
+            f"(momentum {momentum:g})",
             StabilityWarning,
             stacklevel=2,
         )
@@ -185,28 +198,24 @@ class QuadraticPenalty:
             return layer.raw_weight()
         if layer.batchnorm is None or not layer.batchnorm.training:
             return layer.merged_weight()
-        kept = self._batch_inputs.get(layer.name)
-        if kept is None:
-            raise ModelChangedError(
-                f"layer {layer.batchnorm_name!r}: expected a forward pass in train mode before "
-                "penalty(), got none: its batch statistics are part of the weights"
-            )
-        if kept.versions != _versions(layer):
-            raise ModelChangedError(
-                f"layer {layer.name!r}: expected the parameters of the last forward pass, got "
-                "changed ones: call the model again before penalty()"
-            )
-        # Half precision, as under autocast, would not hold a variance.
-        values = kept.values.to(layer.module.weight.dtype)
-        return layer.merged_weight(*_Moments.apply(values))
+        return layer.merged_weight(*self._batches[layer.name].moments())
 
-    def _keeper(self, layer: AffineLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if module.training:
-                layer.check_batchnorm_input(args[0])
-                self._batch_inputs[layer.name] = _BatchInput(args[0], _versions(layer))
+    def _top_eigenvalue_of_parameters(self, layer: AffineLayer) -> float:
+        operator = self._operators[layer.name]
+        if self.coordinates == "raw" or layer.batchnorm is None:
+            return self.scale * operator.top_eigenvalue() + self.damping
 
-        return keep
+        def hessian(V: Tensor) -> Tensor:
+            V, product = V.contiguous(), torch.empty(V.shape, dtype=V.dtype, device=V.device)
+            operator.apply(V, product)
+            return product.mul_(self.scale).add_(V, alpha=self.damping)
+
+        parameters = [p for p in layer.parameters("merged") if p.requires_grad]
+        with torch.enable_grad():
+            moments = self._input_moments.get(layer.name) if layer.batchnorm.training else None
+            statistics = () if moments is None else moments.statistics(layer)
+            weight = layer.merged_weight(*statistics)
+        return top_eigenvalue_of_parameters(weight, parameters, hessian)
 
     def _require_unchanged(self, layer: AffineLayer) -> None:
         expected = ((layer.name, layer.module), (layer.batchnorm_name, layer.batchnorm))
@@ -227,7 +236,7 @@ class QuadraticPenalty:
         for layer in self._layers:
             weight = anchor[layer.name]
             place = f"layer {layer.name!r}: anchor"
-            require_like(place, weight, layer.shape(self.coordinates), layer.module.weight)
+            require_like(place, weight, layer.shape(self.coordinates), layer.like)
             require_finite(place, weight)
             checked[layer.name] = weight.detach().clone()
         return checked
@@ -253,16 +262,62 @@ class QuadraticPenalty:
         raise NonFiniteError("penalty: expected a finite value, got an overflow")
 
 
-class _BatchInput:
-    """What a BatchNorm saw in the last forward pass, and under which parameters."""
+class _LastBatch:
+    """What a layer's BatchNorm saw in the model's last forward pass with gradients.
 
-    def __init__(self, values: Tensor, versions: tuple[int, ...]) -> None:
-        self.values = values
-        self.versions = versions
+    A hook that knows whose it is: in a copy of the model it does nothing, and what is pickled with
+    the model is `_Deaf`.
+    """
+
+    def __init__(self, layer: AffineLayer) -> None:
+        self._layer = layer
+        self._values: Tensor | None = None
+        self._versions: tuple[int, ...] = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if module is not self._layer.batchnorm or not module.training:
+            return
+        if not torch.is_grad_enabled() or _in_backward_pass():
+            return
+        self._layer.check_batchnorm_input(args[0])
+        self._values, self._versions = args[0], self._current_versions()
+
+    def __reduce__(self) -> tuple[type["_Deaf"], tuple[()]]:
+        return _Deaf, ()
+
+    def forget(self) -> None:
+        self._values = None
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, each of shape (D,), with the graph that they came from."""
+        if self._values is None:
+            raise ModelChangedError(
+                f"layer {self._layer.batchnorm_name!r}: expected a forward pass in train mode, "
+                "with gradients, before penalty(), got none: its batch statistics are part of the "
+                "weights"
+            )
+        if self._versions != self._current_versions():
+            raise ModelChangedError(
+                f"layer {self._layer.name!r}: expected the parameters of the last forward pass, "
+                "got changed ones: call the model again before penalty()"
+            )
+        # Half precision, as under autocast, would not hold a variance.
+        return moments_of(self._values.to(self._layer.like.dtype))
+
+    def _current_versions(self) -> tuple[int, ...]:
+        return tuple(p._version for p in self._layer.parameters("merged"))
 
 
-def _versions(layer: AffineLayer) -> tuple[int, ...]:
-    return tuple(p._version for p in layer.parameters("merged"))
+class _Deaf:
+    """A hook that does nothing: all that a copy of the model has of a penalty."""
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        return None
+
+
+def _in_backward_pass() -> bool:
+    """Whether autograd is at work on this thread, as when a checkpointed pass is made again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 # --- operators: one layer's blocks of all tasks --------------------------------------------------
@@ -323,31 +378,6 @@ def _operator(blocks: Sequence[KroneckerSum | DiagonalBlock], like: Tensor) -> _
     )
 
 
-class _Moments(torch.autograd.Function):
-    """Mean and biased variance, each ``[C]``, of a BatchNorm's input ``[N, C, ...]``.
-
-    On a CPU `torch.var_mean` takes ten times as long, more than the rest of the penalty.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
-        others = [axis for axis in range(values.dim()) if axis != 1]
-        mean = values.mean(others, keepdim=True)
-        ctx.save_for_backward(values, mean)
-        return mean.flatten(), (values - mean).square_().mean(others)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
-        values, mean = ctx.saved_tensors
-        count = values.numel() // mean.numel()
-        slope = (2.0 / count) * grad_variance.view_as(mean)
-        # ``slope * (values - mean)`` in one pass; what cancels is no more than the rounding of
-        # the values themselves.
-        offset = grad_mean.view_as(mean) / count - slope * mean
-        return torch.addcmul(offset, values, slope)
-
-
 class _Quadratic(torch.autograd.Function):
     """``1/2 sum_l <D_l, (scale H_l + damping) D_l>``; the product made for the value is kept."""
 
@@ -379,6 +409,53 @@ class _Quadratic(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, None, *(grad.to(g.device) * g for g in ctx.saved_tensors))
+
+
+# --- moments of inputs --------------------------------------------------------------------------
+
+
+class _InputMoments:
+    """Mean and covariance of a layer's inputs, which tell how its BatchNorm's statistics move."""
+
+    def __init__(self, block: KroneckerSum) -> None:
+        # Over all strata, the input factors add up to the second moment of [a, 1].
+        second = reduce(add, (A for A, _ in block.terms))
+        self._mean = second[..., :-1, -1]
+        self._covariance = second[..., :-1, :-1] - (
+            self._mean[..., :, None] * self._mean[..., None, :]
+        )
+
+    def statistics(self, layer: AffineLayer) -> tuple[Tensor, Tensor]:
+        """Return the running statistics as functions of the layer's weights.
+
+        Values are the running ones: the data may have changed since the inputs were seen. A row's
+        multiples keep being normalised alike.
+        """
+        weight, bias = layer.weight(), layer.bias()
+        rows = weight if layer.groups == 1 else weight.reshape(layer.groups, -1, weight.shape[1])
+        mean = (rows @ self._mean[..., None]).flatten()
+        mean = mean if bias is None else mean + bias
+        variance = ((rows @ self._covariance) * rows).sum(-1).flatten()
+        running_mean, running_variance = layer.running_statistics()
+        share = running_variance / variance.detach().clamp_min(_TINY)
+        return mean + (running_mean - mean.detach()), variance * share
+
+
+# Where inputs do not vary at all, neither does the variance of what is made of them.
+_TINY = 1e-30
+
+
+def _input_moments(
+    curvatures: Sequence[Curvature], layers: Iterable[AffineLayer]
+) -> dict[str, _InputMoments]:
+    """Moments of the inputs of every layer that takes up a BatchNorm's scale, where known."""
+    return {
+        layer.name: _InputMoments(block.to(layer.like.device, layer.like.dtype))
+        for curvature in curvatures
+        for layer in layers
+        if layer.batchnorm is not None and layer.absorbs_scale
+        if isinstance(block := curvature[layer.name], KroneckerSum)
+    }
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -2,22 +2,32 @@
 
 from ekfac_rs.batchnorm.merging import (
     Anchor,
-    is_merged,
+    is_exported,
     merge_batchnorm,
     merged_weights,
     raw_weights,
 )
-from ekfac_rs.batchnorm.putting_back import reparameterize
-from ekfac_rs.batchnorm.statistics import as_found, device_of, first_input, use_batch_statistics
+from ekfac_rs.batchnorm.putting_back import WEIGHTS, reparameterize
+from ekfac_rs.batchnorm.statistics import (
+    as_found,
+    device_of,
+    first_input,
+    frozen_batchnorms,
+    moments_of,
+    use_batch_statistics,
+)
 
 __all__ = [
+    "WEIGHTS",
     "Anchor",
     "as_found",
     "device_of",
     "first_input",
-    "is_merged",
+    "frozen_batchnorms",
+    "is_exported",
     "merge_batchnorm",
     "merged_weights",
+    "moments_of",
     "raw_weights",
     "reparameterize",
     "use_batch_statistics",

@@ -1,4 +1,4 @@
-"""BatchNorm merged into the weights before it: as a view, and as an export."""
+"""BatchNorm merged into the weights before it: as a view, and as an export for deployment."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_rs._checks import require_finite
+from ekfac_rs._tensors import write_all
 from ekfac_rs.batchnorm.statistics import as_found
-from ekfac_rs.errors import UnsupportedLayerError
-from ekfac_rs.layers import AffineLayer, LinearLayer, find_layers
+from ekfac_rs.errors import BatchNormError, UnsupportedLayerError
+from ekfac_rs.layers import AffineLayer, find_layers
 
 
 class Anchor(dict[str, Tensor]):
@@ -61,7 +62,7 @@ def merged_weights(
     NonFiniteError
         A merged weight is NaN or infinite.
     """
-    return _merged(_find(model, layers, example))
+    return view_of(_find(model, layers, example))
 
 
 def raw_weights(
@@ -79,37 +80,35 @@ def raw_weights(
 
 def merge_batchnorm(
     model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
-) -> Anchor:
-    """Merge every BatchNorm into the layer before it, in place; the eval-mode function stays.
+) -> None:
+    """Export a trained model for deployment: every BatchNorm moves into the layer before it.
 
-    Afterwards the layer holds ``Wm`` (and a zero bias, if it has one), and the BatchNorm is a
-    shift by ``bm``: running mean 0, running variance ``1 - eps``, gamma 1, beta ``bm``. One
-    without affine parameters shifts through its running mean instead; one that no layer feeds
-    keeps its scale in gamma. The architecture and the keys of ``state_dict`` stay as they were.
-    Use `reparameterize` before training goes on.
+    In place, and the eval-mode function stays: the layer holds ``Wm`` (and a zero bias, if it
+    has one), and the BatchNorm is a shift by ``bm``: running mean 0, running variance
+    ``1 - eps``, gamma 1, beta ``bm``. One without a beta shifts through its running mean instead;
+    one that no layer feeds keeps its scale. The architecture and the keys of ``state_dict`` stay
+    as they were.
 
-    Without an example, the model's next forward pass raises `UnsupportedLayerError` if a
-    BatchNorm merged into a Linear gets anything but a matrix: it was merged wrongly, and the
-    weights must be restored. The hook that checks this goes with that pass.
+    Training does not go on from here: the BatchNorms would normalise without giving the scale
+    back. A pass with one of them in train mode raises `BatchNormError`, until other weights are
+    loaded or `reparameterize` has put them back. Penalties and anchors need no export: see
+    `merged_weights`.
 
-    Parameters, Returns, Raises
+    Without an example, a pass also raises `UnsupportedLayerError` where a BatchNorm merged into a
+    Linear gets anything but a matrix: it was merged wrongly, and the weights must be restored.
+
+    Parameters, Raises
         As `merged_weights`. A failed call leaves the model as it was.
     """
-    found = _find(model, layers, example)
-    anchor = _merged(found)
-    with torch.no_grad():
-        for layer in found:
-            if layer.batchnorm is not None:
-                _install(layer, anchor[layer.name])
-    if example is None:
-        for layer in found:
-            if isinstance(layer, LinearLayer) and layer.batchnorm is not None:
-                _FirstInputCheck(layer)
-    return anchor
+    found = [layer for layer in _find(model, layers, example) if layer.batchnorm is not None]
+    merged = view_of(found)
+    write_all([write for layer in found for write in _exported(layer, merged[layer.name])])
+    for layer in found:
+        _ExportGuard(layer, check_input=example is None)
 
 
-def is_merged(layer: AffineLayer) -> bool:
-    """Whether `merge_batchnorm` has left the layer's BatchNorm without anything to normalise."""
+def is_exported(layer: AffineLayer) -> bool:
+    """Whether the layer's BatchNorm looks as `merge_batchnorm` leaves it: it normalises nothing."""
     batchnorm = layer.batchnorm
     if batchnorm is None or batchnorm.running_var is None:
         return False
@@ -117,8 +116,20 @@ def is_merged(layer: AffineLayer) -> bool:
     if not torch.equal(batchnorm.running_var, unit):
         return False
     if not layer.absorbs_scale:
-        return not bool(batchnorm.running_mean.any())
+        return batchnorm.bias is None or not bool(batchnorm.running_mean.any())
     return batchnorm.weight is None or bool((batchnorm.weight == 1.0).all())
+
+
+@torch.no_grad()
+def view_of(layers: Iterable[AffineLayer]) -> Anchor:
+    """Return the merged weights of these layers under their running statistics."""
+    weights, batchnorms = {}, {}
+    for layer in layers:
+        # A detour through float64 costs nothing here and saves a rounding in each layer.
+        weight = _in_double(layer).to(layer.like.dtype)
+        require_finite(f"layer {layer.name!r}: merged weight", weight)
+        weights[layer.name], batchnorms[layer.name] = weight, layer.batchnorm_name
+    return Anchor(weights, batchnorms)
 
 
 def _find(
@@ -129,17 +140,6 @@ def _find(
         return find_layers(model, coordinates=coordinates, layers=layers, example=example)
 
 
-@torch.no_grad()
-def _merged(layers: Iterable[AffineLayer]) -> Anchor:
-    weights, batchnorms = {}, {}
-    for layer in layers:
-        # A detour through float64 costs nothing here and saves a rounding in each layer.
-        weight = _in_double(layer).to(layer.module.weight.dtype)
-        require_finite(f"layer {layer.name!r}: merged weight", weight)
-        weights[layer.name], batchnorms[layer.name] = weight, layer.batchnorm_name
-    return Anchor(weights, batchnorms)
-
-
 def _in_double(layer: AffineLayer) -> Tensor:
     if layer.batchnorm is None:
         return layer.raw_weight().detach().double()
@@ -147,46 +147,79 @@ def _in_double(layer: AffineLayer) -> Tensor:
     return layer.merged_weight(mean.double(), variance.double()).detach()
 
 
-def _install(layer: AffineLayer, merged: Tensor) -> None:
-    batchnorm, shift = layer.batchnorm, merged[:, -1]
+Writes = list[tuple[Tensor, Tensor]]
+
+
+def _exported(layer: AffineLayer, merged: Tensor) -> Writes:
+    """Tensors of the layer and its BatchNorm, and what an export holds in them."""
+    batchnorm, scale, shift = layer.batchnorm, merged[:, 0], merged[:, -1]
     running_mean, running_var = layer.running_statistics()
+    unit = torch.full_like(running_var, 1.0 - batchnorm.eps)
+    writes: Writes = []
     if layer.absorbs_scale:
-        _set_weights(layer, merged)
-    running_var.fill_(1.0 - batchnorm.eps)
-    if batchnorm.affine:
-        running_mean.zero_()
-        batchnorm.weight.copy_(1.0 if layer.absorbs_scale else merged[:, 0])
-        batchnorm.bias.copy_(shift)
-    else:
-        running_mean.copy_(-shift)
+        writes = [*moved_into_weights(layer, merged), (running_var, unit)]
+        if batchnorm.weight is not None:
+            writes.append((batchnorm.weight, torch.ones_like(shift)))
+        if batchnorm.bias is None:
+            return [*writes, (running_mean, -shift)]
+    elif batchnorm.weight is not None:
+        writes = [(running_var, unit), (batchnorm.weight, scale)]
+    if batchnorm.bias is not None:
+        writes += [(running_mean, torch.zeros_like(shift)), (batchnorm.bias, shift)]
+    return writes
 
 
-class _FirstInputCheck:
-    """A hook that holds the first input of a merged BatchNorm against what was assumed of it.
+def moved_into_weights(layer: AffineLayer, merged: Tensor) -> Writes:
+    """Give the layer its merged weights; its bias moves into the BatchNorm."""
+    weight, bias = layer.module.weight, layer.bias()
+    writes = [(weight, merged[:, :-1].reshape(weight.shape))]
+    return writes if bias is None else [*writes, (bias, torch.zeros_like(bias))]
 
-    A class of its own, so that a model can be copied and pickled before its first pass.
+
+class _ExportGuard:
+    """A hook on an exported BatchNorm that refuses to train it.
+
+    A class of its own, so that a model can be copied and pickled with it.
+
+    Parameters
+    ----------
+    layer : AffineLayer
+    check_input : bool
+        Also hold its input against what was assumed of it without an example.
     """
 
-    def __init__(self, layer: AffineLayer) -> None:
+    def __init__(self, layer: AffineLayer, check_input: bool) -> None:
         self._layer = layer
-        self._handle = layer.batchnorm.register_forward_pre_hook(self)
+        self._check_input = check_input
+        mean, variance = layer.running_statistics()
+        self._statistics = mean.clone(), variance.clone()
+        layer.batchnorm.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # Other weights may have been loaded since, and then nothing is merged.
-        if is_merged(self._layer):
-            try:
-                self._layer.check_batchnorm_input(args[0])
-            except UnsupportedLayerError as error:
-                raise UnsupportedLayerError(
-                    f"{error}: it was merged wrongly; restore the weights and give "
-                    "merge_batchnorm an example="
-                ) from None
-        self._handle.remove()
+        if not self._is_still_exported(module):
+            return
+        if self._check_input:
+            self._require_assumed_input(args[0])
+        if module.training:
+            raise BatchNormError(
+                f"layer {self._layer.batchnorm_name!r}: expected eval mode after merge_batchnorm, "
+                "got a pass in train mode: the export is for deployment; load the weights from "
+                "before it, or call reparameterize, to train on"
+            )
 
+    def _is_still_exported(self, module: nn.Module) -> bool:
+        """Whether no other weights were loaded and no statistics taken since."""
+        now = module.running_mean, module.running_var
+        return all(
+            isinstance(new, Tensor) and torch.equal(new, old.to(new))
+            for new, old in zip(now, self._statistics, strict=True)
+        )
 
-def _set_weights(layer: AffineLayer, merged: Tensor) -> None:
-    """Write merged weights into the layer; its bias has moved into the BatchNorm."""
-    layer.module.weight.copy_(merged[:, :-1].reshape(layer.module.weight.shape))
-    bias = layer.bias()
-    if bias is not None:
-        bias.zero_()
+    def _require_assumed_input(self, x: Tensor) -> None:
+        try:
+            self._layer.check_batchnorm_input(x)
+        except UnsupportedLayerError as error:
+            raise UnsupportedLayerError(
+                f"{error}: it was merged wrongly; restore the weights and give "
+                "merge_batchnorm an example="
+            ) from None

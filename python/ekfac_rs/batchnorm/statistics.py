@@ -1,4 +1,4 @@
-"""The statistics of BatchNorms: taken, used and protected during passes."""
+"""The statistics of BatchNorms: taken over a loader, used and protected during passes."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -39,8 +40,33 @@ def as_found(model: nn.Module) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def use_batch_statistics(model: nn.Module) -> list[RemovableHandle]:
+def frozen_batchnorms(model: nn.Module) -> tuple[str, ...]:
+    """Names of the BatchNorms that their user keeps in eval mode.
+
+    In a model in train mode those are all that are in eval mode themselves. A model in eval mode
+    as a whole says nothing about them (it may just have been evaluated): there it is those whose
+    parameters are all frozen, too.
+    """
+
+    def is_frozen(batchnorm: _BatchNorm) -> bool:
+        if batchnorm.training:
+            return False
+        trainable = [p.requires_grad for p in batchnorm.parameters(recurse=False)]
+        return model.training or (bool(trainable) and not any(trainable))
+
+    return tuple(
+        name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and is_frozen(m)
+    )
+
+
+def use_batch_statistics(model: nn.Module, frozen: tuple[str, ...]) -> list[RemovableHandle]:
     """Put BatchNorms in train mode with their running statistics protected (see `as_found`).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    frozen : tuple of str
+        Names of those that stay as they are, from `frozen_batchnorms`.
 
     Returns
     -------
@@ -49,16 +75,11 @@ def use_batch_statistics(model: nn.Module) -> list[RemovableHandle]:
     """
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and name not in frozen:
             module.training = True
             module.track_running_stats = False
             handles.append(module.register_forward_pre_hook(_refuse_one_value(name)))
     return handles
-
-
-def first_input(batch: Any) -> Any:
-    """Return the model's input of a loader's batch: its first item, or the batch itself."""
-    return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
 def _refuse_one_value(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -71,3 +92,68 @@ def _refuse_one_value(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], No
             )
 
     return check
+
+
+def first_input(batch: Any) -> Any:
+    """Return the model's input of a loader's batch: its first item, or the batch itself."""
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+class Moments:
+    """Mean and population variance of rows over batches, in float64 (Chan et al. 1983)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.batches = 0
+        self.mean = torch.zeros(())
+        self.sum_of_squares = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        """Take the rows ``[n, C]`` of one more batch."""
+        rows = rows.double()
+        count, mean = rows.shape[0], rows.mean(dim=0)
+        total = self.count + count
+        shift = mean - self.mean if self.count else torch.zeros_like(mean)
+        scatter = (rows - mean).square().sum(dim=0)
+        if self.count:
+            scatter = scatter + self.sum_of_squares
+            scatter = scatter + shift.square() * (self.count * count / total)
+            mean = self.mean + shift * (count / total)
+        self.count, self.mean, self.sum_of_squares = total, mean, scatter
+        self.batches += 1
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance of all rows, ``[C]``."""
+        return self.sum_of_squares / self.count
+
+
+def moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, each ``[C]``, of a BatchNorm's input ``[N, C, ...]``.
+
+    Differentiable once.
+    """
+    mean, variance = _MomentsOf.apply(values)
+    return mean, variance
+
+
+class _MomentsOf(torch.autograd.Function):
+    """On a CPU `torch.var_mean` takes ten times as long, more than the rest of a penalty."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+        others = [axis for axis in range(values.dim()) if axis != 1]
+        mean = values.mean(others, keepdim=True)
+        ctx.save_for_backward(values, mean)
+        return mean.flatten(), (values - mean).square_().mean(others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:
+        values, mean = ctx.saved_tensors
+        count = values.numel() // mean.numel()
+        slope = (2.0 / count) * grad_variance.view_as(mean)
+        # ``slope * (values - mean)`` in one pass; what cancels is no more than the rounding of
+        # the values themselves.
+        constant = grad_mean.view_as(mean) / count - slope * mean
+        return torch.addcmul(constant, values, slope)

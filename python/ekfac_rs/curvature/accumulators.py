@@ -17,8 +17,8 @@ class KroneckerAccumulator:
     """Sums of a layer's factors over mini-batches, lower triangles only."""
 
     def __init__(self, layer: AffineLayer, settings: PassSettings) -> None:
-        weight = layer.module.weight
-        like = torch.empty((), dtype=accumulation_dtype(weight.dtype), device=weight.device)
+        dtype = accumulation_dtype(layer.like.dtype)
+        like = torch.empty((), dtype=dtype, device=layer.like.device)
         terms = len(_core.strata()[settings.approximation])
         self.approximation = settings.approximation
         self.precision = settings.precision
@@ -75,13 +75,11 @@ class DiagonalAccumulator:
     """Sum over examples of squared per-example gradients, ``sum_n (sum_t g_nt a_nt^T)**2``."""
 
     def __init__(self, layer: AffineLayer, settings: PassSettings) -> None:
-        weight = layer.module.weight
-        dtype = accumulation_dtype(weight.dtype)
+        dtype = accumulation_dtype(layer.like.dtype)
         self.layer = layer
         self.append_one = layer.has_shift(settings.coordinates)
-        self.values = torch.zeros(
-            layer.shape(settings.coordinates), dtype=dtype, device=weight.device
-        )
+        shape = layer.shape(settings.coordinates)
+        self.values = torch.zeros(shape, dtype=dtype, device=layer.like.device)
         self.units: Units | None = None
         self.gradient_examples = [0]
 

@@ -14,8 +14,13 @@ from tqdm import tqdm
 from ekfac_rs import _core
 from ekfac_rs._checks import is_finite, require_count, require_finite
 from ekfac_rs._tensors import moved
-from ekfac_rs.batchnorm.merging import is_merged
-from ekfac_rs.batchnorm.statistics import as_found, device_of, use_batch_statistics
+from ekfac_rs.batchnorm.merging import is_exported
+from ekfac_rs.batchnorm.statistics import (
+    as_found,
+    device_of,
+    frozen_batchnorms,
+    use_batch_statistics,
+)
 from ekfac_rs.curvature.accumulators import Accumulator, accumulator
 from ekfac_rs.curvature.curvature import Curvature, signature_of
 from ekfac_rs.curvature.settings import PassSettings
@@ -59,7 +64,10 @@ def estimate_curvature(
     Parameters
     ----------
     model : torch.nn.Module
-        Runs in eval mode (no dropout), but for its BatchNorms where ``statistics="batch"``.
+        Runs in eval mode (no dropout), but for its BatchNorms where ``statistics="batch"``. Those
+        that are in eval mode within a model in train mode are frozen: they, and their layers, use
+        running statistics whatever the others do (``settings.frozen`` lists them). In a model in
+        eval mode as a whole, those without a trainable parameter are.
     loader : iterable of (x, y)
         Mini-batches with examples on axis 0; they are moved to the model's device. Factors are
         means over mini-batches, weighted by their examples.
@@ -129,6 +137,7 @@ def estimate_curvature(
         labels=labels,
         draws=draws,
         precision=precision,
+        frozen=frozen_batchnorms(model) if statistics == "batch" else (),
     )
     if precision == "tf32" and device_of(model).type != "cuda":
         raise OptionError(
@@ -147,7 +156,7 @@ def estimate_curvature(
             cleanup.enter_context(_rewound_on_failure(generator))
         model.eval()
         if statistics == "batch":
-            cleanup.enter_context(removed_afterwards(use_batch_statistics(model)))
+            cleanup.enter_context(removed_afterwards(use_batch_statistics(model, settings.frozen)))
         batches = _batches(loader, max_examples, device_of(model), statistics == "batch")
         first = next(batches, None)
         if first is None:
@@ -155,7 +164,7 @@ def estimate_curvature(
         # Two examples show the data flow as well as a whole mini-batch does.
         example = first[0][:2]
         found = find_layers(model, coordinates=coordinates, layers=layers, example=example)
-        _refuse_merged(found, statistics)
+        _refuse_exported(found, settings)
         accumulators = {layer.name: accumulator(layer, settings) for layer in found}
         examples, count, total_loss = 0, 0, 0.0
         bar = tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False)
@@ -324,13 +333,15 @@ def _require_examples(x: Tensor, examples: int) -> None:
         raise ShapeError(f"expected {examples} examples on axis 0, got shape {tuple(x.shape)}")
 
 
-def _refuse_merged(layers: Collection[AffineLayer], statistics: str) -> None:
+def _refuse_exported(layers: Collection[AffineLayer], settings: PassSettings) -> None:
+    if settings.statistics != "batch":
+        return
     for layer in layers:
-        if statistics == "batch" and is_merged(layer):
+        if layer.batchnorm_name not in settings.frozen and is_exported(layer):
             raise BatchNormError(
                 f"layer {layer.batchnorm_name!r}: expected a BatchNorm that normalises, got one "
-                "merged into the weights: estimate before merge_batchnorm or after reparameterize, "
-                "or use statistics='running'"
+                "exported by merge_batchnorm: estimate before that or after reparameterize, or "
+                "use statistics='running'"
             )
 
 

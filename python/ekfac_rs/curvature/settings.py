@@ -26,6 +26,9 @@ class PassSettings:
         The loss, with its reduction: the ``repr`` of a `Likelihood`.
     approximation, coordinates, statistics, labels, draws, precision
         As given to `estimate_curvature`.
+    frozen : tuple of str
+        With batch statistics, the BatchNorms that used running ones all the same, because their
+        user keeps them in eval mode.
 
     Raises
     ------
@@ -40,6 +43,7 @@ class PassSettings:
     labels: str
     draws: int
     precision: str
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_choice("approximation", self.approximation, APPROXIMATIONS)
@@ -48,6 +52,7 @@ class PassSettings:
         require_choice("labels", self.labels, LABELS)
         require_choice("precision", self.precision, PRECISIONS)
         require_count("draws", self.draws)
+        object.__setattr__(self, "frozen", tuple(self.frozen))  # a list, where read from a file
 
     @classmethod
     def of(cls, likelihood: Likelihood, **settings: Any) -> "PassSettings":

@@ -71,6 +71,12 @@ class AffineLayer:
         """Whether the layer has weights that take up a BatchNorm's scale."""
         return True
 
+    @property
+    def like(self) -> Tensor:
+        """A parameter of the layer, which tells its dtype and device."""
+        parameter: Tensor = next(self.module.parameters(recurse=False))
+        return parameter
+
     def weight(self) -> Tensor:
         """``W`` of shape (D, K), without bias column, differentiable."""
         weight: Tensor = self.module.weight

@@ -48,8 +48,7 @@ class BatchNormLayer(ChannelLayer):
         return False
 
     def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return torch.ones_like(weight)[:, None]
+        return self.like.new_ones(self.module.num_features, 1)
 
     def bias(self) -> Tensor | None:
         return None
