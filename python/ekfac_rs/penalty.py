@@ -494,8 +494,8 @@ def _bind(
 ) -> list[AffineLayer]:
     if curvatures:
         layers = bind_layers(model, curvatures[0].batchnorms)
-    elif isinstance(anchor, Anchor):
-        layers = bind_layers(model, anchor.batchnorms)
+    elif isinstance(anchor, Anchor) and anchor and anchor.keys() <= anchor.batchnorms.keys():
+        layers = bind_layers(model, {name: anchor.batchnorms[name] for name in anchor})
     else:
         layers = find_layers(model, coordinates=coordinates, layers=list(anchor))
     if isinstance(anchor, Anchor):

@@ -88,7 +88,7 @@ def test_gradient_descent_on_the_penalty_goes_back_towards_the_anchor(autocast):
     torch.manual_seed(0)
     model = network()
     curvature = estimate(model)
-    anchor = ek.merge_batchnorm(model)
+    anchor = ek.merged_weights(model)
     ek.reparameterize(model, [X])
     penalty = ek.QuadraticPenalty(model, curvature, anchor, damping=1.0)
     with torch.no_grad():

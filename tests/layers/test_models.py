@@ -85,14 +85,20 @@ def test_layers_are_found_merged_and_put_back(name):
 
     with torch.no_grad():
         before = model(x)
-        anchor = ek.merge_batchnorm(model, example=x[:2])
-        merged = model(x)
+        anchor = ek.merged_weights(model, example=x[:2])
         ek.reparameterize(model, [x])
         put_back = model(x)
+        again = ek.merged_weights(model, example=x[:2])
+        ek.merge_batchnorm(model, example=x[:2])
+        exported = model(x)
+        ek.reparameterize(model, [x], weights="merged")
+        put_back_merged = model(x)
     assert len(anchor) == len(layers)
     scale = before.abs().max()
-    assert (merged - before).abs().max() <= 1e-4 * scale
-    assert (put_back - before).abs().max() <= 1e-4 * scale
+    for after in (put_back, exported, put_back_merged):
+        assert (after - before).abs().max() <= 1e-4 * scale
+    for name, weight in anchor.items():
+        assert (again[name] - weight).norm() <= 1e-4 * weight.norm()
     batchnorm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert batchnorm.running_var.std() > 0.0  # it normalises again
 

@@ -104,7 +104,7 @@ def merge_batchnorm(
     merged = view_of(found)
     write_all([write for layer in found for write in _exported(layer, merged[layer.name])])
     for layer in found:
-        _ExportGuard(layer, check_input=example is None)
+        _guard(layer, check_input=example is None)
 
 
 def is_exported(layer: AffineLayer) -> bool:
@@ -176,6 +176,14 @@ def moved_into_weights(layer: AffineLayer, merged: Tensor) -> Writes:
     return writes if bias is None else [*writes, (bias, torch.zeros_like(bias))]
 
 
+def _guard(layer: AffineLayer, check_input: bool) -> None:
+    """Let the exported BatchNorm refuse to be trained; an earlier export's guard has had its day."""
+    hooks = layer.batchnorm._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _ExportGuard)]:
+        del hooks[key]
+    layer.batchnorm.register_forward_pre_hook(_ExportGuard(layer, check_input))
+
+
 class _ExportGuard:
     """A hook on an exported BatchNorm that refuses to train it.
 
@@ -193,7 +201,6 @@ class _ExportGuard:
         self._check_input = check_input
         mean, variance = layer.running_statistics()
         self._statistics = mean.clone(), variance.clone()
-        layer.batchnorm.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if not self._is_still_exported(module):
