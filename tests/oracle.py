@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -210,12 +211,15 @@ def batchnorm_after(model: nn.Sequential, layer: str) -> str | None:
     return None
 
 
-def curvature_mode(model: nn.Module, statistics: str) -> nn.Module:
-    """A copy in eval mode; with ``statistics="batch"`` BN uses the batch's own statistics."""
+def curvature_mode(model: nn.Module, statistics: str, frozen: Collection[str] = ()) -> nn.Module:
+    """A copy in eval mode; with ``statistics="batch"`` BN uses the batch's own statistics.
+
+    Those named in ``frozen`` keep their running ones.
+    """
     model = copy.deepcopy(model).eval()
     if statistics == "batch":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and name not in frozen:
                 module.track_running_stats = False
                 module.running_mean = module.running_var = None
     return model
@@ -239,8 +243,9 @@ class Perturbed:
         *,
         coordinates: str = "raw",
         statistics: str = "batch",
+        frozen: Collection[str] = (),
     ) -> None:
-        self.model = curvature_mode(model, statistics)
+        self.model = curvature_mode(model, statistics, frozen)
         self.x, self.targets = batch
         self.loss = loss
         module = self.model.get_submodule(layer)
@@ -278,7 +283,7 @@ class Perturbed:
 
 
 def exact_block(
-    model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss, **modes: str
+    model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss, **modes: Any
 ) -> Tensor:
     """The layer's block of the GGN of the mean loss over one mini-batch.
 
@@ -291,7 +296,7 @@ def exact_block(
 
 
 def exact_block_of_loader(
-    model: nn.Module, layer: str, batches: Sequence[Batch], loss: ExampleLoss, **options: str
+    model: nn.Module, layer: str, batches: Sequence[Batch], loss: ExampleLoss, **options: Any
 ) -> Tensor:
     """The same over several mini-batches, each weighted by its number of examples."""
     total = sum(len(x) for x, _ in batches)
@@ -349,7 +354,7 @@ class Units:
         return list(itertools.starmap(Units, zip(*parts, strict=True)))
 
 
-def units_of(model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss, **modes: str) -> Units:
+def units_of(model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss, **modes: Any) -> Units:
     """Inputs and score directions of a layer for one mini-batch."""
     net = Perturbed(model, layer, batch, loss, **modes)
     examples, locations = net.a.shape[:2]

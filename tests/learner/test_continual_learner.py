@@ -156,6 +156,123 @@ def test_an_unstable_learning_rate_warns():
         learner.fit(loaders[1], lr=1e-4, epochs=1)
 
 
+# --- what the learner does to the model -----------------------------------------------------------
+
+
+def plain_sgd(model, loaders, epochs, lr):
+    """Ordinary fine-tuning, written out."""
+    model.train()
+    for loader in loaders:
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        steps = epochs * len(loader)
+        for step in range(steps):
+            x, y = loader[step % len(loader)]
+            optimizer.param_groups[0]["lr"] = 0.5 * lr * (1.0 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+
+def test_without_curvature_and_damping_it_is_ordinary_fine_tuning_bit_for_bit():
+    loaders = shifted_tasks(tasks=3)
+    model = mlp(8, 24, 24, 3, dtype=torch.float32)
+    expected = copy.deepcopy(model)
+    plain_sgd(expected, loaders, epochs=2, lr=0.05)
+    learner = learn(loaders, model, epochs=2, approximation=None)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert learner.anchor is None
+    assert learner.task == 3
+
+
+def test_fine_tuning_takes_models_that_a_penalty_could_not():
+    model = nn.Sequential(nn.Linear(8, 6), nn.PReLU(), nn.Linear(6, 3))
+    learn(shifted_tasks(tasks=2), model, epochs=1, approximation=None)
+    with pytest.raises(ek.errors.UnsupportedLayerError, match="PReLU"):
+        learn(shifted_tasks(tasks=1), model, epochs=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"approximation": None, "damping": 0.1}, {"statistics": "running"}, {"weights": "merged"}],
+)
+def test_consolidating_changes_no_tensor_of_the_model(options):
+    (loader,) = shifted_tasks(tasks=1)
+    learner = ek.ContinualLearner(mlp(8, 12, 3, dtype=torch.float32), **options)
+    learner.fit(loader, epochs=1)
+    before = copy.deepcopy(learner.model.state_dict())
+    learner.consolidate(loader)
+    torch.testing.assert_close(learner.model.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(dict(ek.merged_weights(learner.model)), dict(learner.anchor))
+
+
+def test_statistics_that_fell_behind_frozen_are_brought_up_before_a_train_mode_curvature():
+    first, second = shifted_tasks(tasks=2)
+    learner = learn([first], damping=0.01, freeze_bn_after=0.2)
+    learner.fit(second, epochs=4, lr=0.1)
+    x = torch.cat([x for x, _ in second])
+    before = copy.deepcopy(learner.model).eval()(x)
+    stale = learner.model[1].running_mean.clone()
+    learner.consolidate(second)
+    after = copy.deepcopy(learner.model).eval()(x)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    # On the task as one mini-batch, train mode now computes that same function.
+    torch.testing.assert_close(learner.model.train()(x), before, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(stale, learner.model[1].running_mean, rtol=1e-2)
+
+
+def test_the_weights_keep_their_scale_unless_the_papers_form_is_asked_for():
+    loaders = shifted_tasks(tasks=2)
+    changes = {}
+    for weights in ("kept", "merged"):
+        learner = learn(loaders[:1], damping=0.01, weights=weights)
+        before = [m.weight.detach().clone() for m in learner.model if isinstance(m, nn.Linear)]
+        learner.fit(loaders[1], epochs=1, lr=1e-9)
+        after = [m.weight.detach() for m in learner.model if isinstance(m, nn.Linear)]
+        changes[weights] = float((after[0] - before[0]).norm() / before[0].norm())
+    assert changes["kept"] < 1e-6
+    assert changes["merged"] > 0.1
+
+
+def test_a_task_consolidated_elsewhere_is_adopted():
+    loaders = shifted_tasks(tasks=2)
+    learner = learn(loaders[:1], damping=0.01)
+    other = ek.ContinualLearner(copy.deepcopy(learner.model), damping=0.01)
+    other.adopt(learner.curvatures[0], learner.anchor)
+    learner.fit(loaders[1])
+    other.fit(loaders[1])
+    torch.testing.assert_close(other.model.state_dict(), learner.model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_task_that_does_not_fit_is_not_adopted():
+    (loader,) = shifted_tasks(tasks=1)
+    learner = learn([loader], epochs=1)
+    curvature, anchor = learner.curvatures[0], learner.anchor
+    moved = copy.deepcopy(learner.model)
+    with torch.no_grad():
+        moved[0].weight.mul_(2.0)
+    cases = {
+        ek.errors.ModelChangedError: (
+            ek.ContinualLearner(moved),
+            curvature,
+            ek.merged_weights(moved),
+        ),
+        ek.errors.IncompatibleError: (
+            ek.ContinualLearner(learner.model, approximation="xkfac"),
+            curvature,
+            anchor,
+        ),
+        ek.errors.UnknownLayerError: (ek.ContinualLearner(learner.model), curvature, ek.Anchor()),
+    }
+    for error, (other, *task) in cases.items():
+        with pytest.raises(error):
+            other.adopt(*task)
+        assert other.task == 0
+        assert other.curvatures == []
+        assert other.anchor is None
+    with pytest.raises(ek.errors.IncompatibleError, match="got none"):
+        ek.ContinualLearner(learner.model).adopt(None, anchor)
+
+
 # --- an example of the task shows what each BatchNorm is over ------------------------------------
 
 
