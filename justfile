@@ -21,15 +21,26 @@ dev: setup
     @PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
 
 # Lint, then all tests: Rust, then Python
-test: lint test-rust test-python
+test: fetch-and-compile lint test-rust test-python
+
+# Python's dependencies come over the network while the Rust tests compile
+[private]
+fetch-and-compile:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    {{just_executable()}} setup & fetching=$!
+    cargo test --locked --no-run --quiet -p ekfac-core
+    cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+    wait $fetching
 
 # Tests of the Rust core; they need neither Python nor torch
 test-rust:
     cargo test --locked -p ekfac-core
 
-# Tests of the Python package; those that need data find it through EKFAC_DATA or ../shared/data
+# Tests of the Python package, files side by side; those that need data find it through EKFAC_DATA
+# or ../shared/data
 test-python *args: dev
-    {{python}} -m pytest {{args}}
+    {{python}} -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile {{args}}
 
 # Tests of the Python package that need an NVIDIA GPU
 test-gpu *args: dev
