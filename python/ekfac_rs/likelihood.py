@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ekfac_rs._checks import require_choice
-from ekfac_rs.errors import LabelError, UnsupportedLossError
+from ekfac_rs._checks import is_finite, require_choice, require_finite
+from ekfac_rs._tensors import accumulation_dtype
+from ekfac_rs.errors import (
+    DtypeError,
+    LabelError,
+    NonFiniteError,
+    ShapeError,
+    UnsupportedLossError,
+)
 
 LABELS = ("mc", "type2", "empirical", "exact")
 
@@ -38,17 +45,86 @@ class Likelihood(ABC):
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({settings})"
 
+    def arranged(self, outputs: Tensor, targets: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+        """Return outputs and targets with examples on axis 0, in the dtypes the loss takes.
+
+        Outputs of half precision become float32. Nothing is looked at, so that nothing waits for
+        a GPU.
+
+        Parameters
+        ----------
+        outputs : Tensor of shape (N, ...) or (N * T, C)
+            In the second form examples and positions share an axis, the positions of one example
+            one after another.
+        targets : Tensor
+            As the loss takes them for such outputs; for (N * T, C) also with N and T apart.
+        examples : int
+            N.
+
+        Raises
+        ------
+        ShapeError, DtypeError, LabelError
+            Neither form; outputs that are not real numbers; targets of other examples.
+        """
+        if outputs.dim() == 0 or len(outputs) == 0 or len(outputs) % examples:
+            raise ShapeError(
+                f"model: expected outputs with {examples} examples on axis 0, "
+                f"got {tuple(outputs.shape)}"
+            )
+        if outputs.numel() == 0:
+            raise ShapeError(f"model: expected outputs, got none in shape {tuple(outputs.shape)}")
+        if not outputs.is_floating_point():
+            raise DtypeError(f"model: expected floating-point outputs, got {outputs.dtype}")
+        if targets.is_complex():
+            raise LabelError(f"loss: expected real targets, got {targets.dtype}")
+        outputs = outputs.to(accumulation_dtype(outputs.dtype))
+        if len(outputs) != examples:
+            outputs, targets = self._by_example(outputs, targets, examples)
+        if targets.dim() == 0 or len(targets) != examples:
+            raise LabelError(
+                f"loss: expected targets of {examples} examples on axis 0, "
+                f"got shape {tuple(targets.shape)}"
+            )
+        return outputs, self._cast(outputs, targets)
+
+    def _by_example(self, outputs: Tensor, targets: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+        """Split the axis that examples and positions share; positions become axis 1."""
+        if outputs.dim() != 2:
+            raise ShapeError(
+                f"model: expected outputs with {examples} examples on axis 0, or [N * T, C] with "
+                f"the positions of {examples} examples, got {tuple(outputs.shape)}"
+            )
+        if targets.dim() and len(targets) == len(outputs):
+            targets = targets.reshape(examples, -1, *targets.shape[1:])
+        return outputs.reshape(examples, -1, outputs.shape[1]), targets
+
+    def _cast(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Targets in the dtype that the loss takes."""
+        return targets.to(outputs.dtype)
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        """Raise `NonFiniteError` unless the loss is defined at these outputs."""
+        if not is_finite(outputs):
+            raise NonFiniteError("model: expected finite outputs, got NaN or infinity")
+
     @abstractmethod
     def validate(self, outputs: Tensor, targets: Tensor) -> None:
-        """Raise `LabelError` unless ``targets`` fit ``outputs``."""
+        """Raise `LabelError` or `NonFiniteError` unless ``targets`` fit ``outputs``."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over examples of the per-example loss, a scalar."""
 
+    def correct(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """How many targets the outputs hit and how many count; None for losses without classes."""
+        return None
+
     @abstractmethod
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Reduction constant ``c``, broadcastable to ``outputs``; 0 where a target is ignored."""
+        """Weight ``c`` of each target in its example's loss, broadcastable to ``outputs``.
+
+        The reduction constant times the target's mass: 0 where it is ignored.
+        """
 
     @abstractmethod
     def sampled_score(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,13 +192,18 @@ class Likelihood(ABC):
 class CrossEntropy(Likelihood):
     """Softmax cross-entropy, targets as class indices or probabilities.
 
-    Outputs are logits of shape ``(N, C)`` or ``(N, C, ...)``, classes on axis 1.
+    Outputs are logits of shape ``(N, C)`` or ``(N, C, ...)``, classes on axis 1. Logits of minus
+    infinity mask their classes: probability 0, and no target may lie there.
+
+    Probabilities ``t`` need not sum to 1: the loss is torch's, ``-sum_c t_c log p_c``, whose GGN
+    is ``(sum_c t_c) (diag p - p p^T)``. So rows of zeros count for nothing, and weights can be
+    folded in. Where torch makes NaN of a masked class's ``0 * -inf``, the term is 0 here.
 
     Parameters
     ----------
     reduction : {"mean", "sum"}
         Over the positions of one example. "mean" divides, as torch does, by the number of
-        positions of the mini-batch that are not ignored.
+        positions of the mini-batch that are not ignored; with probabilities by that of all.
     ignore_index : int
         Class index of targets that count for nothing.
     """
@@ -131,46 +212,104 @@ class CrossEntropy(Likelihood):
         super().__init__(reduction)
         self.ignore_index = ignore_index
 
+    def _by_example(self, outputs: Tensor, targets: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+        outputs, targets = super()._by_example(outputs, targets, examples)
+        if targets.shape == outputs.shape:  # probabilities
+            targets = targets.movedim(-1, 1)
+        return outputs.movedim(-1, 1), targets
+
+    def _cast(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return targets.to(outputs.dtype if targets.is_floating_point() else torch.int64)
+
+    def check_outputs(self, outputs: Tensor) -> None:
+        if is_finite(outputs):
+            return
+        masked = outputs.isneginf()
+        if not bool((masked | outputs.isfinite()).all()):
+            raise NonFiniteError(
+                "model: expected logits that are finite, or minus infinity at masked classes, "
+                "got NaN or infinity"
+            )
+        if bool(masked.all(dim=1).any()):
+            raise NonFiniteError(
+                "model: expected a class of probability above 0 for every target, got logits that "
+                "are all minus infinity"
+            )
+
     def validate(self, outputs: Tensor, targets: Tensor) -> None:
         if outputs.dim() < 2:
             raise LabelError(
                 f"cross_entropy: expected logits of shape (N, C, ...), got {tuple(outputs.shape)}"
             )
         if targets.is_floating_point():
-            _require_same_shape("cross_entropy", outputs, targets, "class probabilities")
-            if bool((targets < 0).any()):
-                raise LabelError("cross_entropy: expected class probabilities >= 0, got a negative")
-            return
+            self._validate_probabilities(outputs, targets)
+        else:
+            self._validate_indices(outputs, targets)
+
+    @staticmethod
+    def _validate_probabilities(outputs: Tensor, targets: Tensor) -> None:
+        _require_same_shape("cross_entropy", outputs, targets, "class probabilities")
+        require_finite("cross_entropy: targets", targets)
+        if bool((targets < 0).any()):
+            raise LabelError("cross_entropy: expected class probabilities >= 0, got a negative")
+        if bool(((targets > 0) & outputs.isneginf()).any()):
+            raise LabelError(
+                "cross_entropy: expected probability 0 at masked classes, whose logits are minus "
+                "infinity, got more"
+            )
+
+    def _validate_indices(self, outputs: Tensor, targets: Tensor) -> None:
         expected = (outputs.shape[0], *outputs.shape[2:])
         if tuple(targets.shape) != expected:
             raise LabelError(
                 f"cross_entropy: expected class indices of shape {expected}, "
                 f"got {tuple(targets.shape)}"
             )
-        classes = outputs.shape[1]
-        wrong = (targets != self.ignore_index) & ((targets < 0) | (targets >= classes))
+        classes, counted = outputs.shape[1], self._counted(targets)
+        wrong = counted & ((targets < 0) | (targets >= classes))
         if bool(wrong.any()):
             raise LabelError(
                 f"cross_entropy: expected labels in 0..{classes - 1}, "
                 f"got {int(targets[wrong].reshape(-1)[0])}"
             )
-        if bool((targets == self.ignore_index).all()):
+        if self.reduction == "mean" and not bool(counted.any()):
             raise LabelError("cross_entropy: expected a target that counts, got only ignore_index")
+        at_target = outputs.detach().gather(1, self._indices(targets).unsqueeze(1)).squeeze(1)
+        masked = counted & at_target.isneginf()
+        if bool(masked.any()):
+            raise LabelError(
+                "cross_entropy: expected labels of classes that are not masked, got "
+                f"{int(targets[masked].reshape(-1)[0])}, whose logit is minus infinity"
+            )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        index = -100 if targets.is_floating_point() else self.ignore_index
-        total = F.cross_entropy(outputs, targets, ignore_index=index, reduction=self.reduction)
+        if targets.is_floating_point():
+            terms = targets * outputs.log_softmax(dim=1)
+            # Not 0 * -inf, which is NaN, where a class is masked.
+            total = -torch.where(targets > 0, terms, 0.0).sum()
+            positions = outputs.numel() // outputs.shape[1]
+            return total / (positions if self.reduction == "mean" else outputs.shape[0])
+        total = F.cross_entropy(
+            outputs, targets, ignore_index=self.ignore_index, reduction=self.reduction
+        )
         return total if self.reduction == "mean" else total / outputs.shape[0]
 
-    def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        positions = outputs[:, :1]
+    def correct(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if targets.is_floating_point():
-            counts = torch.ones_like(positions)
+            classes, counted = targets.argmax(dim=1), targets.sum(dim=1) > 0
         else:
-            counts = (targets != self.ignore_index).to(outputs.dtype).reshape(positions.shape)
-        if self.reduction == "sum":
-            return counts
-        return counts * (outputs.shape[0] / counts.sum())
+            classes, counted = targets, self._counted(targets)
+        hit = counted & (outputs.argmax(dim=1) == classes)
+        return hit.sum(), counted.sum()
+
+    def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            masses = targets.sum(dim=1, keepdim=True)
+            total = masses.new_full((), masses.numel())
+        else:
+            masses = self._counted(targets).to(outputs.dtype).unsqueeze(1)
+            total = masses.sum()
+        return masses if self.reduction == "sum" else masses * (outputs.shape[0] / total)
 
     def sampled_score(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         probabilities = outputs.softmax(dim=1)
@@ -182,9 +321,17 @@ class CrossEntropy(Likelihood):
     def empirical_score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         probabilities = outputs.softmax(dim=1)
         if targets.is_floating_point():
-            return probabilities * targets.sum(dim=1, keepdim=True) - targets
-        ignored = targets == self.ignore_index
-        return self._minus_one_hot(probabilities, targets.masked_fill(ignored, 0))
+            # Of targets of mass 1: `constant` has the mass. One of mass 0 counts for nothing.
+            mass = targets.sum(dim=1, keepdim=True)
+            return probabilities - targets / mass.masked_fill(mass == 0, 1.0)
+        return self._minus_one_hot(probabilities, self._indices(targets))
+
+    def _counted(self, targets: Tensor) -> Tensor:
+        return targets != self.ignore_index
+
+    def _indices(self, targets: Tensor) -> Tensor:
+        """Class indices, and some class where a target is ignored."""
+        return targets.masked_fill(~self._counted(targets), 0)
 
     def root_column(self, outputs: Tensor, column: int) -> Tensor:
         # Column (class k, position t) of sqrt(diag p - p p^T) = (I - p 1^T) diag sqrt(p).
@@ -209,9 +356,8 @@ class _Elementwise(Likelihood):
     name: str
 
     def validate(self, outputs: Tensor, targets: Tensor) -> None:
-        if not targets.is_floating_point():
-            raise LabelError(f"{self.name}: expected floating-point targets, got {targets.dtype}")
         _require_same_shape(self.name, outputs, targets, "targets")
+        require_finite(f"{self.name}: targets", targets)
 
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
         elements = outputs[0].numel() if self.reduction == "mean" else 1

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
 from ekfac_rs import _core
-from ekfac_rs._checks import is_finite, require_count, require_finite
+from ekfac_rs._checks import require_count, require_finite
 from ekfac_rs._tensors import moved
 from ekfac_rs.batchnorm.merging import is_exported
 from ekfac_rs.batchnorm.statistics import (
@@ -29,7 +29,6 @@ from ekfac_rs.errors import (
     EkfacError,
     EmptyLoaderError,
     LabelError,
-    NonFiniteError,
     OptionError,
     ShapeError,
     UnsupportedLayerError,
@@ -172,7 +171,7 @@ def estimate_curvature(
         with bar:
             for x, y in chain([first], batches):
                 with capture.watching():
-                    outputs = _forward(model, x, y, likelihood)
+                    outputs, y = _forward(model, x, y, likelihood)
                 capture.hand_over_inputs(accumulators, len(x))
                 scores = likelihood.scores(
                     outputs,
@@ -311,21 +310,19 @@ def _rewound_on_failure(generator: torch.Generator) -> Iterator[None]:
         raise
 
 
-def _forward(model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood) -> Tensor:
+def _forward(
+    model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         outputs = model(x)
     if not isinstance(outputs, Tensor):
         raise UnsupportedLossError(
             f"model: expected one output tensor, got {type(outputs).__name__}"
         )
-    if outputs.dim() == 0 or len(outputs) != len(x):
-        raise ShapeError(
-            f"model: expected outputs with {len(x)} examples on axis 0, got {tuple(outputs.shape)}"
-        )
-    if not is_finite(outputs):
-        raise NonFiniteError("model: expected finite outputs, got NaN or infinity")
+    outputs, y = likelihood.arranged(outputs, y, len(x))
+    likelihood.check_outputs(outputs)
     likelihood.validate(outputs, y)
-    return outputs
+    return outputs, y
 
 
 def _require_examples(x: Tensor, examples: int) -> None:
