@@ -237,7 +237,9 @@ TABLE = {
         lambda: ek.merge_batchnorm(with_value("1.weight", INF)), errors.NonFiniteError, "'0'"
     ),
     "non-finite input": Row(lambda: estimate([(X * INF, Y)]), errors.NonFiniteError, "finite|NaN"),
-    "input of the wrong dtype": Row(lambda: estimate([(X.float(), Y)]), RuntimeError, "dtype"),
+    "input of the wrong dtype": Row(
+        lambda: estimate([(X.float(), Y)]), errors.DtypeError, "float64.*float32"
+    ),
     # --- blocks ---
     "factor not square": Row(
         lambda: ek.KroneckerSum([(torch.ones(2, 3), torch.ones(2, 2))]),

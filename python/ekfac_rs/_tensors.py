@@ -35,6 +35,9 @@ def borrow(tensor: Tensor) -> _core.Tensor:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on a device; a GPU's host does not wait for a copy from pinned memory."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        # Autograd refuses to keep one for a backward pass.
+        tensor = tensor.clone()
     # The other way round, nothing would hold back whoever reads the copy.
     return tensor.to(device, non_blocking=device.type == "cuda")
 

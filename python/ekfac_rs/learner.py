@@ -1,9 +1,9 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from itertools import chain
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from itertools import count, islice
 from typing import Any, Self
 
 import torch
@@ -12,13 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
-from ekfac_rs._tensors import moved
 from ekfac_rs.batchnorm import (
     WEIGHTS,
     Anchor,
     as_found,
     device_of,
-    first_input,
     frozen_batchnorms,
     merged_weights,
     raw_weights,
@@ -33,13 +31,13 @@ from ekfac_rs.curvature import (
 from ekfac_rs.errors import (
     EmptyLoaderError,
     IncompatibleError,
-    LabelError,
     NonFiniteError,
     NumericalError,
     OptionError,
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers
-from ekfac_rs.likelihood import LABELS, CrossEntropy, Likelihood, resolve
+from ekfac_rs.likelihood import LABELS, Likelihood, resolve
+from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
 from ekfac_rs.penalty import QuadraticPenalty
 
 
@@ -78,6 +76,8 @@ class ContinualLearner:
         Of the penalty.
     momentum : float
         Of SGD.
+    input_fn, target_fn, output_fn : callable, optional
+        As in `estimate_curvature`, for every loader that the learner is given.
     freeze_bn_after : float
         Fraction of a task's steps, from the second task on, after which BatchNorms are in eval
         mode until the task's end: 1 trains with batch statistics throughout, 0 freezes them after
@@ -122,6 +122,9 @@ class ContinualLearner:
         momentum: float = 0.9,
         freeze_bn_after: float = 1.0,
         max_examples: int | None = None,
+        input_fn: Callable[[Any], Any] | None = None,
+        target_fn: Callable[[Any], Tensor] | None = None,
+        output_fn: Callable[[Any], Tensor] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> None:
@@ -149,21 +152,26 @@ class ContinualLearner:
         self.momentum = momentum
         self.freeze_bn_after = freeze_bn_after
         self.max_examples = max_examples
+        self.input_fn = input_fn
+        self.target_fn = target_fn
+        self.output_fn = output_fn
         self.generator = generator
         self.progress = progress
         self.task = 0
         self.curvatures: list[Curvature] = []
         self.anchor: Anchor | None = None
-        # Of the task since the last consolidation, once seen: see `_example_of`.
-        self._example: Tensor | None = None
+        # Of the task since the last consolidation, once seen: without one nothing tells whether
+        # a BatchNorm after a Linear is over its outputs.
+        self._example: Inputs | None = None
         # Whether the weights have moved on under frozen statistics since.
         self._froze_batchnorm = False
 
     def fit(
         self,
-        loader: Iterable[Any],
+        loader: Source,
         *,
-        epochs: int = 1,
+        epochs: int | None = None,
+        steps: int | None = None,
         lr: float = 0.05,
         callback: Callable[[int, "ContinualLearner"], None] | None = None,
     ) -> list[dict[str, float]]:
@@ -175,9 +183,14 @@ class ContinualLearner:
 
         Parameters
         ----------
-        loader : iterable of (x, y) with a length
-            Iterated once an epoch, and once more before where BatchNorm is put back.
-        epochs : int
+        loader : iterable of (x, y), or a function that returns one
+            As in `estimate_curvature`. Gone through once an epoch, and once more before where
+            BatchNorms take new statistics.
+        epochs : int, optional
+            Default: 1, where there are no ``steps``. The schedule needs the number of steps: a
+            loader without a length is gone through once more, before, to count them.
+        steps : int, optional
+            Train for so many steps instead, through the loader as often as it takes.
         lr : float
             Highest learning rate; it falls to 0 along half a cosine over the task.
         callback : callable, optional
@@ -186,41 +199,43 @@ class ContinualLearner:
         Returns
         -------
         list of dict
-            For each epoch the means over examples of "loss" (without penalty), "penalty" and
-            "accuracy" (nan for losses without classes) during training.
+            For each epoch, or pass through the loader, the means over examples of "loss" (without
+            penalty), "penalty" and "accuracy" (nan for losses without classes) during training.
 
         Raises
         ------
-        EmptyLoaderError
-            The loader has no batches.
+        OptionError
+            Both epochs and steps; a number below 1; an iterator that ends before training does.
+        EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
+            The loader has no examples, or a mini-batch does not fit.
+        BatchNormError
+            A mini-batch of one under batch statistics.
         NumericalError
             The loss became NaN or infinite: raised before the step is made, on a GPU after it,
             where a step's loss is read during the next one.
         """
-        require_count("epochs", epochs)
         require_nonnegative("lr", lr)
-        batches = len(loader)  # type: ignore[arg-type]
-        if batches == 0:
-            raise EmptyLoaderError("loader: expected at least one batch, got none")
-        steps = epochs * batches
+        source = self._loader(loader)
+        passes, total = self._schedule(source, epochs, steps)
         history = []
-        bar = tqdm(total=steps, desc="fit", disable=not self.progress, leave=False)
-        with bar, _Phase(self, loader, lr, steps) as phase:
-            for _ in range(epochs):
+        bar = tqdm(total=total, desc="fit", disable=not self.progress, leave=False)
+        with bar, _Phase(self, source, lr, total) as phase:
+            for _ in count() if passes is None else range(passes):
                 means = _Means(device_of(self.model))
-                for x, y in _on_device(loader, device_of(self.model)):
-                    loss, penalty, outputs = phase.step(x, y)
-                    means.add(loss, penalty, self._accuracy(outputs, y), len(x))
+                left = total - phase.steps_done if passes is None else None
+                for batch in islice(source.batches(), left):
+                    loss, penalty, correct, counted = phase.step(batch)
+                    means.add(loss, penalty, batch.examples, correct, counted)
                     bar.update()
                     if callback is not None:
                         callback(phase.steps_done, self)
                 phase.finite.finish()
-                if not means.examples:
-                    raise EmptyLoaderError("loader: expected examples, got none")
                 history.append(means.result())
+                if passes is None and phase.steps_done == total:
+                    break
         return history
 
-    def consolidate(self, loader: Iterable[Any]) -> None:
+    def consolidate(self, loader: Source) -> None:
         """Close a task: accumulate its curvature and take the anchor.
 
         The model stays as it is, but for one case: where its BatchNorms were frozen during `fit`
@@ -229,8 +244,8 @@ class ContinualLearner:
 
         Parameters
         ----------
-        loader : iterable of (x, y)
-            The task's training data.
+        loader : iterable of (x, y), or a function that returns one
+            The task's training data, as in `estimate_curvature`.
 
         Raises
         ------
@@ -271,29 +286,39 @@ class ContinualLearner:
         self._begin_task(self.task + 1)
 
     @torch.no_grad()
-    def evaluate(self, loaders: Sequence[Iterable[Any]]) -> list[float]:
+    def evaluate(self, loaders: Sequence[Source]) -> list[float]:
         """Accuracy of each loader in eval mode (minus the mean loss for losses without classes).
+
+        Targets that count for nothing (``ignore_index``, probabilities of 0) are left out.
 
         Parameters
         ----------
         loaders : sequence of iterables of (x, y)
+            As in `estimate_curvature`.
 
         Returns
         -------
         list of float
+
+        Raises
+        ------
+        EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError, NonFiniteError
+            A loader has no examples; a mini-batch does not fit; outputs are NaN or infinite.
         """
         results = []
         with as_found(self.model):
             self.model.eval()
             for loader in loaders:
-                total, examples = 0.0, 0
-                for x, y in _on_device(loader, device_of(self.model)):
-                    outputs = self.model(x)
-                    total += len(x) * float(self._score(outputs, y))
-                    examples += len(x)
-                if not examples:
-                    raise EmptyLoaderError("loader: expected at least one example, got none")
-                results.append(total / examples)
+                result = _Means(device_of(self.model))
+                for batch in self._loader(loader).batches():
+                    outputs, targets = self._outputs(batch)
+                    self.likelihood.validate(outputs, targets)
+                    self.likelihood.check_outputs(outputs, targets)
+                    loss = self.likelihood.loss(outputs, targets)
+                    correct, counted = self.likelihood.correct(outputs, targets)
+                    result.add(loss, torch.zeros_like(loss), batch.examples, correct, counted)
+                means = result.result()
+                results.append(means["accuracy"] if self.likelihood.has_classes else -means["loss"])
         return results
 
     def penalty(self) -> QuadraticPenalty | None:
@@ -361,21 +386,24 @@ class ContinualLearner:
                 f"got {curvature!r}"
             )
 
-    def _consolidated(self, loader: Iterable[Any]) -> tuple[Curvature | None, Anchor]:
+    def _consolidated(self, loader: Source) -> tuple[Curvature | None, Anchor]:
+        source = self._loader(loader)
+        if self._froze_batchnorm and self.statistics == "batch" and self.approximation is not None:
+            source.require_passes(2, "consolidate after a BatchNorm was frozen")
         if self._example is None:
             # The loader may draw its order from torch's random state, which is to stay.
             with as_found(self.model):
-                self._example, batches = _peeked(loader, device_of(self.model))
-            if isinstance(loader, Iterator):
-                loader = batches  # or the mini-batch looked at would be lost
+                self._example = source.example()
         example = self._example.to(device_of(self.model))
         curvature = None
         if self.approximation is not None:
             if self._froze_batchnorm and self.statistics == "batch":
-                reparameterize(self.model, loader, max_examples=self.max_examples)
+                reparameterize(
+                    self.model, source, max_examples=self.max_examples, input_fn=self.input_fn
+                )
             curvature = estimate_curvature(
                 self.model,
-                loader,
+                source,
                 loss=self.likelihood,
                 approximation=self.approximation,
                 coordinates=self.coordinates,
@@ -384,30 +412,47 @@ class ContinualLearner:
                 draws=self.draws,
                 generator=self.generator,
                 max_examples=self.max_examples,
+                input_fn=self.input_fn,
+                target_fn=self.target_fn,
+                output_fn=self.output_fn,
                 progress=self.progress,
             )
         take_anchor = merged_weights if self.coordinates == "merged" else raw_weights
         return curvature, take_anchor(self.model, example=example)
 
-    def _layers_with_batchnorm(self, example: Tensor) -> list[AffineLayer]:
+    def _layers_with_batchnorm(self, example: Inputs) -> list[AffineLayer]:
         with as_found(self.model):
             self.model.eval()
             found = find_layers(self.model, example=example)
         return [layer for layer in found if layer.batchnorm is not None]
 
-    def _has_classes(self) -> bool:
-        return isinstance(self.likelihood, CrossEntropy)
+    def _loader(self, source: Source) -> Loader:
+        device = device_of(self.model)
+        return Loader(source, device, input_fn=self.input_fn, target_fn=self.target_fn)
 
-    def _accuracy(self, outputs: Tensor, y: Tensor) -> Tensor:
-        if not self._has_classes():
-            return outputs.new_full((), math.nan)
-        classes = y.argmax(dim=1) if y.is_floating_point() else y
-        return (outputs.argmax(dim=1) == classes).double().mean()
+    def _schedule(
+        self, source: Loader, epochs: int | None, steps: int | None
+    ) -> tuple[int | None, int]:
+        """Return passes through the loader (None for as many as it takes) and steps in all."""
+        if epochs is not None and steps is not None:
+            raise OptionError(f"fit: expected epochs or steps, got {epochs} and {steps}")
+        if steps is not None:
+            require_count("steps", steps)
+            return None, steps
+        passes = 1 if epochs is None else epochs
+        require_count("epochs", passes)
+        source.require_passes(passes + (not source.has_length), "fit without steps=")
+        # Counting may draw from torch's random state, which is to stay.
+        with as_found(self.model):
+            mini_batches = source.mini_batches()
+        if mini_batches == 0:
+            raise EmptyLoaderError("loader: expected at least one batch of examples, got none")
+        return passes, passes * mini_batches
 
-    def _score(self, outputs: Tensor, y: Tensor) -> Tensor:
-        if self._has_classes():
-            return self._accuracy(outputs, y)
-        return -self.likelihood.loss(outputs, y)
+    def _outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Call the model; returns outputs and targets as the loss takes them."""
+        outputs = outputs_of(self.model, batch.inputs, self.output_fn)
+        return self.likelihood.arranged(outputs, batch.targets, batch.examples)
 
 
 class _Phase:
@@ -417,9 +462,7 @@ class _Phase:
     entering it fails.
     """
 
-    def __init__(
-        self, learner: ContinualLearner, loader: Iterable[Any], lr: float, steps: int
-    ) -> None:
+    def __init__(self, learner: ContinualLearner, loader: Loader, lr: float, steps: int) -> None:
         self.learner = learner
         self.loader = loader
         self.lr = lr
@@ -456,19 +499,27 @@ class _Phase:
         self.optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=learner.momentum)
         cleanup.callback(learner.model.zero_grad, set_to_none=True)
 
-    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One optimiser step; returns loss, penalty and the outputs, without waiting for them."""
+    def step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One optimiser step; returns loss, penalty and hits (`Likelihood.correct`), not waiting.
+
+        On a GPU only the first step looks at its targets.
+        """
         learner = self.learner
         if self.steps_done == 0:
-            learner._example = _example_of(x)
+            learner._example = batch.inputs.first(2).clone()
         if self.steps_done == self.freeze_at and self.freeze_at < self.steps:
-            self._freeze(_example_of(x))
+            self._freeze(batch.inputs.first(2))
+        # A loader may yield more than its length promised.
+        share = min(self.steps_done / self.steps, 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.5 * self.lr * (1.0 + math.cos(math.pi * self.steps_done / self.steps))
-        outputs = learner.model(x)
+            group["lr"] = 0.5 * self.lr * (1.0 + math.cos(math.pi * share))
+        outputs, targets = learner._outputs(batch)
+        if self.steps_done == 0 or not outputs.is_cuda:
+            learner.likelihood.validate(outputs, targets)
         if self.steps_done == 0:
-            learner.likelihood.validate(outputs, y)
-        loss = learner.likelihood.loss(outputs, y)
+            with suppress(NonFiniteError):  # the loss is not finite either, and says so below
+                learner.likelihood.check_outputs(outputs, targets)
+        loss = learner.likelihood.loss(outputs, targets)
         total, penalty = loss, torch.zeros_like(loss)
         if self.penalty is not None:
             try:
@@ -483,9 +534,9 @@ class _Phase:
         total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.steps_done += 1
-        return loss.detach(), penalty.detach(), outputs.detach()
+        return loss.detach(), penalty.detach(), *learner.likelihood.correct(outputs, targets)
 
-    def _freeze(self, example: Tensor) -> None:
+    def _freeze(self, example: Inputs) -> None:
         """From here on BatchNorms use their running statistics; nothing is folded."""
         redundant: set[int] = set()
         for layer in self.learner._layers_with_batchnorm(example):
@@ -560,55 +611,45 @@ class _FiniteCheck:
 
 
 class _Means:
-    """Running means over examples, summed where the values are: only the result is waited for."""
+    """Running means, summed where the values are: only the result is waited for.
+
+    Of loss and penalty over examples, of hits over the targets that count.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.examples = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def add(self, loss: Tensor, penalty: Tensor, accuracy: Tensor, examples: int) -> None:
+    def add(
+        self, loss: Tensor, penalty: Tensor, examples: int, correct: Tensor, counted: Tensor
+    ) -> None:
         self.examples += examples
-        values = [value.to(self.sums) for value in (loss, penalty, accuracy)]
-        self.sums += examples * torch.stack(values)
+        loss, penalty, correct, counted = (
+            value.to(self.sums) for value in (loss, penalty, correct, counted)
+        )
+        self.sums += torch.stack([examples * loss, examples * penalty, correct, counted])
 
     def result(self) -> dict[str, float]:
-        loss, penalty, accuracy = (self.sums / self.examples).tolist()
-        return {"loss": loss, "penalty": penalty, "accuracy": accuracy}
+        loss, penalty, correct, counted = self.sums.tolist()
+        return {
+            "loss": loss / self.examples,
+            "penalty": penalty / self.examples,
+            "accuracy": correct / counted if counted else math.nan,
+        }
 
 
-def _reparameterize_if_any(learner: ContinualLearner, loader: Iterable[Any]) -> None:
+def _reparameterize_if_any(learner: ContinualLearner, loader: Loader) -> None:
     """Put BatchNorm back in one pass, unless the first mini-batch shows none that a layer has."""
     model = learner.model
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return
     with as_found(model):
-        example, batches = _peeked(loader, device_of(model))
-        if learner._layers_with_batchnorm(example):
+        if learner._layers_with_batchnorm(loader.example()):
+            loader.require_passes(2, "fit, whose BatchNorms take new statistics first")
             reparameterize(
-                model, batches, weights=learner.weights, max_examples=learner.max_examples
+                model,
+                loader,
+                weights=learner.weights,
+                max_examples=learner.max_examples,
+                input_fn=learner.input_fn,
             )
-
-
-def _example_of(x: Tensor) -> Tensor:
-    """Two inputs: they show the data flow as well as a whole mini-batch does.
-
-    Without them nothing tells whether a BatchNorm after a Linear is over its outputs.
-    """
-    return x[:2].clone()
-
-
-def _peeked(loader: Iterable[Any], device: torch.device) -> tuple[Tensor, Iterator[Any]]:
-    """Two inputs of a loader's first mini-batch, and all of its mini-batches."""
-    batches = iter(loader)
-    first = next(batches, None)
-    if first is None:
-        raise EmptyLoaderError("loader: expected at least one batch of examples, got none")
-    x = first_input(first)
-    if not isinstance(x, Tensor):
-        raise LabelError(f"loader: expected pairs (x, y) of tensors, got {type(x).__name__} for x")
-    return _example_of(x).to(device), chain([first], batches)
-
-
-def _on_device(loader: Iterable[Any], device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
-    for batch in loader:
-        yield moved(batch[0], device), moved(batch[1], device)

@@ -35,7 +35,14 @@ class Likelihood(ABC):
     reduction : {"mean", "sum"}
         How a single example's loss is made of its outputs or positions. Over examples the loss is
         always a mean.
+
+    Attributes
+    ----------
+    has_classes : bool
+        Whether outputs can hit a target.
     """
+
+    has_classes = False
 
     def __init__(self, reduction: str = "mean") -> None:
         require_choice("reduction", reduction, ("mean", "sum"))
@@ -102,8 +109,8 @@ class Likelihood(ABC):
         """Targets in the dtype that the loss takes."""
         return targets.to(outputs.dtype)
 
-    def check_outputs(self, outputs: Tensor) -> None:
-        """Raise `NonFiniteError` unless the loss is defined at these outputs."""
+    def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
+        """Raise `NonFiniteError` or `LabelError` unless the loss is finite at these outputs."""
         if not is_finite(outputs):
             raise NonFiniteError("model: expected finite outputs, got NaN or infinity")
 
@@ -115,9 +122,10 @@ class Likelihood(ABC):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean over examples of the per-example loss, a scalar."""
 
-    def correct(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
-        """How many targets the outputs hit and how many count; None for losses without classes."""
-        return None
+    def correct(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """How many targets the outputs hit and how many count; 0 and 0 without classes."""
+        none = outputs.new_zeros((), dtype=torch.int64)
+        return none, none
 
     @abstractmethod
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -208,6 +216,8 @@ class CrossEntropy(Likelihood):
         Class index of targets that count for nothing.
     """
 
+    has_classes = True
+
     def __init__(self, reduction: str = "mean", ignore_index: int = -100) -> None:
         super().__init__(reduction)
         self.ignore_index = ignore_index
@@ -221,7 +231,7 @@ class CrossEntropy(Likelihood):
     def _cast(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return targets.to(outputs.dtype if targets.is_floating_point() else torch.int64)
 
-    def check_outputs(self, outputs: Tensor) -> None:
+    def check_outputs(self, outputs: Tensor, targets: Tensor) -> None:
         if is_finite(outputs):
             return
         masked = outputs.isneginf()
@@ -234,6 +244,23 @@ class CrossEntropy(Likelihood):
             raise NonFiniteError(
                 "model: expected a class of probability above 0 for every target, got logits that "
                 "are all minus infinity"
+            )
+        self._require_targets_off(masked, targets)
+
+    def _require_targets_off(self, masked: Tensor, targets: Tensor) -> None:
+        if targets.is_floating_point():
+            if bool((masked & (targets > 0)).any()):
+                raise LabelError(
+                    "cross_entropy: expected probability 0 at masked classes, whose logits are "
+                    "minus infinity, got more"
+                )
+            return
+        classes = self._indices(targets).unsqueeze(1)
+        wrong = masked.gather(1, classes).squeeze(1) & self._counted(targets)
+        if bool(wrong.any()):
+            raise LabelError(
+                "cross_entropy: expected labels of classes that are not masked, got "
+                f"{int(targets[wrong].reshape(-1)[0])}, whose logit is minus infinity"
             )
 
     def validate(self, outputs: Tensor, targets: Tensor) -> None:
@@ -252,11 +279,6 @@ class CrossEntropy(Likelihood):
         require_finite("cross_entropy: targets", targets)
         if bool((targets < 0).any()):
             raise LabelError("cross_entropy: expected class probabilities >= 0, got a negative")
-        if bool(((targets > 0) & outputs.isneginf()).any()):
-            raise LabelError(
-                "cross_entropy: expected probability 0 at masked classes, whose logits are minus "
-                "infinity, got more"
-            )
 
     def _validate_indices(self, outputs: Tensor, targets: Tensor) -> None:
         expected = (outputs.shape[0], *outputs.shape[2:])
@@ -274,13 +296,6 @@ class CrossEntropy(Likelihood):
             )
         if self.reduction == "mean" and not bool(counted.any()):
             raise LabelError("cross_entropy: expected a target that counts, got only ignore_index")
-        at_target = outputs.detach().gather(1, self._indices(targets).unsqueeze(1)).squeeze(1)
-        masked = counted & at_target.isneginf()
-        if bool(masked.any()):
-            raise LabelError(
-                "cross_entropy: expected labels of classes that are not masked, got "
-                f"{int(targets[masked].reshape(-1)[0])}, whose logit is minus infinity"
-            )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():

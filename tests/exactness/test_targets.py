@@ -325,8 +325,14 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     likelihood, outputs, targets, error, message = REFUSED[case]
+
+    def check():
+        arranged = likelihood.arranged(outputs, targets, examples=4)
+        likelihood.validate(*arranged)
+        likelihood.check_outputs(*arranged)
+
     with pytest.raises(error, match=message):
-        likelihood.validate(*likelihood.arranged(outputs, targets, examples=4))
+        check()
 
 
 def test_a_mini_batch_of_ignored_labels_adds_nothing_to_a_sum():

@@ -11,7 +11,6 @@ from ekfac_rs.batchnorm.putting_back import WEIGHTS, reparameterize
 from ekfac_rs.batchnorm.statistics import (
     as_found,
     device_of,
-    first_input,
     frozen_batchnorms,
     moments_of,
     use_batch_statistics,
@@ -22,7 +21,6 @@ __all__ = [
     "Anchor",
     "as_found",
     "device_of",
-    "first_input",
     "frozen_batchnorms",
     "is_exported",
     "merge_batchnorm",

@@ -1,7 +1,6 @@
 """BatchNorm put back under the next task's statistics."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -9,29 +8,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count
-from ekfac_rs._tensors import moved, write_all
+from ekfac_rs._tensors import write_all
 from ekfac_rs.batchnorm.merging import Writes, moved_into_weights, view_of
-from ekfac_rs.batchnorm.statistics import (
-    Moments,
-    as_found,
-    device_of,
-    first_input,
-    frozen_batchnorms,
-)
-from ekfac_rs.errors import BatchNormError, EmptyLoaderError, OptionError
+from ekfac_rs.batchnorm.statistics import Moments, as_found, device_of, frozen_batchnorms
+from ekfac_rs.errors import BatchNormError
 from ekfac_rs.layers import AffineLayer, find_layers
 from ekfac_rs.layers.dataflow import removed_afterwards
+from ekfac_rs.loading import Loader, Source
 
 WEIGHTS = ("kept", "merged")
 
 
 def reparameterize(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Source,
     *,
     weights: str = "kept",
     layers: Collection[str] | None = None,
     max_examples: int | None = None,
+    input_fn: Callable[[Any], Any] | None = None,
     progress: bool = False,
 ) -> None:
     """Take new statistics into every BatchNorm; the eval-mode function stays.
@@ -48,7 +43,8 @@ def reparameterize(
     ----------
     model : torch.nn.Module
     loader : iterable
-        Yields ``(x, ...)`` or ``x``: the next task's inputs. Labels are not looked at.
+        As in `estimate_curvature`, or of inputs alone: those of the next task. Targets are not
+        looked at.
     weights : {"kept", "merged"}
         "kept" leaves the weights alone. "merged" also moves the gain into the layer before, as
         Lee et al. (2020) do: ``W <- Wm``, the bias is 0, ``gamma = sqrt(v + eps)`` and ``beta``
@@ -58,6 +54,8 @@ def reparameterize(
         Names of the wanted layers. Default: all.
     max_examples : int, optional
         Stop after this many.
+    input_fn : callable, optional
+        As in `estimate_curvature`.
     progress : bool
         Show a tqdm bar.
 
@@ -65,8 +63,8 @@ def reparameterize(
     ------
     BatchNormError
         A BatchNorm lacks its scale, its shift or its running statistics.
-    EmptyLoaderError
-        The loader yields nothing.
+    EmptyLoaderError, LabelError, DtypeError
+        The loader yields nothing, or something else than expected.
     OptionError
         An unknown option.
     UnsupportedLayerError
@@ -78,13 +76,12 @@ def reparameterize(
     frozen = frozen_batchnorms(model)
     with as_found(model), torch.no_grad():
         model.eval()
-        batches = _inputs(loader, max_examples, device_of(model))
-        first = next(batches, None)
-        if first is None:
-            raise EmptyLoaderError("loader: expected at least one batch, got none")
+        source = Loader(loader, device_of(model), input_fn=input_fn)
         found = [
             layer
-            for layer in find_layers(model, layers=layers, example=first)
+            for layer in find_layers(
+                model, layers=layers, example=source.example(with_targets=False)
+            )
             if layer.batchnorm is not None and layer.batchnorm_name not in frozen
         ]
         for layer in found:
@@ -95,10 +92,13 @@ def reparameterize(
             for layer in found
         ]
         with removed_afterwards(handles):
-            for x in tqdm(
-                chain([first], batches), desc="reparameterize", disable=not progress, leave=False
+            for inputs in tqdm(
+                source.inputs(max_examples),
+                desc="reparameterize",
+                disable=not progress,
+                leave=False,
             ):
-                model(x)
+                inputs.call(model)
         writes: Writes = []
         for layer in found:
             if weights == "merged" and layer.absorbs_scale:
@@ -166,19 +166,3 @@ def _recorder(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], Non
         moments.add(args[0].transpose(0, 1).flatten(1).T)
 
     return record
-
-
-def _inputs(
-    loader: Iterable[Any], max_examples: int | None, device: torch.device
-) -> Iterator[Tensor]:
-    seen = 0
-    for batch in loader:
-        x = first_input(batch)
-        if not isinstance(x, Tensor):
-            raise OptionError(f"loader: expected tensors or (x, y) pairs, got {type(x).__name__}")
-        if max_examples is not None:
-            x = x[: max_examples - seen]
-        seen += len(x)
-        yield moved(x, device)
-        if seen == max_examples:
-            return

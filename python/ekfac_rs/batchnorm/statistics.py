@@ -94,11 +94,6 @@ def _refuse_one_value(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], No
     return check
 
 
-def first_input(batch: Any) -> Any:
-    """Return the model's input of a loader's batch: its first item, or the batch itself."""
-    return batch[0] if isinstance(batch, tuple | list) and batch else batch
-
-
 class Moments:
     """Mean and population variance of rows over batches, in float64 (Chan et al. 1983)."""
 

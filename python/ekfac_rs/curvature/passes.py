@@ -1,10 +1,9 @@
 """Passes over a loader that accumulate curvature."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from tqdm import tqdm
 
 from ekfac_rs import _core
 from ekfac_rs._checks import require_count, require_finite
-from ekfac_rs._tensors import moved
 from ekfac_rs.batchnorm.merging import is_exported
 from ekfac_rs.batchnorm.statistics import (
     as_found,
@@ -27,21 +25,19 @@ from ekfac_rs.curvature.settings import PassSettings
 from ekfac_rs.errors import (
     BatchNormError,
     EkfacError,
-    EmptyLoaderError,
-    LabelError,
     OptionError,
     ShapeError,
     UnsupportedLayerError,
-    UnsupportedLossError,
 )
-from ekfac_rs.layers import AffineLayer, find_layers, uncovered_parameters
+from ekfac_rs.layers import AffineLayer, Units, find_layers, uncovered_parameters
 from ekfac_rs.layers.dataflow import AffineCall, AffineCalls, removed_afterwards
 from ekfac_rs.likelihood import Likelihood, resolve
+from ekfac_rs.loading import Batch, Loader, Source, outputs_of
 
 
 def estimate_curvature(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Source,
     *,
     loss: str | Likelihood = "cross_entropy",
     approximation: str = "xkfac-nested",
@@ -52,6 +48,9 @@ def estimate_curvature(
     generator: torch.Generator | None = None,
     max_examples: int | None = None,
     layers: Collection[str] | None = None,
+    input_fn: Callable[[Any], Any] | None = None,
+    target_fn: Callable[[Any], Tensor] | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
     precision: str = "ieee",
     progress: bool = False,
 ) -> Curvature:
@@ -67,9 +66,12 @@ def estimate_curvature(
         that are in eval mode within a model in train mode are frozen: they, and their layers, use
         running statistics whatever the others do (``settings.frozen`` lists them). In a model in
         eval mode as a whole, those without a trainable parameter are.
-    loader : iterable of (x, y)
-        Mini-batches with examples on axis 0; they are moved to the model's device. Factors are
-        means over mini-batches, weighted by their examples.
+    loader : iterable of (x, y), or a function that returns one
+        Mini-batches with examples on axis 0; they are moved to the model's device. x may be a
+        tuple or a mapping of the model's arguments; a mapping as mini-batch holds the model's
+        keyword arguments, and the targets under "labels". Factors are means over mini-batches,
+        weighted by their examples. Outputs and inputs of layers that are matrices may have
+        examples and positions on one axis, ``[N * T, C]``, those of an example one after another.
     loss : {"cross_entropy", "mse", "bce"} or Likelihood
         The mean over examples of the per-example loss (see `ekfac_rs.likelihood`).
     approximation : {"xkfac-nested", "xkfac", "kfac-expand", "kfac-reduce", "diagonal"}
@@ -99,6 +101,12 @@ def estimate_curvature(
         Stop after this many.
     layers : collection of str, optional
         Names of the wanted layers. Default: all, and every trainable parameter must have a block.
+    input_fn, target_fn : callable, optional
+        For other mini-batches: from a mini-batch to what the model is called with (a tuple of
+        arguments, a mapping of keyword arguments, or its only argument), and to the targets.
+    output_fn : callable, optional
+        From what the model returns to the outputs that the loss is taken of, where it is no
+        single tensor, as in ``lambda outputs: outputs.logits``.
     precision : {"ieee", "tf32"}
         Of float32 factors on a GPU: "tf32" rounds inputs and gradients to a mantissa of ten bits
         (a relative error of about 5e-4 in each) for the speed of tensor cores.
@@ -119,8 +127,9 @@ def estimate_curvature(
         The model or the loss has a part without known curvature; the message names it.
     BatchNormError
         A mini-batch of one under "batch", a merged BatchNorm, or missing running statistics.
-    EmptyLoaderError, LabelError, ShapeError, NonFiniteError
-        The loader is empty; targets do not fit; NaN or infinity in weights, inputs or gradients.
+    EmptyLoaderError, LabelError, ShapeError, DtypeError, NonFiniteError
+        The loader is empty; a mini-batch or its targets do not fit; a layer cannot work with the
+        inputs' dtype; NaN or infinity in weights, inputs, targets or gradients.
 
     References
     ----------
@@ -138,66 +147,147 @@ def estimate_curvature(
         precision=precision,
         frozen=frozen_batchnorms(model) if statistics == "batch" else (),
     )
-    if precision == "tf32" and device_of(model).type != "cuda":
-        raise OptionError(
-            f"precision: expected 'ieee' for a model on the {device_of(model).type}, got 'tf32'"
+    _require_possible(model, settings, max_examples)
+    source = Loader(loader, device_of(model), input_fn=input_fn, target_fn=target_fn)
+    with _conditions(model, settings), _source_of_labels(model, generator) as drawn_from:
+        found = find_layers(model, coordinates=coordinates, layers=layers, example=source.example())
+        _refuse_exported(found, settings)
+        accumulating = _Pass(model, found, likelihood, settings, drawn_from, output_fn)
+        with tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False) as bar:
+            for batch in source.batches(max_examples, at_least_two=statistics == "batch"):
+                accumulating.take(batch)
+                bar.update(batch.examples)
+        return accumulating.curvature(
+            uncovered=() if layers else uncovered_parameters(model, found, coordinates)
         )
+
+
+def _require_possible(model: nn.Module, settings: PassSettings, max_examples: int | None) -> None:
+    """Refuse what can be refused before anything is run."""
+    device = device_of(model).type
+    if settings.precision == "tf32" and device != "cuda":
+        raise OptionError(f"precision: expected 'ieee' for a model on the {device}, got 'tf32'")
     if max_examples is not None:
         require_count("max_examples", max_examples)
     for name, parameter in model.named_parameters():
         require_finite(f"parameter {name!r}", parameter.detach())
 
+
+@contextmanager
+def _conditions(model: nn.Module, settings: PassSettings) -> Iterator[None]:
+    """Put the model in the mode of a pass, and back as it was found."""
     with as_found(model), ExitStack() as cleanup:
-        if generator is None:
-            generator = torch.Generator(device_of(model))
-            generator.manual_seed(int(torch.randint(2**62, ())))
-        else:
-            cleanup.enter_context(_rewound_on_failure(generator))
         model.eval()
-        if statistics == "batch":
-            cleanup.enter_context(removed_afterwards(use_batch_statistics(model, settings.frozen)))
-        batches = _batches(loader, max_examples, device_of(model), statistics == "batch")
-        first = next(batches, None)
-        if first is None:
-            raise EmptyLoaderError("loader: expected at least one batch of examples, got none")
-        # Two examples show the data flow as well as a whole mini-batch does.
-        example = first[0][:2]
-        found = find_layers(model, coordinates=coordinates, layers=layers, example=example)
-        _refuse_exported(found, settings)
-        accumulators = {layer.name: accumulator(layer, settings) for layer in found}
-        examples, count, total_loss = 0, 0, 0.0
-        bar = tqdm(desc="curvature", unit=" examples", disable=not progress, leave=False)
-        capture = _Capture(found, coordinates)
-        with bar:
-            for x, y in chain([first], batches):
-                with capture.watching():
-                    outputs, y = _forward(model, x, y, likelihood)
-                capture.hand_over_inputs(accumulators, len(x))
-                scores = likelihood.scores(
-                    outputs,
-                    y,
-                    labels=labels,
-                    draws=draws,
-                    generator=generator,
-                )
-                for score, weight in scores:
-                    capture.hand_over_gradients(accumulators, outputs, score, weight)
-                capture.clear()
-                examples, count = examples + len(x), count + 1
-                total_loss += len(x) * float(likelihood.loss(outputs.detach(), y))
-                bar.update(len(x))
+        if settings.statistics == "batch":
+            checks = use_batch_statistics(model, settings.frozen)
+            cleanup.enter_context(removed_afterwards(checks))
+        yield
+
+
+@contextmanager
+def _source_of_labels(
+    model: nn.Module, generator: torch.Generator | None
+) -> Iterator[torch.Generator]:
+    """Lend the caller's generator, rewound if anything fails, or one seeded from torch's state."""
+    if generator is None:
+        generator = torch.Generator(device_of(model))
+        generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+    before = generator.get_state()
+    try:
+        yield generator
+    except BaseException:
+        generator.set_state(before)
+        raise
+
+
+class _Pass:
+    """One pass over a loader: takes mini-batches, makes a curvature."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Collection[AffineLayer],
+        likelihood: Likelihood,
+        settings: PassSettings,
+        generator: torch.Generator,
+        output_fn: Callable[[Any], Tensor] | None,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._likelihood = likelihood
+        self._settings = settings
+        self._generator = generator
+        self._output_fn = output_fn
+        self._accumulators = {layer.name: accumulator(layer, settings) for layer in layers}
+        self._capture = _Capture(layers, settings.coordinates)
+        self._examples, self._batches, self._loss = 0, 0, 0.0
+
+    def take(self, batch: Batch) -> None:
+        """Accumulate a mini-batch: forward, then backward for every score vector."""
+        with self._capture.watching(), torch.enable_grad():
+            found = outputs_of(self._model, batch.inputs, self._output_fn)
+            outputs, targets = self._likelihood.arranged(found, batch.targets, batch.examples)
+        self._likelihood.validate(outputs, targets)
+        self._likelihood.check_outputs(outputs, targets)
+        rows = _Rows(batch.examples, len(found))
+        self._capture.hand_over_inputs(self._accumulators, rows)
+        scores = self._likelihood.scores(
+            outputs,
+            targets,
+            labels=self._settings.labels,
+            draws=self._settings.draws,
+            generator=self._generator,
+        )
+        for score, weight in scores:
+            self._capture.hand_over_gradients(self._accumulators, rows, outputs, score, weight)
+        self._capture.clear()
+        self._examples, self._batches = self._examples + batch.examples, self._batches + 1
+        loss = self._likelihood.loss(outputs.detach(), targets)
+        self._loss += batch.examples * float(loss)
+
+    def curvature(self, *, uncovered: tuple[str, ...]) -> Curvature:
+        """Mean of all that was taken."""
         return Curvature(
-            blocks={name: a.block() for name, a in accumulators.items()},
-            settings=settings,
-            examples=examples,
-            gradient_examples={n: a.gradient_examples for n, a in accumulators.items()},
-            batches=count,
-            loss=total_loss / examples,
-            batchnorms={layer.name: layer.batchnorm_name for layer in found},
-            signatures={layer.name: signature_of(layer, coordinates) for layer in found},
-            uncovered=() if layers else uncovered_parameters(model, found, coordinates),
+            blocks={name: a.block() for name, a in self._accumulators.items()},
+            settings=self._settings,
+            examples=self._examples,
+            gradient_examples={n: a.gradient_examples for n, a in self._accumulators.items()},
+            batches=self._batches,
+            loss=self._loss / self._examples,
+            batchnorms={layer.name: layer.batchnorm_name for layer in self._layers},
+            signatures={
+                layer.name: signature_of(layer, self._settings.coordinates)
+                for layer in self._layers
+            },
+            uncovered=uncovered,
             versions={"ekfac_rs": _core.build_info()["version"], "torch": str(torch.__version__)},
         )
+
+
+class _Rows(NamedTuple):
+    """How many examples a mini-batch has, and how many rows the model's outputs.
+
+    They differ where examples and positions share an axis.
+    """
+
+    examples: int
+    of_outputs: int
+
+    def require(self, x: Tensor) -> None:
+        """Raise `ShapeError` unless axis 0 is that of examples, or the one that outputs have."""
+        if len(x) != self.examples and not self._shared(x):
+            raise ShapeError(
+                f"expected {self.examples} examples on axis 0, got shape {tuple(x.shape)}"
+            )
+
+    def by_example(self, units: Tensor) -> Tensor:
+        """Units ``[N, T, K]`` of those whose N and T share an axis; others as they are."""
+        if not self._shared(units):
+            return units
+        return units.reshape(self.examples, -1, units.shape[-1])
+
+    def _shared(self, x: Tensor) -> bool:
+        return self.of_outputs != self.examples and x.dim() == 2 and len(x) == self.of_outputs
 
 
 Accumulators = Mapping[str, Accumulator]
@@ -247,7 +337,7 @@ class _Capture(AffineCalls):
         arguments = call.arguments | {"input": call.input.detach()}
         self.calls[layer.name] = replace(call, arguments=arguments), call.input._version
 
-    def hand_over_inputs(self, accumulators: Accumulators, examples: int) -> None:
+    def hand_over_inputs(self, accumulators: Accumulators, rows: _Rows) -> None:
         for layer in self._layer_of.values():
             name = layer.name
             if name not in self.calls:
@@ -261,11 +351,19 @@ class _Capture(AffineCalls):
                     "got one overwritten in place"
                 )
             with naming(f"layer {name!r}: input"):
-                _require_examples(call.input, examples)
-                accumulators[name].add_inputs(layer.units(call))
+                rows.require(call.input)
+                units = layer.units(call)
+                if units.geometry is None:
+                    units = Units(rows.by_example(units.values))
+                accumulators[name].add_inputs(units)
 
     def hand_over_gradients(
-        self, accumulators: Accumulators, outputs: Tensor, score: Tensor, weight: float
+        self,
+        accumulators: Accumulators,
+        rows: _Rows,
+        outputs: Tensor,
+        score: Tensor,
+        weight: float,
     ) -> None:
         layers = self._layer_of.values()
         gradients = torch.autograd.grad(
@@ -282,8 +380,8 @@ class _Capture(AffineCalls):
                     "got no gradient"
                 )
             with naming(f"layer {layer.name!r}: gradient"):
-                _require_examples(g, len(outputs))
-                accumulators[layer.name].add_gradients(layer.gradients(g), weight)
+                rows.require(g)
+                accumulators[layer.name].add_gradients(rows.by_example(layer.gradients(g)), weight)
 
 
 class naming:  # noqa: N801  (reads as a verb: with naming(...))
@@ -300,36 +398,6 @@ class naming:  # noqa: N801  (reads as a verb: with naming(...))
             raise type(error)(f"{self.place}: {error}") from error
 
 
-@contextmanager
-def _rewound_on_failure(generator: torch.Generator) -> Iterator[None]:
-    before = generator.get_state()
-    try:
-        yield
-    except BaseException:
-        generator.set_state(before)
-        raise
-
-
-def _forward(
-    model: nn.Module, x: Tensor, y: Tensor, likelihood: Likelihood
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        outputs = model(x)
-    if not isinstance(outputs, Tensor):
-        raise UnsupportedLossError(
-            f"model: expected one output tensor, got {type(outputs).__name__}"
-        )
-    outputs, y = likelihood.arranged(outputs, y, len(x))
-    likelihood.check_outputs(outputs)
-    likelihood.validate(outputs, y)
-    return outputs, y
-
-
-def _require_examples(x: Tensor, examples: int) -> None:
-    if x.shape[0] != examples:
-        raise ShapeError(f"expected {examples} examples on axis 0, got shape {tuple(x.shape)}")
-
-
 def _refuse_exported(layers: Collection[AffineLayer], settings: PassSettings) -> None:
     if settings.statistics != "batch":
         return
@@ -340,29 +408,3 @@ def _refuse_exported(layers: Collection[AffineLayer], settings: PassSettings) ->
                 "exported by merge_batchnorm: estimate before that or after reparameterize, or "
                 "use statistics='running'"
             )
-
-
-def _batches(
-    loader: Iterable[Any], max_examples: int | None, device: torch.device, at_least_two: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    left = max_examples
-    for batch in loader:
-        if not (isinstance(batch, tuple | list) and len(batch) >= 2):
-            raise LabelError(f"loader: expected pairs (x, y), got {type(batch).__name__}")
-        x, y = batch[0], batch[1]
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-            raise LabelError(
-                f"loader: expected tensors, got {type(x).__name__} and {type(y).__name__}"
-            )
-        if len(x) != len(y):
-            raise LabelError(f"loader: expected as many targets as inputs, got {len(y)}, {len(x)}")
-        if left is not None:
-            # A single example left over could not pass a BatchNorm.
-            if left == 0 or (left == 1 and at_least_two and len(x) > 1):
-                return
-            x, y = x[:left], y[:left]
-            left -= len(x)
-        if len(x):
-            yield moved(x, device), moved(y, device)
-        if left == 0:
-            return

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ekfac_rs.errors import UnsupportedLayerError
+from ekfac_rs.loading import Inputs
 
 Arguments = dict[str, Any]
 
@@ -264,11 +265,11 @@ def observe(model: nn.Module, watched: Mapping[nn.Module, str], example: Any) ->
     watched : mapping of torch.nn.Module to str
         The modules of interest and their names.
     example
-        An input batch.
+        An input batch: what the model is called with, as `Inputs.of` takes it.
     """
     observer = _Observer(watched)
     with torch.no_grad(), observer.watching():
-        output = model(example)
+        output = Inputs.of(example).call(model)
     for value in tree_leaves(output):
         if isinstance(value, Tensor):
             observer.flow.consumers[observer.key(value)].append("the model's output")
