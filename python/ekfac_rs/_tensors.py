@@ -16,6 +16,11 @@ _DTYPE_NAMES = {
 }
 
 
+def is_supported(dtype: torch.dtype) -> bool:
+    """Whether the Rust core computes with tensors of this dtype."""
+    return dtype in _DTYPE_NAMES
+
+
 def borrow(tensor: Tensor) -> _core.Tensor:
     """Describe a tensor to the Rust core, which borrows its memory for the length of one call.
 

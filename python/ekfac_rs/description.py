@@ -11,7 +11,7 @@ from ekfac_rs._checks import require_choice
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.batchnorm import as_found
 from ekfac_rs.curvature import APPROXIMATIONS, DIAGONAL
-from ekfac_rs.layers import AffineLayer, ChannelLayer, survey_layers
+from ekfac_rs.layers import AffineLayer, survey_layers
 
 
 class DescribedParameter(NamedTuple):
@@ -147,13 +147,7 @@ def describe(
 
 
 def _in_words(layer: AffineLayer, coordinates: str) -> str:
-    D, K = layer.shape(coordinates)
-    if isinstance(layer, ChannelLayer):
-        words = f"channel affine, {D} of 1 x {K}"
-    elif layer.groups > 1:
-        words = f"Kronecker, {layer.groups} groups of {D // layer.groups} x {K}"
-    else:
-        words = f"Kronecker {D} x {K}"
+    words = layer.in_words(coordinates)
     if coordinates == "merged" and layer.batchnorm_name not in (None, layer.name):
         words += f", merged with {layer.batchnorm_name}"
     return words

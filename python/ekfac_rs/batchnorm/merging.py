@@ -172,7 +172,7 @@ def _exported(layer: AffineLayer, merged: Tensor) -> Writes:
 def moved_into_weights(layer: AffineLayer, merged: Tensor) -> Writes:
     """Give the layer its merged weights; its bias moves into the BatchNorm."""
     weight, bias = layer.module.weight, layer.bias()
-    writes = [(weight, merged[:, :-1].reshape(weight.shape))]
+    writes = [(weight, layer.as_stored(merged[:, :-1]))]
     return writes if bias is None else [*writes, (bias, torch.zeros_like(bias))]
 
 
@@ -218,7 +218,7 @@ class _ExportGuard:
         """Whether no other weights were loaded and no statistics taken since."""
         now = module.running_mean, module.running_var
         return all(
-            isinstance(new, Tensor) and torch.equal(new, old.to(new))
+            isinstance(new, Tensor) and torch.equal(new, old.to(new.device, new.dtype))
             for new, old in zip(now, self._statistics, strict=True)
         )
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
 from ekfac_rs import _core
-from ekfac_rs._checks import require_count, require_finite
+from ekfac_rs._checks import require_count
 from ekfac_rs.batchnorm.merging import is_exported
 from ekfac_rs.batchnorm.statistics import (
     as_found,
@@ -29,8 +29,15 @@ from ekfac_rs.errors import (
     ShapeError,
     UnsupportedLayerError,
 )
-from ekfac_rs.layers import AffineLayer, Units, find_layers, uncovered_parameters
-from ekfac_rs.layers.dataflow import AffineCall, AffineCalls, removed_afterwards
+from ekfac_rs.layers import (
+    AffineLayer,
+    Units,
+    find_layers,
+    require_finite_parameters,
+    uncovered_parameters,
+)
+from ekfac_rs.layers.base import AffineCall
+from ekfac_rs.layers.dataflow import AffineCalls, removed_afterwards
 from ekfac_rs.likelihood import Likelihood, resolve
 from ekfac_rs.loading import Batch, Loader, Source, outputs_of
 
@@ -169,8 +176,7 @@ def _require_possible(model: nn.Module, settings: PassSettings, max_examples: in
         raise OptionError(f"precision: expected 'ieee' for a model on the {device}, got 'tf32'")
     if max_examples is not None:
         require_count("max_examples", max_examples)
-    for name, parameter in model.named_parameters():
-        require_finite(f"parameter {name!r}", parameter.detach())
+    require_finite_parameters(model)
 
 
 @contextmanager
@@ -306,10 +312,17 @@ class _Capture(AffineCalls):
         super().__init__([*self._layer_of, *(m for m in self._ends if m not in self._layer_of)])
         self.calls: dict[str, tuple[AffineCall, int]] = {}
         self.edges: dict[str, GradientEdge] = {}
+        self.problem: str | None = None
 
     def clear(self) -> None:
         self.calls.clear()
         self.edges.clear()
+
+    def on_problem(self, module: nn.Module, problem: str) -> None:
+        layer = self._layer_of.get(module) or self._ends[module]
+        name = layer.name if module is layer.module else layer.batchnorm_name
+        # Raised after the pass: torch takes a TypeError in an operator for its own.
+        self.problem = self.problem or f"layer {name!r}: {problem}"
 
     def on_call(self, call: AffineCall, result: Tensor) -> Tensor:
         layer = self._layer_of.get(call.module)
@@ -338,6 +351,8 @@ class _Capture(AffineCalls):
         self.calls[layer.name] = replace(call, arguments=arguments), call.input._version
 
     def hand_over_inputs(self, accumulators: Accumulators, rows: _Rows) -> None:
+        if self.problem is not None:
+            raise UnsupportedLayerError(self.problem)
         for layer in self._layer_of.values():
             name = layer.name
             if name not in self.calls:

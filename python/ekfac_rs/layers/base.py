@@ -1,16 +1,50 @@
-"""What a kind of layer answers: its weights, units, gradients, shapes and merged view."""
+"""What a kind of layer answers about itself: a new kind is a subclass of `AffineLayer`."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from ekfac_rs import _core
+from ekfac_rs._tensors import borrow, is_supported
 from ekfac_rs.errors import BatchNormError
-from ekfac_rs.layers.dataflow import AffineCall
 
 COORDINATES = ("merged", "raw")
+
+Arguments = dict[str, Any]
+Function = Callable[..., Any]
+
+# Parameters that a block may cover: those a module of any kind keeps under these names.
+PARAMETERS = ("weight", "bias")
+
+# Of gradients of single examples held at a time: 256 MB in float32.
+_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class AffineCall:
+    """One call of an affine function on behalf of a module.
+
+    Attributes
+    ----------
+    module : torch.nn.Module
+        Whose parameters it computes with.
+    function : callable
+    arguments : dict of str to Any
+        By the function's own names.
+    """
+
+    module: nn.Module
+    function: Function
+    arguments: Arguments
+
+    @property
+    def input(self) -> Any:
+        """What the function is applied to."""
+        return self.arguments["input"]
 
 
 class Geometry(NamedTuple):
@@ -25,15 +59,59 @@ class Geometry(NamedTuple):
     padding: list[tuple[int, int]]
 
 
-class Units(NamedTuple):
+@dataclass(frozen=True)
+class Units:
     """A layer's inputs in one mini-batch, without the appended one.
 
-    ``values`` are the units themselves, ``[N, K]`` or ``[N, T, K]``, or with a geometry the
-    ``[N, C, ...]`` whose patches they are.
+    ``values`` are the units themselves, ``[N, K]`` or ``[N, T, K]``, side by side with groups.
     """
 
     values: Tensor
-    geometry: Geometry | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def part(self, examples: slice) -> Self:
+        """Return the units of some of the examples."""
+        return replace(self, values=self.values[examples])
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """Return the units in a dtype to compute in."""
+        return replace(self, values=self.values.to(dtype))
+
+    def accumulate(
+        self, out: Sequence[Tensor], approximation: str, append_one: bool, precision: str
+    ) -> list[int]:
+        """Add N times the input factor of stratum k to the lower triangle of ``out[k]``.
+
+        Returns
+        -------
+        list of int
+            The strata's degrees of freedom.
+        """
+        factors = [borrow(A) for A in out]
+        return _core.accumulate_gram(
+            borrow(self.values), factors, approximation, "input", append_one, 1.0, precision
+        )
+
+
+_KINDS: "list[type[AffineLayer]]" = []
+
+
+def kind_of(module: nn.Module) -> "type[AffineLayer] | None":
+    """Class of layer that a module's parameters make up, or None."""
+    return next((kind for kind in _KINDS if isinstance(module, kind.modules)), None)
+
+
+def argument_names(function: Function) -> tuple[str, ...] | None:
+    """Names of the positional arguments of a function that layers compute with, or None."""
+    return next((kind.functions[function] for kind in _KINDS if function in kind.functions), None)
+
+
+def kinds_in_words() -> str:
+    """Every kind there is, as a list for messages."""
+    *words, last = dict.fromkeys(kind.noun for kind in _KINDS)
+    return f"{', '.join(words)} or {last}"
 
 
 @dataclass(frozen=True)
@@ -42,6 +120,9 @@ class AffineLayer:
 
     ``W`` is a matrix of shape (D, K). With groups it is block diagonal: consecutive blocks of
     D / groups rows, each with inputs of its own, and K counts the inputs of one block.
+
+    A kind of layer is a subclass that names its ``modules``: it is found, paired, described,
+    merged, accumulated and refused by what it answers here, and nothing else needs to know it.
 
     Attributes
     ----------
@@ -54,22 +135,74 @@ class AffineLayer:
     batchnorm : torch.nn.Module or None
     """
 
+    # --- what a kind stands for ---
+
+    noun: ClassVar[str]
+    """The kind in words, with its article."""
+    modules: ClassVar[tuple[type[nn.Module], ...]]
+    """Modules whose parameters make up such a layer."""
+    functions: ClassVar[Mapping[Function, tuple[str, ...]]]
+    """What they compute with, and the names of its positional arguments."""
+    stored: ClassVar[tuple[str, ...]] = PARAMETERS
+    """Arguments of the functions that are tensors kept by the module under the same names."""
+    absorbs_scale: ClassVar[bool] = True
+    """Whether the layer has weights that take up a BatchNorm's scale; a BatchNorm has none."""
+
     name: str
     module: Any
     batchnorm_name: str | None = None
     batchnorm: Any = None
 
-    # --- what each kind of layer tells ---
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "modules" in vars(cls):
+            _KINDS.append(cls)
+
+    @classmethod
+    def why_unsupported(cls, module: nn.Module) -> str | None:
+        """Say why a module of this kind has no block, whatever is done with it, or None."""
+        for name in PARAMETERS:
+            parameter: Any = module._parameters.get(name)
+            if parameter is None:
+                if _is_computed(module, name):
+                    return (
+                        f"expected a {name} that is a parameter, got one computed from others "
+                        "(parametrised, normed or pruned)"
+                    )
+            elif not is_supported(parameter.dtype):
+                return f"expected a {name} of real floating-point numbers, got {parameter.dtype}"
+            elif is_lazy(parameter):
+                return f"expected an initialised {name}, got a lazy one that no input has shaped"
+        return None
+
+    @classmethod
+    def why_refused(cls, call: AffineCall) -> str | None:
+        """Say in what a call is not the one that the module's attributes promise, or None."""
+        for name in PARAMETERS:
+            if call.arguments.get(name) is not getattr(call.module, name, None):
+                return f"expected a call with its own parameters, got another {name} or none"
+        return None
+
+    def channel_axis(self, dimensions: int) -> int | None:
+        """Axis of the outputs in a value of so many dimensions.
+
+        None where there is no such value, or where a BatchNorm after it is not merged.
+        """
+        return None
+
+    def in_words(self, coordinates: str) -> str:
+        """Return the block in words, for `describe`."""
+        D, K = self.shape(coordinates)
+        if self.groups > 1:
+            return f"Kronecker, {self.groups} groups of {D // self.groups} x {K}"
+        return f"Kronecker {D} x {K}"
+
+    # --- weights and their gradients ---
 
     @property
     def groups(self) -> int:
         """Number of diagonal blocks."""
         return 1
-
-    @property
-    def absorbs_scale(self) -> bool:
-        """Whether the layer has weights that take up a BatchNorm's scale."""
-        return True
 
     @property
     def like(self) -> Tensor:
@@ -81,6 +214,10 @@ class AffineLayer:
         """``W`` of shape (D, K), without bias column, differentiable."""
         weight: Tensor = self.module.weight
         return weight.flatten(1)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """Return a matrix (D, K) as the module stores it: `weight` the other way round."""
+        return weight.reshape(self.module.weight.shape)
 
     def bias(self) -> Tensor | None:
         """``b`` of shape (D,), or None."""
@@ -94,6 +231,25 @@ class AffineLayer:
     def gradients(self, g: Tensor) -> Tensor:
         """Gradients at the output as units, ``[N, D]`` or ``[N, T, D]``."""
         return channels_last(g)
+
+    def example_gradients(self, units: Units, g: Tensor) -> Tensor:
+        """Gradient ``sum_t g_nt a_nt^T`` of ``W`` for each example, shape (N, D, K)."""
+        a, g = (
+            x.reshape(len(x), -1, self.groups, x.shape[-1] // self.groups)
+            for x in (units.values, g)
+        )
+        return torch.einsum("ntgd,ntgk->ngdk", g, a).flatten(1, 2)
+
+    def squared_gradients(self, units: Units, g: Tensor) -> Tensor:
+        """Sum over examples of the squares of `example_gradients`, shape (D, K)."""
+        squares = g.new_zeros(self.weight().shape)
+        # A slice of examples at a time bounds the memory their gradients take.
+        share = max(1, _ELEMENTS // squares.numel())
+        for start in range(0, len(g), share):
+            examples = slice(start, start + share)
+            gradients = self.example_gradients(units.part(examples), g[examples])
+            squares += gradients.square().sum(dim=0)
+        return squares
 
     # --- weights in coordinates ---
 
@@ -168,9 +324,19 @@ class AffineLayer:
 
     def parameters(self, coordinates: str) -> Iterator[nn.Parameter]:
         """Parameters that the block in these coordinates covers."""
-        yield from self.module.parameters(recurse=False)
+        modules = [self.module]
         if coordinates == "merged" and self.absorbs_scale and self.batchnorm is not None:
-            yield from self.batchnorm.parameters(recurse=False)
+            modules.append(self.batchnorm)
+        for module in modules:
+            stored = (module._parameters.get(name) for name in PARAMETERS)
+            yield from (parameter for parameter in stored if parameter is not None)
+
+
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Whether a module makes up an attribute of this name instead of keeping a parameter."""
+    return isinstance(getattr(type(module), name, None), property) or any(
+        kept.get(name) is not None for kept in (vars(module), module._buffers)
+    )
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -2,65 +2,89 @@
 
 Functions are watched, not modules: a subclass of ``nn.Conv2d`` that pads its input first, or one
 of ``nn.BatchNorm2d`` with an activation of its own, calls the same ``F.conv2d`` and
-``F.batch_norm`` with its own parameters as the plain module does.
+``F.batch_norm`` with its own parameters as the plain module does. What a call was made with is
+held against what the module keeps, and anything else that is done with a module's tensors is
+noticed: what a layer computes is never guessed from its attributes.
 """
 
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ekfac_rs.errors import UnsupportedLayerError
+from ekfac_rs.layers.base import AffineCall, Arguments, Function
+from ekfac_rs.layers.kinds import argument_names, kind_of
 from ekfac_rs.loading import Inputs
 
-Arguments = dict[str, Any]
-
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_WITH_STATISTICS = ("input", "running_mean", "running_var", "weight", "bias", "training")
-
-# Every function a layer may compute with, and the names of its positional arguments.
-_SIGNATURES: dict[Callable[..., Any], tuple[str, ...]] = {
-    F.linear: ("input", "weight", "bias"),
-    F.conv1d: _CONVOLUTION,
-    F.conv2d: _CONVOLUTION,
-    F.conv3d: _CONVOLUTION,
-    F.batch_norm: (*_WITH_STATISTICS, "momentum", "eps"),
-    F.instance_norm: (*_WITH_STATISTICS[:-1], "use_input_stats", "momentum", "eps"),
-    F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
-    F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
-    F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
-}
+# What a function may tell about a module's tensor without using its values.
+_FACTS = (
+    *(bool, int, str, torch.Size, torch.dtype, torch.device),
+    *(torch.layout, torch.memory_format),
+)
+_NAMES_OF_FACTS = frozenset(
+    (
+        *("shape", "size", "dim", "ndim", "numel", "stride", "element_size", "is_contiguous"),
+        *("dtype", "device", "layout", "is_cuda", "get_device", "requires_grad", "is_leaf"),
+        *("is_floating_point", "is_complex"),
+    )
+)
 
 
-@dataclass(frozen=True)
-class AffineCall:
-    """One call of an affine function on behalf of a module.
+class _Stored:
+    """The tensors that watched modules keep, and which call is a module's own."""
 
-    Attributes
-    ----------
-    module : torch.nn.Module
-        Whose parameters it computes with.
-    function : callable
-    arguments : dict of str to Any
-        By the function's own names.
-    """
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.place: dict[int, tuple[nn.Module, str]] = {}
+        for module in modules:
+            for name in _kind(module).stored:
+                tensor = module._parameters.get(name, module._buffers.get(name))
+                if tensor is not None:
+                    self.place[id(tensor)] = module, name
 
-    module: nn.Module
-    function: Callable[..., Any]
-    arguments: Arguments
+    def call(
+        self, function: Function, arguments: Arguments, without_weight: nn.Module | None
+    ) -> AffineCall | None:
+        """Return the call of a watched module that this is: one with its weight."""
+        weight = arguments.get("weight")
+        module, name = without_weight, "weight"
+        if weight is not None:
+            module, name = self.place.get(id(weight), (None, ""))
+        if module is None or name != "weight" or function not in _kind(module).functions:
+            return None
+        return AffineCall(module, function, arguments)
 
-    @property
-    def input(self) -> Any:
-        """What the function is applied to."""
-        return self.arguments["input"]
+    def misused(self, values: Iterable[Any]) -> Iterator[tuple[nn.Module, str]]:
+        """Modules and names of the tensors among the values that a module keeps."""
+        return (self.place[id(value)] for value in values if id(value) in self.place)
+
+
+def _kind(module: nn.Module) -> Any:
+    kind = kind_of(module)
+    assert kind is not None
+    return kind
+
+
+def _others(call: AffineCall) -> list[Any]:
+    """Arguments of a module's own call that are not its own tensors at their places."""
+    stored = _kind(call.module).stored
+    return [
+        value
+        for name, value in call.arguments.items()
+        if not (name in stored and value is getattr(call.module, name, None))
+    ]
+
+
+def _misuse(name: str, function: str) -> str:
+    return f"expected its {name} in its own call alone, got it used by {function!r}, too"
 
 
 class AffineCalls(TorchFunctionMode):
@@ -77,11 +101,7 @@ class AffineCalls(TorchFunctionMode):
 
     def __init__(self, modules: Collection[nn.Module]) -> None:
         super().__init__()
-        self._owners = {
-            id(module.weight): module
-            for module in modules
-            if isinstance(getattr(module, "weight", None), Tensor)
-        }
+        self._stored = _Stored(modules)
         self._without_weight = [m for m in modules if getattr(m, "weight", None) is None]
         self._active: list[nn.Module] = []
 
@@ -89,10 +109,14 @@ class AffineCalls(TorchFunctionMode):
         """Take note of a call; the model goes on with what is returned."""
         raise NotImplementedError
 
+    def on_problem(self, module: nn.Module, problem: str) -> None:
+        """Take note that a module's tensors are used otherwise than it promises."""
+        raise NotImplementedError
+
     def on_other(self, name: str, arguments: Any, result: Any) -> None:
         """Take note of any other function."""
 
-    def before(self, arguments: Any) -> Any:
+    def before(self, arguments: list[Any]) -> Any:
         """Look at arguments before the function may change them; handed to `on_other`."""
 
     @contextmanager
@@ -119,20 +143,39 @@ class AffineCalls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        seen = self.before((args, kwargs))
+        leaves = tree_leaves((args, kwargs))
+        seen = self.before(leaves)
         result = func(*args, **kwargs)
-        if func in _SIGNATURES:
-            arguments = dict(zip(_SIGNATURES[func], args, strict=False)) | kwargs
-            module = self._owner(arguments.get("weight"))
-            if module is not None:
-                return self.on_call(AffineCall(module, func, arguments), result)
-        self.on_other(getattr(func, "__name__", str(func)), seen, result)
+        call, names = None, argument_names(func)
+        if names is not None:
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            call = self._stored.call(func, arguments, self._active[-1] if self._active else None)
+        if call is not None:
+            leaves = tree_leaves(_others(call))
+            problem = _kind(call.module).why_refused(call)
+            if problem is not None:
+                self.on_problem(call.module, problem)
+                call = None
+        for module, name in self._stored.misused(leaves):
+            if not _is_fact(func, result):
+                self.on_problem(module, _misuse(name, _name_of(func)))
+        if call is not None:
+            return self.on_call(call, result)
+        self.on_other(_name_of(func), seen, result)
         return result
 
-    def _owner(self, weight: Tensor | None) -> nn.Module | None:
-        if weight is not None:
-            return self._owners.get(id(weight))
-        return self._active[-1] if self._active else None
+
+def _is_fact(function: Function, result: Any) -> bool:
+    """Whether a function told something about a tensor that does not depend on its values."""
+    if result is None:
+        return getattr(function, "__name__", "") == "__get__"
+    return all(isinstance(leaf, _FACTS) for leaf in tree_leaves(result))
+
+
+def _name_of(function: Function) -> str:
+    name = str(getattr(function, "__name__", function))
+    # Getters of all attributes have the same name.
+    return str(function.__self__.__name__) if name == "__get__" else name  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -140,12 +183,14 @@ class DataFlow:
     """Which module made which value, and who consumes each value.
 
     Values are hashable stand-ins. ``outputs`` is by module name, with one entry for each call;
-    the inputs' entries stand at the same places.
+    the inputs' entries stand at the same places. ``problems`` tells by module name what was done
+    with its tensors that the module does not promise; such a call is none of the module's own.
     """
 
     inputs: dict[str, list[Hashable]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[str, list[Hashable]] = field(default_factory=lambda: defaultdict(list))
     consumers: dict[Hashable, list[str]] = field(default_factory=lambda: defaultdict(list))
+    problems: dict[str, str] = field(default_factory=dict)
     # Of the outputs, where they were observed.
     dimensions: dict[str, int] = field(default_factory=dict)
 
@@ -168,10 +213,44 @@ def removed_afterwards(handles: Collection[Any]) -> Iterator[None]:
 
 
 class _Tracer(fx.Tracer):
-    """Looks into every module but torch's own, and normalisations, which check their input."""
+    """Looks into every module but those that do no other than torch's own."""
+
+    _in_normalisation = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+        if kind_of(m) is not None:
+            return _is_plain(m)
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        outside, self._in_normalisation = self._in_normalisation, isinstance(m, _NormBase)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self._in_normalisation = outside
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        # A normalisation raises unless its input has the dimensions it takes: it has them.
+        compared = obj.node.args[0] if obj.node.target is operator.ne else None
+        if self._in_normalisation and isinstance(compared, fx.Node) and compared.target == "dim":
+            return False
+        return super().to_bool(obj)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # A trace is no pass: what a normalisation counts and keeps stays as it is.
+        self.proxy_buffer_attributes = attr in _STATISTICS
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module runs the forward of the torch module that its kind stands for."""
+    forwards = {vars(kind).get("forward") for m in _kind(module).modules for kind in m.__mro__}
+    return "forward" not in vars(module) and type(module).forward in forwards
 
 
 def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
@@ -186,8 +265,14 @@ def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
     Raises
     ------
     UnsupportedLayerError
-        The model's forward depends on values.
+        The model's forward depends on values, or cannot be looked into.
     """
+    for module, name in watched.items():
+        if getattr(module, "weight", None) is None and not _is_plain(module):
+            raise UnsupportedLayerError(
+                f"layer {name!r}: expected a {type(module).__name__} with a weight to know it by "
+                "in a symbolic trace, got none; pass example= with an input batch"
+            )
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's own forward raises on symbolic input
@@ -195,31 +280,69 @@ def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
             f"model: its data flow cannot be traced symbolically ({type(error).__name__}: "
             f"{error}); pass example= with an input batch"
         ) from error
-    owners = {id(m.weight): m for m in watched if isinstance(m.weight, Tensor)}
+    tensors = {node: _attribute(model, node) for node in graph.nodes if node.op == "get_attr"}
+    stored = _Stored(watched)
     flow = DataFlow()
     for node in graph.nodes:
-        label = str(node.target)
-        module = _module_of(node, model, owners)
-        if module is not None and module in watched:
-            label = watched[module]
+        if node.op == "get_attr" or _is_fact_of(node):
+            continue
+        caller, others = _own_call(node, model, stored, tensors, watched, flow)
+        label = _label(node) if caller is None else watched[caller]
+        if caller is not None:
             flow.inputs[label].extend(node.all_input_nodes[:1])
             flow.outputs[label].append(node)
+        for owner, name in stored.misused(others):
+            flow.problems.setdefault(watched[owner], _misuse(name, label))
         for value in node.all_input_nodes:
             flow.consumers[value].append(label)
     return flow
 
 
-def _module_of(
-    node: fx.Node, model: nn.Module, owners: Mapping[int, nn.Module]
-) -> nn.Module | None:
+def _own_call(
+    node: fx.Node,
+    model: nn.Module,
+    stored: _Stored,
+    tensors: Mapping[fx.Node, Any],
+    watched: Mapping[nn.Module, str],
+    flow: DataFlow,
+) -> tuple[nn.Module | None, list[Any]]:
+    """Watched module whose own call this is, and the arguments that are not its tensors."""
+    others = [tensors[value] for value in node.all_input_nodes if value in tensors]
     if node.op == "call_module":
-        return model.get_submodule(str(node.target))
-    if node.op == "call_function" and node.target in _SIGNATURES:
-        names = _SIGNATURES[node.target]
-        weight = (dict(zip(names, node.args, strict=False)) | node.kwargs).get("weight")
-        if isinstance(weight, fx.Node) and weight.op == "get_attr":
-            return owners.get(id(model.get_parameter(str(weight.target))))
-    return None
+        module = model.get_submodule(str(node.target))
+        return (module if module in watched else None), others
+    if not callable(node.target) or (names := argument_names(node.target)) is None:
+        return None, others
+    arguments = {
+        name: tensors.get(value, value) if isinstance(value, fx.Node) else value
+        for name, value in (dict(zip(names, node.args, strict=False)) | node.kwargs).items()
+    }
+    call = stored.call(node.target, arguments, None)
+    if call is None:
+        return None, others
+    problem = _kind(call.module).why_refused(call)
+    if problem is None:
+        return call.module, _others(call)
+    flow.problems.setdefault(watched[call.module], problem)
+    return None, _others(call)
+
+
+def _attribute(model: nn.Module, node: fx.Node) -> Any:
+    path, _, name = str(node.target).rpartition(".")
+    return getattr(model.get_submodule(path), name, None)
+
+
+def _is_fact_of(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for its shape or the like."""
+    if node.op == "call_method":
+        return node.target in _NAMES_OF_FACTS
+    return node.target is getattr and node.args[1] in _NAMES_OF_FACTS
+
+
+def _label(node: fx.Node) -> str:
+    if node.target is getattr:
+        return str(node.args[1])
+    return getattr(node.target, "__name__", str(node.target))
 
 
 # --- observed in one forward pass ----------------------------------------------------------------
@@ -238,8 +361,8 @@ class _Observer(AffineCalls):
         self._alive.append(tensor)
         return id(tensor), tensor._version
 
-    def before(self, arguments: Any) -> list[Hashable]:
-        return [self.key(x) for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    def before(self, arguments: list[Any]) -> list[Hashable]:
+        return [self.key(x) for x in arguments if isinstance(x, Tensor)]
 
     def on_call(self, call: AffineCall, result: Tensor) -> Tensor:
         name, value = self._watched[call.module], self.key(call.input)
@@ -248,6 +371,9 @@ class _Observer(AffineCalls):
         self.flow.outputs[name].append(self.key(result))
         self.flow.dimensions[name] = result.dim()
         return result
+
+    def on_problem(self, module: nn.Module, problem: str) -> None:
+        self.flow.problems.setdefault(self._watched[module], problem)
 
     def on_other(self, name: str, arguments: list[Hashable], result: Any) -> None:
         if any(isinstance(x, Tensor) for x in tree_leaves(result)):

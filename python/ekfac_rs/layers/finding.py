@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from ekfac_rs._checks import require_choice
+from ekfac_rs._checks import require_choice, require_finite
+from ekfac_rs._tensors import is_supported
 from ekfac_rs.errors import ModelChangedError, OptionError, UnsupportedLayerError
-from ekfac_rs.layers.base import COORDINATES, AffineLayer
+from ekfac_rs.layers.base import COORDINATES, PARAMETERS, AffineLayer
 from ekfac_rs.layers.dataflow import observe, trace
-from ekfac_rs.layers.kinds import kind_of
-from ekfac_rs.layers.normalisation import BatchNormLayer
+from ekfac_rs.layers.kinds import kind_of, kinds_in_words
 from ekfac_rs.layers.pairing import pair_batchnorms
 
 M = TypeVar("M", bound=nn.Module)
@@ -50,15 +51,18 @@ def find_layers(
     Raises
     ------
     UnsupportedLayerError
-        A trainable parameter lies in no known layer; a layer is shared, unused or tied.
+        A trainable parameter lies in no known layer; a layer is shared, unused or tied; it
+        computes with other weights, statistics or constants than it keeps, or something else
+        computes with its own; its weights are parametrised, lazy or no real floating-point numbers.
     OptionError
-        ``layers`` names what is not there.
+        ``layers`` is no collection of names, or names what is not there.
     """
     require_choice("coordinates", coordinates, COORDINATES)
     watched = _watched(model)
-    _require_known(layers, watched.values())
     if layers is None:
         _require_known_kinds(model)
+    else:
+        _require_names(layers, model)
     found, problems = _survey(model, watched, coordinates, example)
     if layers is None:
         found = [x for x in found if any(p.requires_grad for p in x.parameters(coordinates))]
@@ -140,7 +144,11 @@ def uncovered_parameters(
 
 def _watched(model: nn.Module) -> dict[nn.Module, str]:
     """Every module that may be a layer, or a BatchNorm after one, by its first name."""
-    return {m: name for name, m in model.named_modules() if kind_of(m) is not None}
+    return {
+        module: name
+        for name, module in model.named_modules()
+        if (kind := kind_of(module)) is not None and kind.why_unsupported(module) is None
+    }
 
 
 def _survey(
@@ -158,7 +166,14 @@ def _survey(
             found.append(_affine_layer(model, name, pairs.get(name)))
         elif coordinates == "merged":
             found.append(_affine_layer(model, name, name))
-    problems = _tied_parameters(model, found)
+    problems = flow.problems | _tied_parameters(model, found)
+    for layer in found:
+        if layer.batchnorm is None or layer.batchnorm_name not in flow.problems:
+            continue
+        problems.setdefault(
+            layer.name,
+            f"its BatchNorm {layer.batchnorm_name!r}: {flow.problems[layer.batchnorm_name]}",
+        )
     for layer in found:
         if flow.calls(layer.name) != 1:
             problems.setdefault(
@@ -178,14 +193,24 @@ def _require_not_merged(names: Collection[str], found: Collection[AffineLayer]) 
             )
 
 
-def _require_known(layers: Collection[str] | None, known: Collection[str]) -> None:
-    unknown = sorted(set(layers or ()) - set(known))
+def _require_names(layers: Collection[str], model: nn.Module) -> None:
+    """Refuse what names no layer, and a layer that can have no block."""
+    names = isinstance(layers, Collection) and all(isinstance(name, str) for name in layers)
+    if isinstance(layers, str | bytes) or not names:
+        raise OptionError(f"layers: expected a collection of names, got {layers!r}")
+    if not layers:
+        raise OptionError("layers: expected at least one name, got none")
+    modules = {name: m for name, m in model.named_modules() if kind_of(m) is not None}
+    unknown = sorted(set(layers) - set(modules))
     if unknown:
         raise OptionError(
             f"layers: expected names of affine layers of the model, got {', '.join(unknown)}"
         )
-    if layers is not None and not layers:
-        raise OptionError("layers: expected at least one name, got none")
+    for name in layers:
+        kind = kind_of(modules[name])
+        reason = None if kind is None else kind.why_unsupported(modules[name])
+        if reason is not None:
+            raise UnsupportedLayerError(f"layer {name!r}: {reason}")
 
 
 def _affine_layer(model: nn.Module, name: str, batchnorm_name: str | None) -> AffineLayer:
@@ -195,7 +220,7 @@ def _affine_layer(model: nn.Module, name: str, batchnorm_name: str | None) -> Af
         raise ModelChangedError(
             f"layer {name!r}: expected an affine layer, got {type(module).__name__}"
         )
-    if kind is BatchNormLayer and batchnorm_name != name:
+    if not kind.absorbs_scale and batchnorm_name != name:
         raise ModelChangedError(f"layer {name!r}: expected a layer before a BatchNorm, got one")
     if batchnorm_name is None:
         return kind(name, module)
@@ -235,12 +260,28 @@ def _tied_parameters(model: nn.Module, layers: Collection[AffineLayer]) -> dict[
 def why_unsupported(model: nn.Module, parameter_name: str) -> str | None:
     """Say why no block could ever cover a parameter, or None if one could."""
     path, _, own_name = parameter_name.rpartition(".")
-    owner = model.get_submodule(path)
-    if kind_of(owner) is None:
+    # A parametrised weight is kept by a module inside the layer.
+    outer, inside, _ = f".{path}.".partition(".parametrizations.")
+    owner = model.get_submodule(outer.strip(".") if inside else path)
+    kind = kind_of(owner)
+    if kind is None:
         return f"a {type(owner).__name__} has no curvature block"
-    if own_name not in ("weight", "bias"):
-        return f"{own_name!r} is no weight or bias of a {type(owner).__name__}"
-    return None
+    reason = kind.why_unsupported(owner)
+    if reason is None and own_name not in PARAMETERS:
+        reason = f"{own_name!r} is no weight or bias of a {type(owner).__name__}"
+    return reason
+
+
+def require_finite_parameters(model: nn.Module) -> None:
+    """Raise `NonFiniteError` if a parameter holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UnsupportedLayerError(
+                f"parameter {name!r}: expected it initialised, got a lazy one: pass an input "
+                "through the model first"
+            )
+        if is_supported(parameter.dtype):
+            require_finite(f"parameter {name!r}", parameter.detach())
 
 
 def _require_known_kinds(model: nn.Module) -> None:
@@ -249,6 +290,6 @@ def _require_known_kinds(model: nn.Module) -> None:
         reason = why_unsupported(model, name)
         if parameter.requires_grad and reason is not None:
             raise UnsupportedLayerError(
-                f"parameter {name!r}: expected it in a Linear, a convolution or a normalisation, "
-                f"but {reason}; freeze it or name the wanted layers in layers="
+                f"parameter {name!r}: expected it in {kinds_in_words()}, but {reason}; freeze it "
+                "or name the wanted layers in layers="
             )

@@ -1,20 +1,37 @@
 """Linear layers."""
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ekfac_rs.errors import UnsupportedLayerError
-from ekfac_rs.layers.base import AffineLayer, Units, flat_units
-from ekfac_rs.layers.dataflow import AffineCall
+from ekfac_rs.layers.base import AffineCall, AffineLayer, Function, Units, flat_units
 
 
 class LinearLayer(AffineLayer):
     """A Linear, applied along the last axis."""
+
+    noun = "a Linear"
+    modules = (nn.Linear,)
+    functions: ClassVar[Mapping[Function, tuple[str, ...]]] = {
+        F.linear: ("input", "weight", "bias")
+    }
+
+    def channel_axis(self, dimensions: int) -> int | None:
+        return dimensions - 1
 
     def units(self, call: AffineCall) -> Units:
         return Units(flat_units(call.input))
 
     def gradients(self, g: Tensor) -> Tensor:
         return flat_units(g)
+
+    def squared_gradients(self, units: Units, g: Tensor) -> Tensor:
+        if g.dim() > 2:
+            return super().squared_gradients(units, g)
+        return g.square().T @ units.values.square()
 
     def check_batchnorm_input(self, x: Tensor) -> None:
         if x.dim() != 2:

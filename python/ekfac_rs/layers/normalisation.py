@@ -1,18 +1,31 @@
 """Normalisations: maps of each channel for itself."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import ClassVar
 
-from ekfac_rs.layers.base import AffineLayer, Units, channels_last, flat_units
-from ekfac_rs.layers.dataflow import AffineCall
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ekfac_rs.layers.base import AffineCall, AffineLayer, Function, Units, channels_last, flat_units
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 class ChannelLayer(AffineLayer):
     """A normalisation's scale and shift: a map of each channel for itself, ``gamma x + beta``."""
 
+    noun = "a normalisation"
+
     @property
     def groups(self) -> int:
         return self.weight().shape[0]
+
+    def in_words(self, coordinates: str) -> str:
+        D, K = self.shape(coordinates)
+        return f"channel affine, {D} of 1 x {K}"
 
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
@@ -29,11 +42,32 @@ class ChannelLayer(AffineLayer):
         with torch.no_grad():
             return Units(self.gradients(call.function(**plain)))
 
+
+class ChannelNormLayer(ChannelLayer):
+    """A GroupNorm or an InstanceNorm: its channels are on axis 1."""
+
+    modules = (nn.GroupNorm, _InstanceNorm)
+    functions: ClassVar[Mapping[Function, tuple[str, ...]]] = {
+        F.group_norm: ("input", "num_groups", "weight", "bias", "eps"),
+        F.instance_norm: (
+            *("input", *_STATISTICS, "weight", "bias"),
+            *("use_input_stats", "momentum", "eps"),
+        ),
+    }
+    stored = (*AffineLayer.stored, *_STATISTICS)
+
+
+class FeatureNormLayer(ChannelLayer):
+    """A LayerNorm or an RMSNorm: its channels are all places of the last axes."""
+
+    modules = (nn.LayerNorm, nn.RMSNorm)
+    functions: ClassVar[Mapping[Function, tuple[str, ...]]] = {
+        F.layer_norm: ("input", "normalized_shape", "weight", "bias", "eps"),
+        F.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+    }
+
     def gradients(self, g: Tensor) -> Tensor:
-        shape = getattr(self.module, "normalized_shape", None)
-        if shape is None:
-            return channels_last(g)
-        return flat_units(g.flatten(-len(shape)))
+        return flat_units(g.flatten(-self.module.weight.dim()))
 
 
 class BatchNormLayer(ChannelLayer):
@@ -43,9 +77,33 @@ class BatchNormLayer(ChannelLayer):
     own weights are ones, merged with the BatchNorm that it is.
     """
 
-    @property
-    def absorbs_scale(self) -> bool:
-        return False
+    modules = (_BatchNorm, nn.SyncBatchNorm)
+    functions: ClassVar[Mapping[Function, tuple[str, ...]]] = {
+        F.batch_norm: (
+            *("input", *_STATISTICS, "weight", "bias"),
+            *("training", "momentum", "eps"),
+        )
+    }
+    stored = (*AffineLayer.stored, *_STATISTICS)
+    absorbs_scale = False
+
+    @classmethod
+    def why_refused(cls, call: AffineCall) -> str | None:
+        module, arguments = call.module, call.arguments
+        own = tuple(getattr(module, name) for name in _STATISTICS)
+        given = tuple(arguments.get(name) for name in _STATISTICS)
+        of_batch = arguments.get("training", False)
+        if of_batch != (module.training or own == (None, None)):
+            expected, got = ("running", "batch") if of_batch else ("batch", "running")
+            return f"expected a call with {expected} statistics in its mode, got {got} statistics"
+        # Statistics of the mini-batch need no place to be kept at.
+        unkept = of_batch and given == (None, None)
+        if not unkept and any(g is not o for g, o in zip(given, own, strict=True)):
+            return "expected a call with its own running statistics, got others"
+        eps = arguments.get("eps", 1e-5)
+        if eps != module.eps:
+            return f"expected a call with its own eps {module.eps}, got {eps}"
+        return super().why_refused(call)
 
     def weight(self) -> Tensor:
         return self.like.new_ones(self.module.num_features, 1)

@@ -1,47 +1,39 @@
 """Which BatchNorm a layer feeds."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ekfac_rs.layers.convolution import ConvLayer
+from ekfac_rs.layers.base import AffineLayer, kind_of
 from ekfac_rs.layers.dataflow import DataFlow
-from ekfac_rs.layers.kinds import kind_of
-from ekfac_rs.layers.linear import LinearLayer
 
 
 def pair_batchnorms(watched: Mapping[nn.Module, str], flow: DataFlow) -> dict[str, str]:
     """Map each layer to the BatchNorm that is called once and alone consumes its output."""
-    producer = {
-        value: (name, module)
-        for module, name in watched.items()
-        if kind_of(module) in (LinearLayer, ConvLayer)
-        for value in flow.outputs[name]
-    }
+    layers = [kind(name, m) for m, name in watched.items() if (kind := kind_of(m)) is not None]
+    producer = {value: layer for layer in layers for value in flow.outputs[layer.name]}
     pairs: dict[str, str] = {}
     for module, name in watched.items():
         if not isinstance(module, _BatchNorm) or flow.calls(name) != 1:
             continue
         [value] = flow.inputs[name]
-        layer, source = producer.get(value, (None, None))
+        layer = producer.get(value)
         if layer is None or flow.consumers[value] != [name]:
             continue
-        if _on_features(module, source, flow.dimensions.get(layer)):
-            pairs[layer] = name
+        if _on_channels(module, layer, flow.dimensions.get(layer.name)):
+            pairs[layer.name] = name
     return pairs
 
 
-def _on_features(batchnorm: _BatchNorm, source: Any, dimensions: int | None) -> bool:
-    """Whether the BatchNorm's axis 1 holds the source's outputs, whatever can be known of that.
+def _on_channels(batchnorm: _BatchNorm, layer: AffineLayer, dimensions: int | None) -> bool:
+    """Whether the BatchNorm's axis 1 holds the layer's outputs, whatever can be known of that.
 
-    Axis 1 does so in ``[N, D]`` of a Linear and ``[N, D, ...]`` of a convolution, which have as
-    many dimensions as the weight. Those of a traced value are not known: all that the BatchNorm
-    accepts are possible.
+    The dimensions of a traced value are not known: all that the BatchNorm accepts are possible.
     """
     possible = _accepted_dimensions(batchnorm) if dimensions is None else (dimensions,)
-    return batchnorm.num_features == len(source.weight) and source.weight.dim() in possible
+    on_axis = any(layer.channel_axis(number) == 1 for number in possible)
+    return on_axis and batchnorm.num_features == layer.weight().shape[0]
 
 
 def _accepted_dimensions(batchnorm: _BatchNorm) -> Collection[int]:
