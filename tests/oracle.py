@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 Batch = tuple[Tensor, Tensor]
 Term = tuple[Tensor, Tensor]
@@ -117,6 +117,50 @@ def conv_patches(conv: _ConvNd, x: Tensor) -> Tensor:
     return patches.reshape(len(x), conv.groups, -1, patches.shape[-1]).permute(0, 3, 1, 2)
 
 
+def transposed_patches(conv: _ConvTransposeNd, x: Tensor) -> Tensor:
+    """What reaches every output location through every kernel offset, ``[N, T, groups, K]``.
+
+    Input location i goes to output location ``stride * i - padding + dilation * offset``. Offsets
+    are in reversed order.
+    """
+    sizes = conv_transposed(conv, x[:1], conv.weight.detach(), None).shape[2:]
+    reached = []
+    for offset in itertools.product(*(range(size - 1, -1, -1) for size in conv.kernel_size)):
+        patch = x.new_zeros(*x.shape[:2], *sizes)
+        for source in itertools.product(*map(range, x.shape[2:])):
+            target = tuple(
+                step * i - zeros + gap * o
+                for step, i, zeros, gap, o in zip(
+                    conv.stride, source, conv.padding, conv.dilation, offset, strict=True
+                )
+            )
+            if all(0 <= i < size for i, size in zip(target, sizes, strict=True)):
+                patch[:, :, *target] += x[:, :, *source]
+        reached.append(patch.flatten(2))
+    patches = torch.stack(reached, 2)
+    return patches.reshape(len(x), conv.groups, -1, patches.shape[-1]).permute(0, 3, 1, 2)
+
+
+def conv_transposed(
+    conv: _ConvTransposeNd, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The module's own function with other parameters."""
+    functions = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    return functions[x.ndim - 3](
+        *(x, weight, bias, conv.stride, conv.padding, conv.output_padding),
+        *(conv.groups, conv.dilation),
+    )
+
+
+def transposed_weight(conv: _ConvTransposeNd, matrix: Tensor) -> Tensor:
+    """The weight ``[C, D / groups, *kernel]`` that a matrix ``[D, K]`` stands for."""
+    rows = conv.out_channels // conv.groups
+    inputs = conv.in_channels // conv.groups
+    kernel = matrix.reshape(conv.groups, rows, inputs, *conv.kernel_size)
+    kernel = kernel.flip(list(range(3, kernel.ndim)))
+    return torch.cat([group.transpose(0, 1) for group in kernel])
+
+
 def normalized(module: nn.Module, x: Tensor) -> Tensor:
     """What a normalisation scales and shifts; for a BatchNorm, merged, its very input."""
     if isinstance(module, _BatchNorm):
@@ -141,7 +185,10 @@ class AffineMap:
     def __init__(self, module: nn.Module, *, merged: bool) -> None:
         self.module = module
         self.has_shift = merged or getattr(module, "bias", None) is not None
-        if isinstance(module, nn.Linear | _ConvNd):
+        if isinstance(module, _ConvTransposeNd):
+            rows = torch.empty(module.out_channels, module.weight[:, 0].numel() // module.groups)
+            self.groups = module.groups
+        elif isinstance(module, nn.Linear | _ConvNd):
             rows = module.weight.flatten(1)
             self.groups = getattr(module, "groups", 1)
         else:
@@ -156,6 +203,8 @@ class AffineMap:
         scale = weight[:, :-1] if self.has_shift else weight
         if isinstance(self.module, nn.Linear):
             return F.linear(x, scale, shift)
+        if isinstance(self.module, _ConvTransposeNd):
+            return conv_transposed(self.module, x, transposed_weight(self.module, scale), shift)
         if isinstance(self.module, _ConvNd):
             return self.module._conv_forward(x, scale.reshape(self.module.weight.shape), shift)
         shape = self.module.weight.shape if self.features_last else (-1, *[1] * (x.ndim - 2))
@@ -166,6 +215,8 @@ class AffineMap:
         """The units' inputs ``[N, T, groups * K]``, with a 1 appended for the shift."""
         if isinstance(self.module, nn.Linear):
             a = x.reshape(len(x), -1, 1, x.shape[-1])
+        elif isinstance(self.module, _ConvTransposeNd):
+            a = transposed_patches(self.module, x)
         elif isinstance(self.module, _ConvNd):
             a = conv_patches(self.module, x)
         else:

@@ -95,8 +95,16 @@ def with_layernorm():
     return nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
 
 
-def with_transposed():
-    return nn.Sequential(nn.Linear(4, 4), nn.ConvTranspose1d(6, 6, 1), nn.Linear(4, 2))
+def with_bilinear():
+    return nn.Sequential(nn.Linear(4, 4), nn.Bilinear(4, 4, 4), nn.Linear(4, 2))
+
+
+def with_attention():
+    return nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 2))
+
+
+def with_rnn():
+    return nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4), nn.Linear(4, 2))
 
 
 def with_prelu():
@@ -194,7 +202,9 @@ REFUSED = {
     "unused linear": (Unused, "'(second|bn_of_second)'.*one call"),
     "tied weights": (tied, "'(first|second)'.*shared"),
     "free parameter": (with_free_parameter, "'temperature'"),
-    "transposed convolution": (with_transposed, "'1.weight'.*ConvTranspose1d has no"),
+    "bilinear": (with_bilinear, "'1.weight'.*Bilinear has no"),
+    "attention": (with_attention, "'1.in_proj_weight'.*MultiheadAttention has no"),
+    "LSTM": (with_rnn, "'1.weight_ih_l0'.*LSTM has no"),
     "PReLU": (with_prelu, "'1.weight'.*PReLU has no"),
     "no layer": (nn.ReLU, "at least one"),
 }

@@ -21,8 +21,6 @@ from ekfac_rs.layers.base import (
     channels_last,
 )
 
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
 
 @dataclass(frozen=True)
 class Patches(Units):
@@ -39,16 +37,8 @@ class Patches(Units):
         )
 
 
-class ConvLayer(AffineLayer):
-    """A convolution: an affine map of the patch at each output location."""
-
-    noun = "a convolution"
-    modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    functions: ClassVar[Mapping[Function, tuple[str, ...]]] = {
-        F.conv1d: _ARGUMENTS,
-        F.conv2d: _ARGUMENTS,
-        F.conv3d: _ARGUMENTS,
-    }
+class _PatchLayer(AffineLayer):
+    """An affine map of the patch at each output location."""
 
     @classmethod
     def why_refused(cls, call: AffineCall) -> str | None:
@@ -64,15 +54,91 @@ class ConvLayer(AffineLayer):
     def channel_axis(self, dimensions: int) -> int | None:
         return 1 if dimensions == self.module.weight.dim() else None
 
+    def example_gradients(self, units: Units, g: Tensor) -> Tensor:
+        if not isinstance(units, Patches):
+            return super().example_gradients(units, g)
+        return _patch_gradients(units.values, g, units.geometry, self.groups)
+
+
+class ConvLayer(_PatchLayer):
+    """A convolution."""
+
+    noun = "a convolution"
+    modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    functions: ClassVar[Mapping[Function, tuple[str, ...]]] = dict.fromkeys(
+        (F.conv1d, F.conv2d, F.conv3d),
+        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    )
+
     def units(self, call: AffineCall) -> Units:
         geometry = conv_geometry(call.arguments)
         require_batch(call.input, geometry)
         return units_of_patches(call.input, geometry)
 
-    def example_gradients(self, units: Units, g: Tensor) -> Tensor:
-        if not isinstance(units, Patches):
-            return super().example_gradients(units, g)
-        return _patch_gradients(units.values, g, units.geometry, self.groups)
+
+class ConvTransposeLayer(_PatchLayer):
+    """A transposed convolution, as the convolution with stride 1 that it equals.
+
+    That one sees the input with ``stride - 1`` zeros put between its locations, and the kernel
+    backwards. So a unit is an output location, its inputs are the input locations that reach it,
+    and the columns of ``W``, of shape (out_channels, K), are ordered as those of the equal
+    convolution: by input channel of the group, then by kernel location from the last to the first.
+    """
+
+    noun = "a transposed convolution"
+    modules = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    functions: ClassVar[Mapping[Function, tuple[str, ...]]] = dict.fromkeys(
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+        (
+            *("input", "weight", "bias", "stride", "padding", "output_padding"),
+            *("groups", "dilation"),
+        ),
+    )
+
+    def weight(self) -> Tensor:
+        # Stored as [C, D / groups, ...], with the rows of all groups side by side.
+        by_group = self.module.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
+        weight: Tensor = by_group.flatten(0, 1).flip(self._kernel_axes)
+        return weight.flatten(1)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        stored = self.module.weight
+        by_group = weight.reshape(self.groups, stored.shape[1], -1, *stored.shape[2:])
+        return by_group.transpose(1, 2).flatten(0, 1).flip(self._kernel_axes)
+
+    @property
+    def _kernel_axes(self) -> list[int]:
+        return list(range(2, self.module.weight.dim()))
+
+    def units(self, call: AffineCall) -> Units:
+        kernel = list(call.arguments["weight"].shape[2:])
+        stride, padding, output_padding, dilation = (
+            per_dimension(call.arguments.get(name, default), len(kernel))
+            for name, default in (
+                *(("stride", 1), ("padding", 0), ("output_padding", 0)),
+                ("dilation", 1),
+            )
+        )
+        before = [d * (k - 1) - p for k, d, p in zip(kernel, dilation, padding, strict=True)]
+        sides = [(b, b + extra) for b, extra in zip(before, output_padding, strict=True)]
+        geometry = Geometry(kernel, [1] * len(kernel), dilation, sides)
+        require_batch(call.input, geometry)
+        x = _spread(call.input, stride)
+        if min(before) < 0:
+            # More padding than the kernel reaches over takes locations away.
+            x = F.pad(x, [side for pair in reversed(sides) for side in pair])
+            geometry = geometry._replace(padding=[(0, 0)] * len(kernel))
+        return units_of_patches(x, geometry)
+
+
+def _spread(x: Tensor, stride: list[int]) -> Tensor:
+    """Put ``stride - 1`` zeros between the locations of ``[N, C, ...]``."""
+    if all(s == 1 for s in stride):
+        return x
+    sizes = [(length - 1) * s + 1 for length, s in zip(x.shape[2:], stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    spread[:, :, *(slice(None, None, s) for s in stride)] = x
+    return spread
 
 
 def conv_geometry(arguments: Arguments) -> Geometry:

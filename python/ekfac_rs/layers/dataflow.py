@@ -273,6 +273,8 @@ def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
                 f"layer {name!r}: expected a {type(module).__name__} with a weight to know it by "
                 "in a symbolic trace, got none; pass example= with an input batch"
             )
+    if model in watched:
+        model = nn.Sequential(model)  # whose only layer may be looked at from outside
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's own forward raises on symbolic input

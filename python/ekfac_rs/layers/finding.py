@@ -220,6 +220,9 @@ def _affine_layer(model: nn.Module, name: str, batchnorm_name: str | None) -> Af
         raise ModelChangedError(
             f"layer {name!r}: expected an affine layer, got {type(module).__name__}"
         )
+    reason = kind.why_unsupported(module)
+    if reason is not None:
+        raise ModelChangedError(f"layer {name!r}: {reason}")
     if not kind.absorbs_scale and batchnorm_name != name:
         raise ModelChangedError(f"layer {name!r}: expected a layer before a BatchNorm, got one")
     if batchnorm_name is None:
