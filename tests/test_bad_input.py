@@ -209,10 +209,10 @@ TABLE = {
         errors.UnsupportedLayerError,
         "'1.weight'.*PReLU",
     ),
-    "transposed convolution": Row(
-        lambda: estimate(net=nn.Sequential(nn.ConvTranspose1d(1, 1, 1)).double()),
+    "recurrent layer": Row(
+        lambda: estimate(net=nn.Sequential(nn.LSTM(2, 2)).double()),
         errors.UnsupportedLayerError,
-        "'0.weight'.*ConvTranspose1d",
+        "'0.weight_ih_l0'.*LSTM",
     ),
     "convolution without a batch axis": Row(
         lambda: estimate([(X[:2], Y[:2])], net=nn.Sequential(nn.Conv1d(2, 2, 1)).double()),

@@ -177,7 +177,7 @@ def moved_into_weights(layer: AffineLayer, merged: Tensor) -> Writes:
 
 
 def _guard(layer: AffineLayer, check_input: bool) -> None:
-    """Let the exported BatchNorm refuse to be trained; an earlier export's guard has had its day."""
+    """Let the exported BatchNorm refuse to be trained, in place of an earlier export's guard."""
     hooks = layer.batchnorm._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _ExportGuard)]:
         del hooks[key]

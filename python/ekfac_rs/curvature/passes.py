@@ -31,7 +31,6 @@ from ekfac_rs.errors import (
 )
 from ekfac_rs.layers import (
     AffineLayer,
-    Units,
     find_layers,
     require_finite_parameters,
     uncovered_parameters,
@@ -368,8 +367,7 @@ class _Capture(AffineCalls):
             with naming(f"layer {name!r}: input"):
                 rows.require(call.input)
                 units = layer.units(call)
-                if units.geometry is None:
-                    units = Units(rows.by_example(units.values))
+                units = replace(units, values=rows.by_example(units.values))
                 accumulators[name].add_inputs(units)
 
     def hand_over_gradients(
