@@ -1,0 +1,69 @@
+"""Ten thousand passes and steps later the process is no larger, and holds no more objects."""
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ekfac_rs as ek
+from nets import classification_loader
+
+PASSES = 10_000
+STATM = Path("/proc/self/statm")
+
+pytestmark = pytest.mark.skipif(not STATM.exists(), reason="the size of a process is read in /proc")
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def growth(work: Callable[[], None]) -> tuple[int, int]:
+    """Bytes and Python objects that many repetitions leave behind."""
+    for _ in range(PASSES // 10):
+        work()
+    gc.collect()
+    before = resident(), len(gc.get_objects())
+    for _ in range(PASSES):
+        work()
+    gc.collect()
+    return resident() - before[0], len(gc.get_objects()) - before[1]
+
+
+def small() -> tuple[nn.Module, list]:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    return model, classification_loader(4, 3, examples=4, batch_size=4, dtype=torch.float32)
+
+
+def curvature_pass() -> Callable[[], None]:
+    model, loader = small()
+    return lambda: ek.estimate_curvature(model, loader) and None
+
+
+def training_step() -> Callable[[], None]:
+    model, loader = small()
+    curvature = ek.estimate_curvature(model, loader)
+    penalty = ek.QuadraticPenalty(model, curvature, ek.merged_weights(model), damping=0.1)
+
+    def step() -> None:
+        model(loader[0][0])
+        penalty().backward()
+        model.zero_grad()
+
+    return step
+
+
+WORK = {"curvature pass": curvature_pass, "training step": training_step}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_memory_stays_flat(name):
+    # One matrix, graph or descriptor left each time would be megabytes, or 10,000 objects.
+    leaked, objects = growth(WORK[name]())
+    assert leaked < 3e6
+    assert objects < 500
