@@ -3,6 +3,7 @@
 Knows methods, runs and accuracy matrices, and nothing of the experiment they come from.
 """
 
+import json
 import math
 import os
 import platform
@@ -16,12 +17,15 @@ import numpy as np
 import torch
 
 import ekfac_rs as ek
-from ekfac_rs.experiments.pictures import draw_curves
+from ekfac_rs.errors import FileFormatError
+from ekfac_rs.experiments.pictures import TradeOff, draw_bars, draw_curves, draw_trade_offs
 from ekfac_rs.experiments.runs import RunRecord, write_json
+from ekfac_rs.experiments.settings import Setting, strength_of
 from ekfac_rs.metrics import AccuracyMatrix
 
 __all__ = [
     "STREAM",
+    "TRANSFER",
     "Column",
     "GridPoint",
     "Layout",
@@ -29,10 +33,10 @@ __all__ = [
     "counted",
     "environment",
     "markdown_table",
+    "read_results",
+    "trade_off",
     "write_report",
 ]
-
-Setting = Mapping[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class GridPoint:
     diverged: str | None
     seconds: float
     measures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def best_known_score(self) -> float:
+        """The score over the longer stream where there is one."""
+        return self.score if self.full_length_score is None else self.full_length_score
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,59 @@ STREAM = Layout(
 )
 
 
+def trade_off(result: MethodResult) -> TradeOff:
+    """Return source against target accuracy over the strength of a method's penalty.
+
+    For every strength the learning rate that is best for the target's validation images; settings
+    that diverged are left out.
+    """
+    best: dict[float, GridPoint] = {}
+    for point in result.grid:
+        strength = strength_of(point.setting)
+        if point.diverged is None and (strength not in best or point.score > best[strength].score):
+            best[strength] = point
+    return TradeOff(
+        result.label,
+        [(p.measures["target"], p.measures["source"]) for _, p in sorted(best.items())],
+        [(run.accuracy[-1][1], run.accuracy[-1][0]) for run in result.runs],
+    )
+
+
+def _draw_trade_offs(path: Path, title: str, results: Sequence[MethodResult]) -> None:
+    draw_trade_offs(
+        path,
+        f"{title}: source against target",
+        "target accuracy",
+        "source accuracy",
+        [trade_off(result) for result in results],
+        reference=float(np.mean(results[0].summary()["first_task_before"])),
+    )
+
+
+def _draw_bars(path: Path, title: str, results: Sequence[MethodResult]) -> None:
+    names = {"source after": "first_task", "target": "last_task", "average": "average_accuracy"}
+    draw_bars(
+        path,
+        f"{title}: both tasks",
+        "accuracy",
+        {
+            result.label: {name: result.summary()[measure] for name, measure in names.items()}
+            for result in results
+        },
+    )
+
+
+TRANSFER = Layout(
+    columns={
+        "source before": Column("first_task_before"),
+        "source after": Column("first_task", deviation=True),
+        "target": Column("last_task", deviation=True),
+        "average": Column("average_accuracy", deviation=True),
+    },
+    pictures={"trade_off.png": _draw_trade_offs, "accuracies.png": _draw_bars},
+)
+
+
 def write_report(
     output: Path,
     title: str,
@@ -223,6 +285,7 @@ def write_report(
     content = {
         "title": title,
         **about,
+        "notes": list(notes),
         "environment": environment(),
         "methods": {result.key: _method_entry(result) for result in results},
     }
@@ -239,6 +302,30 @@ def write_report(
     for name, draw in layout.pictures.items():
         draw(output / name, title, results)
     return table
+
+
+def read_results(path: Path) -> list[MethodResult]:
+    """Return the methods that `write_report` wrote into a ``results.json``.
+
+    Raises
+    ------
+    FileFormatError
+        If it is something else.
+    """
+    try:
+        methods = json.loads(path.read_text(encoding="utf-8"))["methods"]
+        return [
+            MethodResult(
+                key,
+                entry["label"],
+                entry["setting"],
+                [GridPoint(**point) for point in entry["grid"]],
+                [RunRecord(**run) for run in entry["runs"]],
+            )
+            for key, entry in methods.items()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(f"{path}: not the results of a study ({error})") from error
 
 
 def environment() -> dict[str, str | int | None]:

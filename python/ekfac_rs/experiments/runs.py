@@ -22,11 +22,14 @@ import torch
 from tqdm import tqdm
 
 import ekfac_rs as ek
-from ekfac_rs.errors import EkfacError, FileFormatError
+from ekfac_rs.errors import EkfacError, FileFormatError, NonFiniteError, NumericalError
 from ekfac_rs.metrics import AccuracyMatrix
 
 __all__ = [
+    "DIVERGENCE",
     "Clock",
+    "Config",
+    "Execute",
     "PlannedRun",
     "RunRecord",
     "RunStore",
@@ -41,6 +44,9 @@ __all__ = [
 
 Config = Mapping[str, Any]
 Execute = Callable[[Config], "RunRecord"]
+
+# What a setting may do to a run. Any other error is a fault, and ends the study.
+DIVERGENCE = (NonFiniteError, NumericalError)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,29 @@
-"""What experiments vary: curvatures by name, and grids of settings."""
+"""What experiments vary: curvatures, methods with their grids, and the config of a run."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
-__all__ = ["CURVATURES", "Setting", "grid", "setting_words"]
+import numpy as np
+from torch import nn
 
-Setting = dict[str, float | str]
+import ekfac_rs as ek
+from ekfac_rs.experiments.options import batch_size, natural, number, option, positive
+
+__all__ = [
+    "CURVATURES",
+    "Method",
+    "Preset",
+    "RunConfig",
+    "Setting",
+    "grid",
+    "setting_words",
+    "strength_of",
+]
+
+Setting = Mapping[str, float | str]
 
 # The curvatures compared, as arguments of the learner.
 CURVATURES: dict[str, dict[str, Any]] = {
@@ -20,12 +37,202 @@ CURVATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def grid(**axes: Sequence[float | str]) -> list[Setting]:
-    """Return every combination of the values, in the order of the axes."""
-    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What determines a run, as far as all experiments have it.
+
+    Attributes
+    ----------
+    version
+        Of ekfac_rs: another version runs anew.
+    seed
+        Of all that is drawn at random.
+    batch_size
+        Of training and curvature.
+    epochs, lr
+        Of training on one task.
+    curvature
+        A key of `CURVATURES`.
+    momentum, weights, scale, damping, freeze_bn_after
+        As in `ekfac_rs.ContinualLearner`.
+    """
+
+    version: str = ek.__version__
+    seed: int
+    batch_size: int
+    epochs: int
+    momentum: float
+    lr: float
+    curvature: str = "none"
+    weights: str = "kept"
+    scale: float = 1.0
+    damping: float = 0.0
+    freeze_bn_after: float = 1.0
+
+    @property
+    def is_fine_tuning(self) -> bool:
+        """Whether nothing is protected: no curvature, no anchor, plain training."""
+        return self.curvature == "none" and not self.damping
+
+    def learner(self, model: nn.Module, **options: Any) -> ek.ContinualLearner:
+        """Return a learner that has learnt nothing yet."""
+        return ek.ContinualLearner(
+            model,
+            loss="cross_entropy",
+            weights=self.weights,
+            scale=self.scale,
+            damping=self.damping,
+            momentum=self.momentum,
+            freeze_bn_after=self.freeze_bn_after,
+            **CURVATURES[self.curvature],
+            **options,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the config in JSON's own types."""
+        fields = dataclasses.asdict(self).items()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
 
 
-def setting_words(setting: Mapping[str, float | str]) -> list[str]:
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """Size and grid of a study; an experiment adds what it has beside.
+
+    Attributes
+    ----------
+    name
+        On the command line; empty for what holds without one.
+    seeds, grid_seed
+        Of the final runs; of the grid, none of them.
+    frozen_lrs
+        Where BatchNorm is frozen, as many: a deep network bears only smaller ones then. Empty for
+        those of `lrs`.
+    plain_lrs
+        Of fine-tuning, which has no other axis: as many as the others have settings. Empty to
+        spread them, from a third of the lowest of `lrs` to three times the highest.
+    diagonal_scales
+        Of the diagonal curvature's penalty, as many. Empty for `scales`.
+    l2
+        Strengths of the penalty without a curvature.
+    damping
+        Of the penalties with a curvature.
+    crossed
+        Leave out settings that differ in more than one axis from the middle of the grid.
+    finalists
+        Best settings of each method's grid that are tried again on runs as long as the final ones
+        before one of them is chosen. 0 to choose from the grid itself.
+    """
+
+    name: str = ""
+    epochs: int = field(metadata=option(positive, "epochs per task"))
+    batch_size: int = field(metadata=option(batch_size, "at least 2, for BN"))
+    seeds: tuple[int, ...] = field(metadata=option(natural, "one final run each"))
+    lrs: tuple[float, ...] = field(metadata=option(number, "learning rates of the grid"))
+    frozen_lrs: tuple[float, ...] = field(
+        default=(),
+        metadata=option(number, "those with BatchNorm frozen, as many; else as --lrs"),
+    )
+    plain_lrs: tuple[float, ...] = field(
+        default=(),
+        metadata=option(
+            number,
+            "those of fine-tuning, as many as the other methods have settings; else spread, from "
+            "a third of the lowest to three times the highest of --lrs",
+        ),
+    )
+    scales: tuple[float, ...] = field(
+        metadata=option(number, "scales of the curvature's penalty in the grid")
+    )
+    diagonal_scales: tuple[float, ...] = field(
+        default=(),
+        metadata=option(number, "those of the diagonal curvature, as many; else as --scales"),
+    )
+    l2: tuple[float, ...] = field(
+        metadata=option(number, "strengths of the penalty without a curvature in the grid")
+    )
+    damping: float = field(metadata=option(number, "of the penalties with a curvature"))
+    crossed: bool = False
+    finalists: int = field(
+        default=0,
+        metadata=option(
+            natural, "best settings of each method's grid that are tried again at full length"
+        ),
+    )
+    momentum: float = 0.9
+    grid_seed: int = 1000
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return the preset with other values.
+
+        Where an axis is changed, those that follow it do so, unless they are changed as well.
+        """
+        freed = {name: () for name, axis in _FOLLOWED.items() if axis in changes}
+        return dataclasses.replace(self, **{**freed, **changes})
+
+    def axis(self, name: str) -> Sequence[float | str]:
+        """Return the values of one of the fields, as an axis of the grid."""
+        values = getattr(self, name)
+        if not isinstance(values, tuple):
+            return (values,)
+        if name == "plain_lrs" and not values:
+            return self._spread_lrs()
+        return values or self.axis(_FOLLOWED[name])
+
+    def _spread_lrs(self) -> list[float]:
+        count = len(grid(lr=self.lrs, scale=self.scales, crossed=self.crossed))
+        if count == 1:
+            return [self.lrs[0]]
+        rates = np.geomspace(min(self.lrs) / 3, max(self.lrs) * 3, count)
+        return [float(f"{rate:.2g}") for rate in rates]
+
+
+# Axis -> the one that it follows where it is empty.
+_FOLLOWED = {"frozen_lrs": "lrs", "plain_lrs": "lrs", "diagonal_scales": "scales"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of the comparison.
+
+    Attributes
+    ----------
+    label
+        Name in tables and pictures.
+    fixed
+        What defines it: fields of the run's config.
+    axes
+        What is tried: fields of the run's config, each with the preset's field that lists its
+        values.
+    """
+
+    label: str
+    fixed: Setting
+    axes: Mapping[str, str]
+
+    def settings(self, preset: Preset) -> list[Setting]:
+        """Return the settings to try."""
+        axes = {name: preset.axis(values) for name, values in self.axes.items()}
+        return grid(crossed=preset.crossed, **axes)
+
+
+def grid(*, crossed: bool = False, **axes: Sequence[float | str]) -> list[Setting]:
+    """Return every combination of the values, in the order of the axes.
+
+    `crossed` leaves those out that differ in more than one axis from the middle.
+    """
+    points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    if not crossed:
+        return list(points)
+    middle = {name: values[len(values) // 2] for name, values in axes.items()}
+    return [point for point in points if sum(point[name] != middle[name] for name in axes) <= 1]
+
+
+def strength_of(setting: Setting) -> float:
+    """Return how strong a setting's penalty is: its scale, else its damping; 0 without either."""
+    return float(setting.get("scale", setting.get("damping", 0.0)))
+
+
+def setting_words(setting: Setting) -> list[str]:
     """Return the setting in words fit for a file's name."""
     return [
         value if isinstance(value, str) else f"{axis}{value:g}" for axis, value in setting.items()

@@ -9,87 +9,75 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
-from ekfac_rs.experiments.data import ImageLoader, ImageSet
+from ekfac_rs.errors import OptionError
+from ekfac_rs.experiments.data import ImageLoader, ImageSet, ImageTree
 from ekfac_rs.experiments.networks import ARCHITECTURES, Weights, backbone_layers
+from ekfac_rs.experiments.report import counted
 from ekfac_rs.experiments.runs import (
+    DIVERGENCE,
     Clock,
     RunRecord,
     config_digest,
     finite_or_none,
     recorded,
 )
-from ekfac_rs.experiments.settings import CURVATURES
+from ekfac_rs.experiments.settings import CURVATURES, RunConfig
 
 __all__ = ["SourceConfig", "TargetConfig", "Transfer", "TransferData"]
 
 _EVALUATION_BATCH = 250
+_HELD_OUT_SHARE = 0.1
+_HELD_OUT_SEED = 1998
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """Everything that determines the source's part of a run: accuracy before, and curvature.
 
     Attributes
     ----------
-    version
-        Of ekfac_rs: another version runs anew.
     model
         A key of `ARCHITECTURES`.
-    weights
-        Fingerprint of the file.
+    pretrained
+        Fingerprint of the file of weights.
     source
         Fingerprint of the source's images.
-    batch_size
-        Of curvature and training.
-    seed
-        Of orders, augmentation and sampled labels.
-    curvature
-        A key of `CURVATURES`.
+    version, batch_size, seed, curvature
+        As in `RunConfig`.
     """
 
-    version: str
+    version: str = ek.__version__
     model: str
-    weights: str
+    pretrained: str
     source: str
     batch_size: int
     seed: int
     curvature: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the config in JSON's own types."""
+        """Return the config by field."""
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class TargetConfig(SourceConfig):
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig(RunConfig, SourceConfig):
     """Everything that determines a run.
 
     Attributes
     ----------
     target
         Fingerprint of the target's images.
-    epochs
-        Of training on the target.
-    freeze_bn_after, lr, scale, damping, momentum
-        As in `ekfac_rs.ContinualLearner`.
     """
 
     target: str
-    epochs: int
-    momentum: float
-    lr: float
-    scale: float = 1.0
-    damping: float = 0.0
-    freeze_bn_after: float = 1.0
 
     @property
     def at_source(self) -> SourceConfig:
@@ -117,6 +105,80 @@ class TransferData:
     target_train: ImageSet
     target_validation: ImageSet
     target_test: ImageSet
+
+    @classmethod
+    def read(
+        cls,
+        source: Path,
+        target: Path,
+        image_size: int,
+        crop: float,
+        source_images: int,
+        progress: bool = True,
+    ) -> tuple[Self, list[str]]:
+        """Read the images of both tasks.
+
+        The source is evaluated on its split ``validation``, else on ``test``, else on the images
+        that give the curvature. The target needs ``train`` and ``test``, or ``validation`` in its
+        place; where there are not both of them, a tenth of the training images is held out as
+        validation.
+
+        Parameters
+        ----------
+        source, target
+            Directories or archives.
+        image_size, crop
+            As in `ImageTree.read`.
+        source_images
+            Read at most so many of each of the source's splits.
+        progress
+            Show tqdm bars.
+
+        Returns
+        -------
+        tuple of TransferData and list of str
+            The images, and what the report has to say about where they come from.
+
+        Raises
+        ------
+        OptionError
+            If a directory or archive does not exist or lacks splits.
+        FileFormatError
+            If an image is damaged.
+        """
+        read = partial(ImageTree.read, image_size=image_size, crop=crop, progress=progress)
+        source_tree, target_tree = ImageTree(source), ImageTree(target)
+        read_source = partial(read, source_tree, max_images=source_images)
+        source_train = read_source(_first_of(source_tree, "train"))
+        test_split = _first_of(source_tree, "validation", "test", "train")
+        source_test = source_train if test_split in (None, "train") else read_source(test_split)
+        if source_test.classes != source_train.classes:
+            raise OptionError(f"source_data: expected the same classes in all splits of {source}")
+
+        target_train = read(target_tree, "train")
+        target_test = read(target_tree, _first_of(target_tree, "test", "validation"))
+        if {"validation", "test"} <= set(target_tree.splits):
+            target_validation = read(target_tree, "validation")
+            validation_note = ""
+        else:
+            target_train, target_validation = target_train.split(_HELD_OUT_SHARE, _HELD_OUT_SEED)
+            validation_note = ", held out from its training images"
+        if not target_train.classes == target_validation.classes == target_test.classes:
+            raise OptionError(f"target_data: expected the same classes in all splits of {target}")
+
+        if source_test is source_train:
+            measured = "the same images: it has not been measured on new ones"
+        else:
+            measured = f"{counted(len(source_test), 'image')} of its split {test_split}"
+        notes = [
+            f"Source {source.name}: {counted(len(source_train.classes), 'class', 'classes')}, "
+            f"curvature from {counted(len(source_train), 'image')}, accuracy on {measured}. "
+            f"Target {target.name}: {counted(len(target_train.classes), 'class', 'classes')}, "
+            f"{counted(len(target_train), 'training image')}, {len(target_validation):,} for "
+            f"validation{validation_note}, {len(target_test):,} for the test. All at "
+            f"{image_size} x {image_size} pixels."
+        ]
+        return cls(source_train, source_test, target_train, target_validation, target_test), notes
 
     @cached_property
     def source_digest(self) -> str:
@@ -211,7 +273,7 @@ class Transfer:
                     )
                     self._exchange_head(model, source_head)
                     (source,) = learner.evaluate([self._in_order(data.source_test)])
-            except (NonFiniteError, NumericalError) as error:
+            except DIVERGENCE as error:
                 diverged = str(error)
                 validation = target = 1 / len(data.target_train.classes)
                 source = 1 / len(data.source_train.classes)
@@ -245,24 +307,14 @@ class Transfer:
         return self._source_before
 
     def _learner(self, config: TargetConfig, model: nn.Module) -> ek.ContinualLearner:
-        """Return a learner that has consolidated the source."""
-        learner = ek.ContinualLearner(
-            model,
-            loss="cross_entropy",
-            scale=config.scale,
-            damping=config.damping,
-            momentum=config.momentum,
-            freeze_bn_after=config.freeze_bn_after,
-            progress=self._progress,
-            **CURVATURES[config.curvature],
-        )
-        curvature = self._curvature(config.at_source)
-        learner.curvatures = [] if curvature is None else [curvature]
-        example, _ = next(iter(self._in_order(self._data.source_train)))
-        layers = backbone_layers(model, self._head)
-        # Two images show the data flow as well as a whole mini-batch does.
-        learner.anchor = ek.merged_weights(model, layers=layers, example=example[:2])
-        learner.task = 1
+        """Return a learner that holds on to the source, or to nothing for fine-tuning."""
+        learner = config.learner(model, progress=self._progress)
+        if not config.is_fine_tuning:
+            example, _ = next(iter(self._in_order(self._data.source_train)))
+            layers = backbone_layers(model, self._head)
+            # Two images show the data flow as well as a whole mini-batch does.
+            anchor = ek.merged_weights(model, layers=layers, example=example[:2])
+            learner.adopt(self._curvature(config.at_source), anchor)
         return learner
 
     def _curvature(self, config: SourceConfig) -> ek.Curvature | None:
@@ -320,6 +372,18 @@ class Transfer:
         before = model.get_submodule(self._head)
         model.set_submodule(self._head, head)
         return before
+
+
+def _first_of(tree: ImageTree, *splits: str) -> str | None:
+    """Return the first of the splits that there is, None where there are no splits at all."""
+    if not tree.splits:
+        return None
+    found = next((split for split in splits if split in tree.splits), None)
+    if found is None:
+        raise OptionError(
+            f"{tree.path}: expected a split {' or '.join(splits)}, got {', '.join(tree.splits)}"
+        )
+    return found
 
 
 def _new_head(model: nn.Module, name: str, images: ImageSet) -> nn.Linear:
