@@ -17,6 +17,7 @@ __all__ = [
     "cuda_info",
     "cuda_kernels",
     "eigh",
+    "error_classes",
     "kronecker_compress",
     "kronecker_dense",
     "kronecker_diagonal",
@@ -42,6 +43,9 @@ Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int, 
 Term: TypeAlias = tuple[Tensor, Tensor]
 
 def build_info() -> dict[str, str]: ...
+def error_classes() -> list[str]:
+    """Return the class of each kind of error of the core: of `ekfac_rs.errors`, or Python's own."""
+
 def set_num_threads(threads: int) -> None: ...
 def num_threads() -> int: ...
 def cuda_info() -> dict[str, Any]:

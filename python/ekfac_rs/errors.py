@@ -14,6 +14,7 @@ __all__ = [
     "EmptyLoaderError",
     "FileFormatError",
     "IncompatibleError",
+    "InternalError",
     "LabelError",
     "ModelChangedError",
     "NonFiniteError",
@@ -59,6 +60,10 @@ class NonFiniteError(EkfacError, ValueError):
 
 class NumericalError(EkfacError, ArithmeticError):
     """A decomposition or an iteration failed on finite input."""
+
+
+class InternalError(EkfacError, RuntimeError):
+    """A fault of ekfac_rs itself, never of the data: please report it."""
 
 
 class CudaError(EkfacError, RuntimeError):

@@ -5,8 +5,9 @@ use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ekfac_core::Cancel;
-use ekfac_core::gram::{GramOptions, Precision, accumulate};
+use ekfac_core::gram::{GramOptions, accumulate};
 use ekfac_core::strata::{Approximation, Role};
+use ekfac_core::units::Precision;
 use ekfac_core::view::{TensorView, TensorViewMut};
 use ndarray::{Array2, Array3};
 

@@ -1,29 +1,23 @@
 //! What a device must be able to do.
 //!
-//! Matrix views are pointer, shape and strides; on a backend other than the CPU the pointer is the
-//! device's and nothing outside the backend may follow it. Operations on a GPU are queued on a
-//! stream, and need not be done when they return.
+//! Matrices come as where they are ([`Matrix`]): only the backend of their place can read them.
+//! Operations on a GPU are queued on a stream, and need not be done when they return.
 
 use std::ops::Deref;
 
-use faer::{MatMut, MatRef};
-
 use crate::cancel::Cancel;
+use crate::element::Real;
 use crate::error::{Error, Result};
-use crate::gram::{GramTask, Units};
-use crate::kronecker::Group;
-use crate::view::{Device, Place, Real, TensorView, TensorViewMut};
+use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
+use crate::place::{Device, Place};
+use crate::spectrum::Spectrum;
+use crate::terms::{Group, Term};
+use crate::units::{GramTask, Units};
+use crate::view::{TensorView, TensorViewMut};
 
 pub mod cpu;
 pub mod cuda;
-
-/// A matrix that a backend allocated.
-pub trait Storage<T: Real> {
-    /// Borrows the matrix.
-    fn view(&self) -> MatRef<'_, T>;
-    /// Borrows the matrix to write to it.
-    fn view_mut(&mut self) -> MatMut<'_, T>;
-}
+pub(crate) mod dispatch;
 
 /// Which operand of a triangular solve is meant: `L` or its transpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,24 +26,6 @@ pub enum Triangle {
     Lower,
     /// The transpose of the lower triangle.
     LowerTransposed,
-}
-
-/// Entry (i, j) is `constant + sum_k left_k[i] * right_k[j]`: the spectrum of a sum of Kronecker
-/// products in a basis that diagonalises all of them.
-#[derive(Debug, Clone, Default)]
-pub struct Spectrum {
-    /// Added to every entry.
-    pub constant: f64,
-    /// Pairs of (row values, column values).
-    pub pairs: Vec<(Vec<f64>, Vec<f64>)>,
-}
-
-impl Spectrum {
-    /// The entry in row `i` and column `j`.
-    pub fn at(&self, i: usize, j: usize) -> f64 {
-        let products = self.pairs.iter().map(|(left, right)| left[i] * right[j]);
-        self.constant + products.sum::<f64>()
-    }
 }
 
 /// The operations every device offers; the mathematics above them is written once.
@@ -86,27 +62,27 @@ pub trait Backend: Sized + Sync {
     }
 
     /// The matrices of a tensor on this device.
-    fn matrices<'a, T: Real>(&self, x: &TensorView<'a>) -> Result<Vec<MatRef<'a, T>>> {
-        x.layout().expect_device(self.device())?;
-        x.matrices()
+    fn matrices<'a, T: Real>(&self, x: &TensorView<'a>) -> Result<Vec<Matrix<'a, T>>> {
+        x.place().device.expect(self.device())?;
+        Matrix::stack_of(x)
     }
 
     /// The matrices of a tensor on this device, to be written to.
     fn matrices_mut<'a, T: Real>(
         &self,
         x: &'a mut TensorViewMut<'_>,
-    ) -> Result<Vec<MatMut<'a, T>>> {
-        x.layout().expect_device(self.device())?;
-        x.matrices()
+    ) -> Result<Vec<MatrixMut<'a, T>>> {
+        x.place().device.expect(self.device())?;
+        MatrixMut::stack_of(x)
     }
 
     /// A tensor of two dimensions as a matrix.
-    fn matrix<'a, T: Real>(&self, x: &TensorView<'a>) -> Result<MatRef<'a, T>> {
+    fn matrix<'a, T: Real>(&self, x: &TensorView<'a>) -> Result<Matrix<'a, T>> {
         expect_single(self.matrices(x)?, x.shape())
     }
 
     /// A tensor of two dimensions as a matrix, to be written to.
-    fn matrix_mut<'a, T: Real>(&self, x: &'a mut TensorViewMut<'_>) -> Result<MatMut<'a, T>> {
+    fn matrix_mut<'a, T: Real>(&self, x: &'a mut TensorViewMut<'_>) -> Result<MatrixMut<'a, T>> {
         let shape = x.shape().to_vec();
         expect_single(self.matrices_mut(x)?, &shape)
     }
@@ -115,10 +91,10 @@ pub trait Backend: Sized + Sync {
     fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<Self::Matrix<T>>;
 
     /// Copies a matrix from host memory.
-    fn upload<T: Real>(&self, host: MatRef<'_, T>) -> Result<Self::Matrix<T>>;
+    fn upload<T: Real>(&self, host: &HostMatrix<T>) -> Result<Self::Matrix<T>>;
 
     /// Copies, rounding or widening where the types differ.
-    fn copy<S: Real, T: Real>(&self, from: MatRef<'_, S>, to: MatMut<'_, T>) -> Result<()>;
+    fn copy<S: Real, T: Real>(&self, from: Matrix<'_, S>, to: MatrixMut<'_, T>) -> Result<()>;
 
     /// For each stratum, adds its weighted sums of squares and products to the lower triangles of
     /// the matching outputs, one for each group of consecutive features; what is above them is
@@ -126,41 +102,41 @@ pub trait Backend: Sized + Sync {
     fn accumulate_gram<T: Real>(
         &self,
         units: &Units<'_>,
-        out: Vec<Vec<MatMut<'_, T>>>,
+        out: Vec<Vec<MatrixMut<'_, T>>>,
         task: &GramTask,
         cancel: &Cancel,
     ) -> Result<()>;
 
     /// Copies the lower triangle of each matrix to the upper one.
-    fn symmetrize<T: Real>(&self, x: Vec<MatMut<'_, T>>) -> Result<()>;
+    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>) -> Result<()>;
 
     /// For each of these matrices of one size, eigenvalues in ascending order and eigenvectors as
     /// columns; reads the lower triangles only.
     fn eigh<T: Real>(
         &self,
-        x: &[MatRef<'_, T>],
-        vectors: Vec<MatMut<'_, T>>,
+        x: &[Matrix<'_, T>],
+        vectors: Vec<MatrixMut<'_, T>>,
     ) -> Result<Vec<Vec<f64>>>;
 
     /// Replaces the lower triangle by its Cholesky factor and zeroes the strict upper one, or
     /// returns the index of the first pivot that is not positive.
-    fn cholesky<T: Real>(&self, x: MatMut<'_, T>) -> Result<Option<usize>>;
+    fn cholesky<T: Real>(&self, x: MatrixMut<'_, T>) -> Result<Option<usize>>;
 
     /// Overwrites `x` with the solution of a triangular system.
     fn solve_triangular<T: Real>(
         &self,
-        l: MatRef<'_, T>,
+        l: Matrix<'_, T>,
         triangle: Triangle,
-        x: MatMut<'_, T>,
+        x: MatrixMut<'_, T>,
     ) -> Result<()>;
 
     /// `out = keep * out + alpha * a * b`, where `keep` is 1 or 0.
     fn gemm<T: Real>(
         &self,
-        out: MatMut<'_, T>,
+        out: MatrixMut<'_, T>,
         keep: bool,
-        a: MatRef<'_, T>,
-        b: MatRef<'_, T>,
+        a: Matrix<'_, T>,
+        b: Matrix<'_, T>,
         alpha: f64,
     ) -> Result<()>;
 
@@ -168,9 +144,9 @@ pub trait Backend: Sized + Sync {
     /// (A, G).
     fn kronecker_product<T: Real>(
         &self,
-        terms: &[(MatRef<'_, T>, MatRef<'_, T>)],
-        v: &[MatRef<'_, T>],
-        out: Vec<MatMut<'_, T>>,
+        terms: &[Term<'_, T>],
+        v: &[Matrix<'_, T>],
+        out: Vec<MatrixMut<'_, T>>,
         damping: f64,
         cancel: &Cancel,
     ) -> Result<()>;
@@ -183,53 +159,49 @@ pub trait Backend: Sized + Sync {
     fn apply_packed<T: Real>(
         &self,
         packed: &Self::Packed<T>,
-        v: MatRef<'_, T>,
-        out: MatMut<'_, T>,
+        v: Matrix<'_, T>,
+        out: MatrixMut<'_, T>,
     ) -> Result<Option<f64>>;
 
     /// Floating-point operations of one product with a packed sum.
     fn packed_flops<T: Real>(packed: &Self::Packed<T>) -> usize;
 
     /// The sum of the elementwise product, accumulated in double precision.
-    fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<f64>;
+    fn dot<T: Real>(&self, a: Matrix<'_, T>, b: Matrix<'_, T>) -> Result<f64>;
 
     /// The inner product of each column of one matrix with that of the other.
-    fn column_dots<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<Vec<f64>>;
+    fn column_dots<T: Real>(&self, a: Matrix<'_, T>, b: Matrix<'_, T>) -> Result<Vec<f64>>;
 
     /// `y += alpha * x`.
-    fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()>;
+    fn add_scaled<T: Real>(&self, alpha: f64, x: Matrix<'_, T>, y: MatrixMut<'_, T>) -> Result<()>;
 
     /// Multiplies each element by the matching entry of the spectrum to the given power.
     fn scale_by_spectrum<T: Real>(
         &self,
-        x: MatMut<'_, T>,
+        x: MatrixMut<'_, T>,
         spectrum: &Spectrum,
         power: f64,
     ) -> Result<()>;
 
     /// The diagonal of each of these matrices of one size, on the host.
-    fn diagonals<T: Real>(&self, x: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>>;
+    fn diagonals<T: Real>(&self, x: &[Matrix<'_, T>]) -> Result<Vec<Vec<f64>>>;
 
     /// The diagonal, on the host.
-    fn diagonal<T: Real>(&self, x: MatRef<'_, T>) -> Result<Vec<f64>> {
+    fn diagonal<T: Real>(&self, x: Matrix<'_, T>) -> Result<Vec<f64>> {
         Ok(self.diagonals(&[x])?.into_iter().flatten().collect())
     }
 
     /// Writes the sum of the Kronecker products `G_k (x) A_k`.
-    fn dense_kronecker<T: Real>(
-        &self,
-        terms: &[(MatRef<'_, T>, MatRef<'_, T>)],
-        out: MatMut<'_, T>,
-    ) -> Result<()>;
+    fn dense_kronecker<T: Real>(&self, terms: &[Term<'_, T>], out: MatrixMut<'_, T>) -> Result<()>;
 
     /// Writes the entries of the spectrum.
-    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, out: MatMut<'_, T>) -> Result<()>;
+    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, out: MatrixMut<'_, T>) -> Result<()>;
 
     /// [`Error::NonFinite`] if any element of these matrices of one size is NaN or infinite, with
     /// the name of its matrix.
     fn check_finite<T: Real>(
         &self,
-        x: &[MatRef<'_, T>],
+        x: &[Matrix<'_, T>],
         name: &dyn Fn(usize) -> String,
     ) -> Result<()>;
 }
@@ -242,23 +214,3 @@ fn expect_single<M>(mut matrices: Vec<M>, shape: &[usize]) -> Result<M> {
         ))),
     }
 }
-
-/// Runs a body with the backend for tensors at this place.
-macro_rules! on_device {
-    ($place:expr, $backend:ident => $body:expr) => {{
-        let place: $crate::view::Place = $place;
-        match place.device {
-            $crate::view::Device::Cpu => {
-                let handle = <$crate::backend::cpu::Cpu as $crate::backend::Backend>::at(place)?;
-                let $backend = &*handle;
-                $body
-            }
-            $crate::view::Device::Cuda(_) => {
-                let handle = <$crate::backend::cuda::Cuda as $crate::backend::Backend>::at(place)?;
-                let $backend = &*handle;
-                $body
-            }
-        }
-    }};
-}
-pub(crate) use on_device;

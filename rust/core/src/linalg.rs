@@ -1,14 +1,15 @@
 //! Dense symmetric matrices on their own.
 
-use faer::Mat;
-
-use crate::backend::{Backend, Storage, on_device};
+use crate::backend::Backend;
+use crate::backend::dispatch::on_device;
+use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::view::{Real, TensorView, TensorViewMut, with_real};
+use crate::matrix::{HostMatrix, Storage};
+use crate::view::{TensorView, TensorViewMut};
 
 /// Copies the lower triangle of a square matrix, or of each one of a stack, to its upper one.
 pub fn symmetrize(x: &mut TensorViewMut<'_>) -> Result<()> {
-    expect_squares("x", x.shape())?;
+    x.layout().expect_squares("x")?;
     on_device!(x.place(), backend => {
         with_real!(x.dtype(), T => backend.symmetrize(backend.matrices_mut::<T>(x)?))
     })
@@ -22,7 +23,7 @@ pub fn eigh(
     values: &mut TensorViewMut<'_>,
     vectors: &mut TensorViewMut<'_>,
 ) -> Result<()> {
-    expect_squares("x", x.shape())?;
+    x.layout().expect_squares("x")?;
     let rows = &x.shape()[..x.shape().len() - 1];
     if values.shape() != rows || vectors.shape() != x.shape() {
         return Err(Error::Shape(format!(
@@ -49,19 +50,8 @@ fn write_eigh<B: Backend, T: Real>(
     let values = backend.matrix_mut::<T>(&mut values)?;
     backend.check_finite(&x, &|_| "x".to_owned())?;
     let found = backend.eigh(&x, vectors)?;
-    let found = Mat::from_fn(values.nrows(), values.ncols(), |row, column| {
+    let found = HostMatrix::from_fn(values.rows(), values.columns(), |row, column| {
         T::from_f64(found[row][column])
     });
-    backend.copy(backend.upload(found.as_ref())?.view(), values)
-}
-
-/// Number and size of non-empty square matrices: one (`[n, n]`), or a stack (`[groups, n, n]`).
-pub(crate) fn expect_squares(name: &str, shape: &[usize]) -> Result<(usize, usize)> {
-    match *shape {
-        [rows, columns] if rows == columns && rows > 0 => Ok((1, rows)),
-        [groups, rows, columns] if rows == columns && groups * rows > 0 => Ok((groups, rows)),
-        _ => Err(Error::Shape(format!(
-            "{name} must be a square matrix or a stack of them, got shape {shape:?}"
-        ))),
-    }
+    backend.copy(backend.upload(&found)?.view(), values)
 }

@@ -3,7 +3,8 @@
 //! # Safety contract
 //!
 //! Every view starts at [`TensorView::from_raw_parts`] or [`TensorViewMut::from_raw_parts`], and
-//! whoever calls them promises, for as long as the view lives:
+//! whoever calls them promises, for as long as the view lives (and a backend promises the same of
+//! what it lends of its own memory, at [`Memory::new`] and [`MemoryMut::new`]):
 //!
 //! - the memory that shape and strides (in elements) reach from `pointer` belongs to one
 //!   allocation on `device` and holds initialised elements of `dtype`;
@@ -14,193 +15,16 @@
 //!   memory later, or gives it back, does so in the order of that stream.
 //!
 //! What can be checked here is checked here: alignment, null pointers, sizes that overflow, and
-//! outputs in which two indices would share one element. Apart from the CUDA backend, this is the
-//! only module with `unsafe` code.
+//! outputs in which two indices would share one element. Apart from the backends, this is the only
+//! module with `unsafe` code.
 
-use std::fmt;
 use std::marker::PhantomData;
 
-use faer::{MatMut, MatRef};
-use half::{bf16, f16};
 use ndarray::{ArrayView, ArrayViewD, ArrayViewMut, Dimension, IxDyn, ShapeBuilder};
 
+use crate::element::{Dtype, Element};
 use crate::error::{Error, Result};
-
-/// Element types a tensor may have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Dtype {
-    /// 32-bit IEEE floating point.
-    Float32,
-    /// 64-bit IEEE floating point.
-    Float64,
-    /// 16-bit IEEE floating point.
-    Float16,
-    /// Truncated 32-bit floating point.
-    BFloat16,
-}
-
-impl Dtype {
-    /// The dtype torch calls by this name, without the `torch.` prefix.
-    pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "float32" => Ok(Self::Float32),
-            "float64" => Ok(Self::Float64),
-            "float16" => Ok(Self::Float16),
-            "bfloat16" => Ok(Self::BFloat16),
-            other => Err(Error::Dtype(format!(
-                "unsupported dtype: expected float32, float64, float16 or bfloat16, got {other}"
-            ))),
-        }
-    }
-
-    /// Bytes per element, which is the required alignment, too.
-    pub fn size(self) -> usize {
-        match self {
-            Self::Float16 | Self::BFloat16 => 2,
-            Self::Float32 => 4,
-            Self::Float64 => 8,
-        }
-    }
-}
-
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Float32 => "float32",
-            Self::Float64 => "float64",
-            Self::Float16 => "float16",
-            Self::BFloat16 => "bfloat16",
-        })
-    }
-}
-
-/// Where the memory of a tensor is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Device {
-    /// Host memory.
-    Cpu,
-    /// Memory of the CUDA device with this ordinal.
-    Cuda(usize),
-}
-
-impl Device {
-    /// Parses `cpu` or `cuda:<index>`.
-    pub fn from_name(name: &str) -> Result<Self> {
-        if name == "cpu" {
-            return Ok(Self::Cpu);
-        }
-        name.strip_prefix("cuda:")
-            .and_then(|index| index.parse().ok())
-            .map(Self::Cuda)
-            .ok_or_else(|| {
-                Error::Device(format!(
-                    "unsupported device: expected cpu or cuda:<index>, got {name}"
-                ))
-            })
-    }
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
-        }
-    }
-}
-
-/// A device, and the stream that orders work there (0 on the CPU).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Place {
-    /// The device.
-    pub device: Device,
-    /// The handle of a CUDA stream.
-    pub stream: usize,
-}
-
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for f32 {}
-    impl Sealed for f64 {}
-    impl Sealed for half::f16 {}
-    impl Sealed for half::bf16 {}
-}
-
-/// An element type that can be read.
-pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
-    /// The matching dtype.
-    const DTYPE: Dtype;
-    /// The value in double precision, exactly.
-    fn to_f64(self) -> f64;
-    /// The value in single precision, rounded for `f64`.
-    fn to_f32(self) -> f32;
-}
-
-/// An element type that is computed in: `f32` or `f64`.
-pub trait Real: Element + faer::traits::RealField + Copy + Default + fmt::Debug {
-    /// The spacing of numbers just above one.
-    const EPSILON: f64;
-    /// Rounds to this type.
-    fn from_f64(value: f64) -> Self;
-    /// Reads any element into this type.
-    fn from_element<S: Element>(value: S) -> Self;
-}
-
-macro_rules! element {
-    ($type:ty, $dtype:ident) => {
-        impl Element for $type {
-            const DTYPE: Dtype = Dtype::$dtype;
-            #[inline(always)]
-            fn to_f64(self) -> f64 {
-                f64::from(self)
-            }
-            #[inline(always)]
-            fn to_f32(self) -> f32 {
-                f32::from(self)
-            }
-        }
-    };
-}
-
-element!(f32, Float32);
-element!(f16, Float16);
-element!(bf16, BFloat16);
-
-impl Element for f64 {
-    const DTYPE: Dtype = Dtype::Float64;
-    #[inline(always)]
-    fn to_f64(self) -> f64 {
-        self
-    }
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        self as f32
-    }
-}
-
-impl Real for f32 {
-    const EPSILON: f64 = f32::EPSILON as f64;
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
-    #[inline(always)]
-    fn from_element<S: Element>(value: S) -> Self {
-        value.to_f32()
-    }
-}
-
-impl Real for f64 {
-    const EPSILON: f64 = f64::EPSILON;
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value
-    }
-    #[inline(always)]
-    fn from_element<S: Element>(value: S) -> Self {
-        value.to_f64()
-    }
-}
+use crate::place::{Device, Place};
 
 /// Everything about a tensor but its contents.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -301,7 +125,20 @@ impl Layout {
         Ok(())
     }
 
-    fn expect_dtype(&self, expected: Dtype) -> Result<()> {
+    /// Number and size of non-empty square matrices: one (`[n, n]`), or a stack (`[groups, n, n]`).
+    pub(crate) fn expect_squares(&self, name: &str) -> Result<(usize, usize)> {
+        match self.shape[..] {
+            [rows, columns] if rows == columns && rows > 0 => Ok((1, rows)),
+            [groups, rows, columns] if rows == columns && groups * rows > 0 => Ok((groups, rows)),
+            _ => Err(Error::Shape(format!(
+                "{name} must be a square matrix or a stack of them, got shape {:?}",
+                self.shape
+            ))),
+        }
+    }
+
+    /// Fails unless the elements are of this dtype.
+    pub(crate) fn expect_dtype(&self, expected: Dtype) -> Result<()> {
         if self.dtype == expected {
             Ok(())
         } else {
@@ -311,50 +148,6 @@ impl Layout {
             )))
         }
     }
-
-    /// Fails unless the tensor is on this device.
-    pub(crate) fn expect_device(&self, expected: Device) -> Result<()> {
-        if self.device == expected {
-            Ok(())
-        } else {
-            Err(Error::Device(format!(
-                "all tensors must be on one device: expected {expected}, got one on {}",
-                self.device
-            )))
-        }
-    }
-
-    /// The trailing two dimensions as a matrix, and where each matrix of the stack begins.
-    fn as_matrices(&self) -> Result<(MatrixLayout, Vec<usize>)> {
-        let ([counts @ .., rows, columns], [steps @ .., down, right]) =
-            (&self.shape[..], &self.strides[..])
-        else {
-            return Err(Error::Shape(format!(
-                "expected a matrix or a stack of matrices, got shape {:?}",
-                self.shape
-            )));
-        };
-        let mut starts = vec![0];
-        for (&count, &step) in counts.iter().zip(steps) {
-            let place = |&start: &usize| (0..count).map(move |index| start + index * step);
-            starts = starts.iter().flat_map(place).collect();
-        }
-        let matrix = MatrixLayout {
-            rows: *rows,
-            columns: *columns,
-            row_stride: *down as isize,
-            column_stride: *right as isize,
-        };
-        Ok((matrix, starts))
-    }
-}
-
-/// Extents and strides, in elements, of each matrix of a stack.
-struct MatrixLayout {
-    rows: usize,
-    columns: usize,
-    row_stride: isize,
-    column_stride: isize,
 }
 
 /// A borrowed tensor that is only read. Expanded (zero-stride) and sliced tensors are welcome.
@@ -473,7 +266,7 @@ impl<'a> TensorView<'a> {
 
     /// The tensor as an array in host memory.
     pub fn array<T: Element>(&self) -> Result<ArrayViewD<'a, T>> {
-        self.layout.expect_device(Device::Cpu)?;
+        self.layout.device.expect(Device::Cpu)?;
         self.layout.expect_dtype(T::DTYPE)?;
         let shape = IxDyn(&self.layout.shape).strides(IxDyn(&self.layout.strides));
         // SAFETY: device and dtype were checked just above, alignment and size at construction;
@@ -481,32 +274,7 @@ impl<'a> TensorView<'a> {
         Ok(unsafe { ArrayView::from_shape_ptr(shape, self.host_pointer::<T>()) })
     }
 
-    /// The matrices in the trailing two dimensions, in row-major order of the leading ones.
-    ///
-    /// They are for [`Backend::matrices`](crate::backend::Backend::matrices), which checks the
-    /// device: the memory of a tensor on a GPU is out of reach here.
-    pub(crate) fn matrices<T: Real>(&self) -> Result<Vec<MatRef<'a, T>>> {
-        self.layout.expect_dtype(T::DTYPE)?;
-        let (matrix, starts) = self.layout.as_matrices()?;
-        let origin = self.host_pointer::<T>();
-        let at = |start| {
-            // SAFETY: as in `array`, but for the device: nothing is read through the matrices
-            // except by the backend of the tensor's own device. The start of each matrix lies
-            // inside the tensor.
-            unsafe {
-                MatRef::from_raw_parts(
-                    origin.wrapping_add(start),
-                    matrix.rows,
-                    matrix.columns,
-                    matrix.row_stride,
-                    matrix.column_stride,
-                )
-            }
-        };
-        Ok(starts.into_iter().map(at).collect())
-    }
-
-    /// The address of the first element.
+    /// The address of the first element; it says nothing where there is none.
     pub(crate) fn address(&self) -> usize {
         self.pointer.expose_provenance()
     }
@@ -581,30 +349,9 @@ impl<'a> TensorViewMut<'a> {
         self.layout.place()
     }
 
-    /// As [`TensorView::matrices`], to be written to.
-    pub(crate) fn matrices<T: Real>(&mut self) -> Result<Vec<MatMut<'_, T>>> {
-        self.layout.expect_dtype(T::DTYPE)?;
-        let (matrix, starts) = self.layout.as_matrices()?;
-        let origin: *mut T = if self.pointer.is_null() {
-            std::ptr::NonNull::dangling().as_ptr()
-        } else {
-            self.pointer.cast()
-        };
-        let at = |start| {
-            // SAFETY: the dtype was checked just above, the rest at construction; on the device
-            // see `TensorView::matrices`. `check_distinct` makes the matrices disjoint, and
-            // `&mut self` exclusive.
-            unsafe {
-                MatMut::from_raw_parts_mut(
-                    origin.wrapping_add(start),
-                    matrix.rows,
-                    matrix.columns,
-                    matrix.row_stride,
-                    matrix.column_stride,
-                )
-            }
-        };
-        Ok(starts.into_iter().map(at).collect())
+    /// The address of the first element; it says nothing where there is none.
+    pub(crate) fn address(&self) -> usize {
+        self.pointer.expose_provenance()
     }
 
     /// A vector as a matrix of one row; other tensors as they are.
@@ -619,6 +366,74 @@ impl<'a> TensorViewMut<'a> {
             layout,
             memory: PhantomData,
         }
+    }
+}
+
+/// Elements that a backend allocated and lends, for as long as it says.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Memory<'a, T> {
+    address: usize,
+    elements: usize,
+    place: Place,
+    memory: PhantomData<&'a T>,
+}
+
+impl<T> Memory<'_, T> {
+    /// Lends memory to be read.
+    ///
+    /// # Safety
+    ///
+    /// The backend keeps the contract in this module's documentation, for this many elements from
+    /// `address` on, for the lifetime `'a`.
+    pub(crate) unsafe fn new(address: usize, elements: usize, place: Place) -> Self {
+        Self {
+            address,
+            elements,
+            place,
+            memory: PhantomData,
+        }
+    }
+
+    /// Where it begins.
+    pub(crate) fn address(&self) -> usize {
+        self.address
+    }
+
+    /// How many elements there are.
+    pub(crate) fn elements(&self) -> usize {
+        self.elements
+    }
+
+    /// Device and stream.
+    pub(crate) fn place(&self) -> Place {
+        self.place
+    }
+}
+
+/// As [`Memory`], to be written to.
+#[derive(Debug)]
+pub(crate) struct MemoryMut<'a, T> {
+    lent: Memory<'a, T>,
+    memory: PhantomData<&'a mut T>,
+}
+
+impl<'a, T> MemoryMut<'a, T> {
+    /// Lends memory to be written to.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Memory::new`], and nothing else touches the memory.
+    pub(crate) unsafe fn new(address: usize, elements: usize, place: Place) -> Self {
+        Self {
+            // SAFETY: the caller's promise.
+            lent: unsafe { Memory::new(address, elements, place) },
+            memory: PhantomData,
+        }
+    }
+
+    /// What is lent.
+    pub(crate) fn lent(&self) -> &Memory<'a, T> {
+        &self.lent
     }
 }
 
@@ -642,24 +457,3 @@ fn host_layout(dtype: Dtype, shape: &[usize], strides: &[isize]) -> Result<Layou
         stream: 0,
     })
 }
-
-/// Runs a body with `T` standing for the type of a dtype that is computed in; other dtypes are an
-/// error.
-macro_rules! with_real {
-    ($dtype:expr, $T:ident => $body:expr) => {
-        match $dtype {
-            $crate::view::Dtype::Float32 => {
-                type $T = f32;
-                $body
-            }
-            $crate::view::Dtype::Float64 => {
-                type $T = f64;
-                $body
-            }
-            other => Err($crate::error::Error::Dtype(format!(
-                "expected float32 or float64, got {other}"
-            ))),
-        }
-    };
-}
-pub(crate) use with_real;

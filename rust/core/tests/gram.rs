@@ -201,8 +201,8 @@ fn expanded_input_is_welcome_and_expanded_output_is_not() {
     let layout = ekfac_core::view::Layout {
         shape: vec![5, 5],
         strides: vec![0, 1],
-        dtype: ekfac_core::view::Dtype::Float64,
-        device: ekfac_core::view::Device::Cpu,
+        dtype: ekfac_core::element::Dtype::Float64,
+        device: ekfac_core::place::Device::Cpu,
         stream: 0,
     };
     let mut memory = vec![0.0f64; 5];

@@ -5,10 +5,10 @@ mod common;
 
 use common::strata::{approximation, expected, options};
 use common::{Noise, mirrored, norm, view, view_mut};
+use ekfac_core::element::Element;
 use ekfac_core::geometry::Geometry;
 use ekfac_core::gram::{GramOptions, accumulate, accumulate_patches};
 use ekfac_core::strata::{Approximation, Role};
-use ekfac_core::view::Element;
 use ekfac_core::{Cancel, Error, Result, linalg};
 use ndarray::{Array2, Array3, ArrayD, ArrayViewD, Axis, IxDyn, Slice, s};
 use proptest::prelude::*;

@@ -18,7 +18,7 @@ pub fn build_info() -> BTreeMap<&'static str, &'static str> {
     BTreeMap::from([
         ("version", env!("CARGO_PKG_VERSION")),
         ("profile", profile),
-        ("simd", cpu::simd()),
+        ("simd", cpu::instruction_set()),
     ])
 }
 

@@ -1,10 +1,10 @@
 //! The one way from Python into the core: GIL released, Ctrl-C heard, panics caught.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
+use ekfac_core::error::without_panic;
 use ekfac_core::{Cancel, Error, Result};
 use pyo3::prelude::*;
 
@@ -60,23 +60,6 @@ fn run_interruptibly<T: Send>(
         }
         let result = py.detach(|| worker.join());
         signal?;
-        Ok(result.unwrap_or_else(|_| Err(panicked(None))))
+        Ok(result.unwrap_or_else(|_| Err(Error::Internal("a thread was lost".to_owned()))))
     })
-}
-
-fn without_panic<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|payload| {
-        let message = payload
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or_else(|| payload.downcast_ref::<&str>().copied());
-        Err(panicked(message))
-    })
-}
-
-fn panicked(message: Option<&str>) -> Error {
-    Error::Numerical(format!(
-        "internal error, please report it: {}",
-        message.unwrap_or("unknown panic")
-    ))
 }

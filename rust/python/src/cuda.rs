@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ekfac_core::backend::cuda::{self, Allocator, Found};
-use ekfac_core::view::Dtype;
+use ekfac_core::element::Dtype;
 use ekfac_core::{Error, Result};
 use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError};
 use pyo3::prelude::*;

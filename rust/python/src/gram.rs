@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use ekfac_core::Result;
 use ekfac_core::geometry::Geometry;
-use ekfac_core::gram::{self, GramOptions, Precision};
+use ekfac_core::gram::{self, GramOptions};
 use ekfac_core::strata::{Approximation, Role, Stratum};
+use ekfac_core::units::Precision;
 use ekfac_core::view::TensorViewMut;
 use pyo3::prelude::*;
 

@@ -31,6 +31,8 @@ mod _core {
     #[pymodule_export]
     use crate::cuda::{compile_cuda_kernels, cuda_info, cuda_kernels, set_cuda_allocator};
     #[pymodule_export]
+    use crate::error::error_classes;
+    #[pymodule_export]
     use crate::gram::{accumulate_gram, accumulate_patch_gram, strata};
     #[pymodule_export]
     use crate::kronecker::{

@@ -1,6 +1,8 @@
 //! Tensor descriptors from Python as checked views.
 
-use ekfac_core::view::{Device, Dtype, Layout, TensorView, TensorViewMut};
+use ekfac_core::element::Dtype;
+use ekfac_core::place::Device;
+use ekfac_core::view::{Layout, TensorView, TensorViewMut};
 use ekfac_core::{Error, Result};
 use pyo3::prelude::*;
 

@@ -1,123 +1,70 @@
 //! The reference backend: faer for the blocks, threads of our own around them.
 
-use std::sync::{Arc, Mutex};
+use std::ops::Deref;
+use std::sync::Arc;
 
-use faer::linalg::matmul::matmul;
-use faer::linalg::{cholesky::llt, evd, triangular_solve};
-use faer::{Accum, Mat, MatMut, MatRef, Par};
+use faer::{Accum, MatRef};
 
-use self::operator::Packed;
+use self::packed::Packed;
 use self::patches::Patches;
-use self::pool::{Shelves, lock};
-use self::units::Dense;
-use super::{Backend, Spectrum, Storage, Triangle};
+use self::source::Dense;
+use self::team::Team;
+use super::{Backend, Triangle};
 use crate::cancel::Cancel;
+use crate::element::{Dtype, Real};
 use crate::error::{Error, Result};
-use crate::gram::{GramTask, Precision, Units};
-use crate::kronecker::Group;
-use crate::view::{Device, Dtype, Place, Real};
+use crate::matrix::{HostMatrix, Matrix, MatrixMut, non_finite};
+use crate::place::{Device, Place};
+use crate::spectrum::Spectrum;
+use crate::terms::{Group, Term};
+use crate::units::{GramTask, Precision, Units};
 
+mod blas;
+mod elements;
 mod gram;
-mod operator;
+mod host;
+mod packed;
 mod patches;
-mod pool;
 mod product;
 mod simd;
+mod solver;
+mod source;
 mod syrk;
-mod units;
+mod team;
 
-pub use self::pool::{num_threads, set_num_threads};
+pub use self::simd::instruction_set;
+pub use self::team::{num_threads, set_num_threads};
 
-/// Below this many flops a second thread costs more to wake than it saves.
-const PARALLEL_FLOPS: f64 = 8e6;
-
-/// Threads and scratch memory of this process.
+/// The host, with the threads of this process.
 pub struct Cpu {
-    threads: usize,
-    pool: Option<rayon::ThreadPool>,
-    scratch: Shelves,
+    team: Arc<Team>,
 }
 
 impl Cpu {
-    /// The backend of this process; made on the first call.
-    pub fn current() -> Arc<Self> {
-        pool::current()
-    }
-
-    fn with_threads(threads: usize) -> Self {
-        let pool = (threads > 1)
-            .then(|| {
-                rayon::ThreadPoolBuilder::new()
-                    .num_threads(threads)
-                    .thread_name(|index| format!("ekfac-{index}"))
-                    .build()
-                    .ok()
-            })
-            .flatten();
-        Self {
-            threads: if pool.is_some() { threads } else { 1 },
-            pool,
-            scratch: Shelves::default(),
-        }
-    }
-
-    /// Works through the tasks in order, each on whichever thread is free; the calling thread is
-    /// one of them.
-    fn run<I: Send>(&self, tasks: Vec<I>, work: impl Fn(I) + Sync) {
-        let workers = self.threads.min(tasks.len());
-        match &self.pool {
-            Some(pool) if workers > 1 => {
-                let queue = Mutex::new(tasks.into_iter());
-                let next = || lock(&queue).next();
-                let drain = || {
-                    while let Some(task) = next() {
-                        work(task);
-                    }
-                };
-                pool.in_place_scope(|scope| {
-                    for _ in 1..workers {
-                        scope.spawn(|_| drain());
-                    }
-                    drain();
-                });
-            }
-            _ => tasks.into_iter().for_each(work),
-        }
-    }
-
-    /// Into how many pieces work of this many flops is best cut.
-    fn pieces(&self, flops: f64) -> usize {
-        if flops < PARALLEL_FLOPS {
-            1
-        } else {
-            self.threads
-        }
-    }
-
-    /// Runs a routine of faer's that spreads over threads by itself.
-    fn within_pool<R: Send>(&self, work: impl FnOnce(Par) -> R + Send) -> R {
-        match &self.pool {
-            Some(pool) => pool.install(|| work(Par::rayon(self.threads))),
-            None => work(Par::Seq),
-        }
+    /// The backend of this process.
+    pub fn current() -> Current {
+        let team = Team::current();
+        Current(Self { team })
     }
 }
 
-impl<T: Real> Storage<T> for Mat<T> {
-    fn view(&self) -> MatRef<'_, T> {
-        self.as_ref()
-    }
-    fn view_mut(&mut self) -> MatMut<'_, T> {
-        self.as_mut()
+/// The backend, for as long as it is held.
+pub struct Current(Cpu);
+
+impl Deref for Current {
+    type Target = Cpu;
+
+    fn deref(&self) -> &Cpu {
+        &self.0
     }
 }
 
 impl Backend for Cpu {
-    type Matrix<T: Real> = Mat<T>;
+    type Matrix<T: Real> = HostMatrix<T>;
     type Packed<T: Real> = Packed<T>;
-    type Handle = Arc<Self>;
+    type Handle = Current;
 
-    fn at(_: Place) -> Result<Arc<Self>> {
+    fn at(_: Place) -> Result<Current> {
         Ok(Self::current())
     }
 
@@ -125,23 +72,23 @@ impl Backend for Cpu {
         Device::Cpu
     }
 
-    fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<Mat<T>> {
-        Ok(Mat::zeros(rows, columns))
+    fn zeros<T: Real>(&self, rows: usize, columns: usize) -> Result<HostMatrix<T>> {
+        Ok(HostMatrix::zeros(rows, columns))
     }
 
-    fn upload<T: Real>(&self, host: MatRef<'_, T>) -> Result<Mat<T>> {
-        Ok(host.to_owned())
+    fn upload<T: Real>(&self, host: &HostMatrix<T>) -> Result<HostMatrix<T>> {
+        Ok(host.clone())
     }
 
-    fn copy<S: Real, T: Real>(&self, from: MatRef<'_, S>, to: MatMut<'_, T>) -> Result<()> {
-        zip_elements(to, from, |to, from| *to = T::from_element(from));
+    fn copy<S: Real, T: Real>(&self, from: Matrix<'_, S>, to: MatrixMut<'_, T>) -> Result<()> {
+        elements::copy(host::read(from)?, host::write(to)?);
         Ok(())
     }
 
     fn accumulate_gram<T: Real>(
         &self,
         units: &Units<'_>,
-        out: Vec<Vec<MatMut<'_, T>>>,
+        out: Vec<Vec<MatrixMut<'_, T>>>,
         task: &GramTask,
         cancel: &Cancel,
     ) -> Result<()> {
@@ -151,16 +98,32 @@ impl Backend for Cpu {
                     .to_owned(),
             ));
         }
+        let out = out.into_iter().map(host::write_all);
+        let out = out.collect::<Result<_>>()?;
         macro_rules! accumulate {
             ($element:ty) => {
                 match units {
                     Units::Dense(x) => {
                         let source = Dense::<$element>::new(x)?;
-                        gram::accumulate(self, &source, out, &task.strata, task.append_one, cancel)
+                        gram::accumulate(
+                            &self.team,
+                            &source,
+                            out,
+                            &task.strata,
+                            task.append_one,
+                            cancel,
+                        )
                     }
                     Units::Patches(x, geometry) => {
                         let source = Patches::<$element>::new(x, geometry)?;
-                        gram::accumulate(self, &source, out, &task.strata, task.append_one, cancel)
+                        gram::accumulate(
+                            &self.team,
+                            &source,
+                            out,
+                            &task.strata,
+                            task.append_one,
+                            cancel,
+                        )
                     }
                 }
             };
@@ -173,379 +136,136 @@ impl Backend for Cpu {
         }
     }
 
-    fn symmetrize<T: Real>(&self, x: Vec<MatMut<'_, T>>) -> Result<()> {
-        x.into_iter().for_each(symmetrize);
+    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>) -> Result<()> {
+        let x = host::write_all(x)?.into_iter();
+        x.for_each(elements::symmetrize);
         Ok(())
     }
 
     fn eigh<T: Real>(
         &self,
-        x: &[MatRef<'_, T>],
-        vectors: Vec<MatMut<'_, T>>,
+        x: &[Matrix<'_, T>],
+        vectors: Vec<MatrixMut<'_, T>>,
     ) -> Result<Vec<Vec<f64>>> {
-        let pairs = x.iter().zip(vectors);
-        pairs.map(|(&x, vectors)| eigh(self, x, vectors)).collect()
+        let pairs = host::read_all(x)?
+            .into_iter()
+            .zip(host::write_all(vectors)?);
+        let decompose = |(x, vectors)| solver::eigh(&self.team, x, vectors);
+        pairs.map(decompose).collect()
     }
 
-    fn cholesky<T: Real>(&self, mut x: MatMut<'_, T>) -> Result<Option<usize>> {
-        let size = x.nrows();
-        let outcome = self.within_pool(|par| {
-            let request =
-                llt::factor::cholesky_in_place_scratch::<T>(size, par, Default::default());
-            let mut memory = faer::dyn_stack::MemBuffer::new(request);
-            llt::factor::cholesky_in_place(
-                x.as_mut(),
-                llt::factor::LltRegularization::default(),
-                par,
-                faer::dyn_stack::MemStack::new(&mut memory),
-                Default::default(),
-            )
-        });
-        for j in 1..size {
-            for i in 0..j {
-                x[(i, j)] = T::default();
-            }
-        }
-        match outcome {
-            Ok(_) => Ok(None),
-            Err(llt::factor::LltError::NonPositivePivot { index }) => Ok(Some(index)),
-        }
+    fn cholesky<T: Real>(&self, x: MatrixMut<'_, T>) -> Result<Option<usize>> {
+        solver::cholesky(&self.team, host::write(x)?)
     }
 
     fn solve_triangular<T: Real>(
         &self,
-        l: MatRef<'_, T>,
+        l: Matrix<'_, T>,
         triangle: Triangle,
-        x: MatMut<'_, T>,
+        x: MatrixMut<'_, T>,
     ) -> Result<()> {
-        self.within_pool(|par| match triangle {
-            Triangle::Lower => triangular_solve::solve_lower_triangular_in_place(l, x, par),
-            Triangle::LowerTransposed => {
-                triangular_solve::solve_upper_triangular_in_place(l.transpose(), x, par);
-            }
-        });
+        blas::solve_triangular(&self.team, host::read(l)?, triangle, host::write(x)?);
         Ok(())
     }
 
     fn gemm<T: Real>(
         &self,
-        out: MatMut<'_, T>,
+        out: MatrixMut<'_, T>,
         keep: bool,
-        a: MatRef<'_, T>,
-        b: MatRef<'_, T>,
+        a: Matrix<'_, T>,
+        b: Matrix<'_, T>,
         alpha: f64,
     ) -> Result<()> {
         let accumulate = if keep { Accum::Add } else { Accum::Replace };
-        gemm(self, out, accumulate, a, b, T::from_f64(alpha));
+        let (out, a, b) = (host::write(out)?, host::read(a)?, host::read(b)?);
+        blas::gemm(&self.team, out, accumulate, a, b, T::from_f64(alpha));
         Ok(())
     }
 
     fn kronecker_product<T: Real>(
         &self,
-        terms: &[(MatRef<'_, T>, MatRef<'_, T>)],
-        v: &[MatRef<'_, T>],
-        out: Vec<MatMut<'_, T>>,
+        terms: &[Term<'_, T>],
+        v: &[Matrix<'_, T>],
+        out: Vec<MatrixMut<'_, T>>,
         damping: f64,
         cancel: &Cancel,
     ) -> Result<()> {
-        product::kronecker_product(self, terms, v, out, damping, cancel)
+        let (terms, v) = (host::read_terms(terms)?, host::read_all(v)?);
+        let out = host::write_all(out)?;
+        product::kronecker_product(&self.team, &terms, &v, out, damping, cancel)
     }
 
     fn pack<T: Real>(&self, groups: &[Group<'_, T>]) -> Result<Packed<T>> {
-        Ok(Packed::new(self, groups))
+        Packed::new(&self.team, groups)
     }
 
     fn apply_packed<T: Real>(
         &self,
         packed: &Packed<T>,
-        v: MatRef<'_, T>,
-        out: MatMut<'_, T>,
+        v: Matrix<'_, T>,
+        out: MatrixMut<'_, T>,
     ) -> Result<Option<f64>> {
-        Ok(Some(packed.apply(self, v, out)))
+        Ok(Some(packed.apply(
+            &self.team,
+            host::read(v)?,
+            host::write(out)?,
+        )))
     }
 
     fn packed_flops<T: Real>(packed: &Packed<T>) -> usize {
         packed.flops()
     }
 
-    fn dot<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<f64> {
-        Ok(dot(a, b))
+    fn dot<T: Real>(&self, a: Matrix<'_, T>, b: Matrix<'_, T>) -> Result<f64> {
+        Ok(elements::dot(host::read(a)?, host::read(b)?))
     }
 
-    fn column_dots<T: Real>(&self, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Result<Vec<f64>> {
-        let column = |j| dot(a.subcols(j, 1), b.subcols(j, 1));
+    fn column_dots<T: Real>(&self, a: Matrix<'_, T>, b: Matrix<'_, T>) -> Result<Vec<f64>> {
+        let (a, b) = (host::read(a)?, host::read(b)?);
+        let column = |j| elements::dot(a.subcols(j, 1), b.subcols(j, 1));
         Ok((0..a.ncols()).map(column).collect())
     }
 
-    fn add_scaled<T: Real>(&self, alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) -> Result<()> {
-        let alpha = T::from_f64(alpha);
-        zip_elements(y, x, |y, x| *y += alpha * x);
+    fn add_scaled<T: Real>(&self, alpha: f64, x: Matrix<'_, T>, y: MatrixMut<'_, T>) -> Result<()> {
+        elements::add_scaled(alpha, host::read(x)?, host::write(y)?);
         Ok(())
     }
 
     fn scale_by_spectrum<T: Real>(
         &self,
-        mut x: MatMut<'_, T>,
+        x: MatrixMut<'_, T>,
         spectrum: &Spectrum,
         power: f64,
     ) -> Result<()> {
-        for j in 0..x.ncols() {
-            for i in 0..x.nrows() {
-                let entry = spectrum.at(i, j);
-                let factor = if power == -1.0 {
-                    entry.recip()
-                } else {
-                    entry.powf(power)
-                };
-                x[(i, j)] *= T::from_f64(factor);
-            }
-        }
+        elements::scale_by_spectrum(host::write(x)?, spectrum, power);
         Ok(())
     }
 
-    fn diagonals<T: Real>(&self, x: &[MatRef<'_, T>]) -> Result<Vec<Vec<f64>>> {
-        let diagonal = |x: &MatRef<'_, T>| (0..x.nrows()).map(|i| x[(i, i)].to_f64()).collect();
-        Ok(x.iter().map(diagonal).collect())
+    fn diagonals<T: Real>(&self, x: &[Matrix<'_, T>]) -> Result<Vec<Vec<f64>>> {
+        let diagonal = |x: MatRef<'_, T>| (0..x.nrows()).map(|i| x[(i, i)].to_f64()).collect();
+        Ok(host::read_all(x)?.into_iter().map(diagonal).collect())
     }
 
-    fn dense_kronecker<T: Real>(
-        &self,
-        terms: &[(MatRef<'_, T>, MatRef<'_, T>)],
-        mut out: MatMut<'_, T>,
-    ) -> Result<()> {
-        let Some((first_a, _)) = terms.first() else {
-            return Ok(());
-        };
-        let size = first_a.nrows();
-        for row in 0..out.nrows() {
-            for column in 0..out.ncols() {
-                let (d, e, k, l) = (row / size, column / size, row % size, column % size);
-                let entry: f64 = terms
-                    .iter()
-                    .map(|(a, g)| g[(d, e)].to_f64() * a[(k, l)].to_f64())
-                    .sum();
-                out[(row, column)] = T::from_f64(entry);
-            }
-        }
+    fn dense_kronecker<T: Real>(&self, terms: &[Term<'_, T>], out: MatrixMut<'_, T>) -> Result<()> {
+        product::dense_kronecker(&host::read_terms(terms)?, host::write(out)?);
         Ok(())
     }
 
-    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, mut out: MatMut<'_, T>) -> Result<()> {
-        for i in 0..out.nrows() {
-            for j in 0..out.ncols() {
-                out[(i, j)] = T::from_f64(spectrum.at(i, j));
-            }
-        }
+    fn write_spectrum<T: Real>(&self, spectrum: &Spectrum, out: MatrixMut<'_, T>) -> Result<()> {
+        elements::write_spectrum(spectrum, host::write(out)?);
         Ok(())
     }
 
     fn check_finite<T: Real>(
         &self,
-        x: &[MatRef<'_, T>],
+        x: &[Matrix<'_, T>],
         name: &dyn Fn(usize) -> String,
     ) -> Result<()> {
-        for (index, x) in x.iter().enumerate() {
-            for i in 0..x.nrows() {
-                for j in 0..x.ncols() {
-                    let value = x[(i, j)].to_f64();
-                    if !value.is_finite() {
-                        return Err(non_finite(&name(index), value, i, j));
-                    }
-                }
+        for (index, x) in host::read_all(x)?.into_iter().enumerate() {
+            if let Some((value, i, j)) = elements::first_non_finite(x) {
+                return Err(non_finite(&name(index), value, i, j));
             }
         }
         Ok(())
     }
-}
-
-/// The error for a matrix that contains NaN or infinity.
-pub(super) fn non_finite(name: &str, value: f64, i: usize, j: usize) -> Error {
-    Error::NonFinite(format!("{name} contains {value} at [{i}, {j}]"))
-}
-
-fn symmetrize<T: Real>(x: MatMut<'_, T>) {
-    const BLOCK: usize = 64;
-    let size = x.nrows();
-    let mut rest = x;
-    // Peel off one block of columns (lower part) and the matching block of rows (upper part).
-    let mut start = 0;
-    while start < size {
-        let width = BLOCK.min(size - start);
-        let (mut corner, mut upper, lower, below) = rest.split_at_mut(width, width);
-        for i in 0..width {
-            for j in 0..i {
-                corner[(j, i)] = corner[(i, j)];
-            }
-        }
-        let remaining = size - start - width;
-        for block in (0..remaining).step_by(BLOCK) {
-            for i in block..(block + BLOCK).min(remaining) {
-                for j in 0..width {
-                    upper[(j, i)] = lower[(i, j)];
-                }
-            }
-        }
-        rest = below;
-        start += width;
-    }
-}
-
-fn eigh<T: Real>(cpu: &Cpu, x: MatRef<'_, T>, vectors: MatMut<'_, T>) -> Result<Vec<f64>> {
-    let size = x.nrows();
-    let mut values = faer::Mat::<T>::zeros(size, 1);
-    let mut columns = Mat::<T>::zeros(size, size);
-    let flops = 10.0 * (size as f64).powi(3);
-    let mut decompose = |par: Par| {
-        let request = evd::self_adjoint_evd_scratch::<T>(
-            size,
-            evd::ComputeEigenvectors::Yes,
-            par,
-            Default::default(),
-        );
-        let mut memory = faer::dyn_stack::MemBuffer::new(request);
-        evd::self_adjoint_evd(
-            x,
-            values.as_mut().col_mut(0).as_diagonal_mut(),
-            Some(columns.as_mut()),
-            par,
-            faer::dyn_stack::MemStack::new(&mut memory),
-            Default::default(),
-        )
-    };
-    let outcome = if cpu.pieces(flops) > 1 {
-        cpu.within_pool(decompose)
-    } else {
-        decompose(Par::Seq)
-    };
-    outcome.map_err(|_| {
-        Error::Numerical(format!(
-            "the eigendecomposition of a {size} x {size} matrix did not converge"
-        ))
-    })?;
-    cpu.copy(columns.as_ref(), vectors)?;
-    Ok(values
-        .as_ref()
-        .col(0)
-        .iter()
-        .map(|value| value.to_f64())
-        .collect())
-}
-
-/// `out (+)= alpha a b`, cut along the longer side of `out`.
-fn gemm<T: Real>(
-    cpu: &Cpu,
-    out: MatMut<'_, T>,
-    accumulate: Accum,
-    a: MatRef<'_, T>,
-    b: MatRef<'_, T>,
-    alpha: T,
-) {
-    let flops = 2.0 * (out.nrows() * out.ncols()) as f64 * a.ncols() as f64;
-    if out.nrows() >= out.ncols() {
-        let blocks = split_rows(out, cpu.pieces(flops));
-        cpu.run(blocks, |(start, block)| {
-            let rows = a.subrows(start, block.nrows());
-            matmul(block, accumulate, rows, b, alpha, Par::Seq);
-        });
-    } else {
-        let blocks = split_columns(out, cpu.pieces(flops));
-        cpu.run(blocks, |(start, block)| {
-            let columns = b.subcols(start, block.ncols());
-            matmul(block, accumulate, a, columns, alpha, Par::Seq);
-        });
-    }
-}
-
-/// Consecutive blocks of rows of about equal height, with the index of their first row.
-fn split_rows<T>(matrix: MatMut<'_, T>, pieces: usize) -> Vec<(usize, MatMut<'_, T>)> {
-    let rows = matrix.nrows();
-    let pieces = pieces.clamp(1, rows.max(1));
-    let mut blocks = Vec::with_capacity(pieces);
-    let (mut rest, mut start) = (matrix, 0);
-    for piece in 1..=pieces {
-        let end = rows * piece / pieces;
-        let (block, below) = rest.split_at_row_mut(end - start);
-        blocks.push((start, block));
-        (rest, start) = (below, end);
-    }
-    blocks
-}
-
-/// Consecutive blocks of columns of about equal width, with the index of their first column.
-fn split_columns<T>(matrix: MatMut<'_, T>, pieces: usize) -> Vec<(usize, MatMut<'_, T>)> {
-    split_rows(matrix.transpose_mut(), pieces)
-        .into_iter()
-        .map(|(start, block)| (start, block.transpose_mut()))
-        .collect()
-}
-
-fn dot<T: Real>(a: MatRef<'_, T>, b: MatRef<'_, T>) -> f64 {
-    let (a, b) = row_major_if_possible(a, b);
-    (0..a.nrows())
-        .map(|i| {
-            let (left, right) = (a.row(i), b.row(i));
-            match (
-                left.try_as_row_major().map(|row| row.as_slice()),
-                right.try_as_row_major().map(|row| row.as_slice()),
-            ) {
-                (Some(left), Some(right)) => simd::run(simd::Dot(left, right)),
-                _ => (0..a.ncols())
-                    .map(|j| left[j].to_f64() * right[j].to_f64())
-                    .sum(),
-            }
-        })
-        .sum()
-}
-
-/// Transposes both views if that makes the rows of the first one contiguous.
-fn row_major_if_possible<'a, S, T>(
-    a: MatRef<'a, S>,
-    b: MatRef<'a, T>,
-) -> (MatRef<'a, S>, MatRef<'a, T>) {
-    if a.row_stride() == 1 && a.col_stride() != 1 {
-        (a.transpose(), b.transpose())
-    } else {
-        (a, b)
-    }
-}
-
-/// Applies `f` to every pair of elements, along rows of `to` where they are contiguous.
-fn zip_elements<S: Real, T: Real>(to: MatMut<'_, T>, from: MatRef<'_, S>, f: impl Fn(&mut T, S)) {
-    let (mut to, from) = if to.row_stride() == 1 && to.col_stride() != 1 {
-        (to.transpose_mut(), from.transpose())
-    } else {
-        (to, from)
-    };
-    for i in 0..to.nrows() {
-        let (mut target, source) = (to.as_mut().row_mut(i), from.row(i));
-        let contiguous = source.try_as_row_major().map(|row| row.as_slice());
-        let target_slice = target
-            .as_mut()
-            .try_as_row_major_mut()
-            .map(|row| row.as_slice_mut());
-        if let (Some(target), Some(source)) = (target_slice, contiguous) {
-            for (target, &source) in target.iter_mut().zip(source) {
-                f(target, source);
-            }
-            continue;
-        }
-        for j in 0..source.ncols() {
-            f(&mut target[j], source[j]);
-        }
-    }
-}
-
-/// The widest vector instructions this machine offers, among those faer selects at run time.
-pub fn simd() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if std::arch::is_x86_feature_detected!("avx512f") {
-            return "avx512";
-        }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
-        {
-            return "avx2";
-        }
-    }
-    "baseline"
 }

@@ -1,12 +1,15 @@
 //! The nearest sum of fewer Kronecker products.
 
-use faer::{Mat, MatMut};
-
-use super::{KroneckerSum, Pair};
-use crate::backend::cpu::Cpu;
-use crate::backend::{Backend, on_device};
+use super::decomposition::decompose;
+use super::sum::KroneckerSum;
+use crate::backend::Backend;
+use crate::backend::dispatch::{host, on_device};
+use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::view::{Real, TensorViewMut, with_real};
+use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
+use crate::spectrum::Spectrum;
+use crate::terms::Term;
+use crate::view::TensorViewMut;
 
 impl KroneckerSum<'_> {
     /// Writes the sum of `out.len()` Kronecker products nearest in Frobenius norm and returns the
@@ -38,7 +41,7 @@ impl KroneckerSum<'_> {
                 self.check_dtypes(&[(&name, factor.dtype())])?;
             }
         }
-        on_device!(self.place, backend => with_real!(self.dtype, T => {
+        on_device!(self.place(), backend => with_real!(self.dtype(), T => {
             let groups = self.finite_by_group::<_, T>(backend)?;
             let truncations = groups.iter().map(|group| truncate(backend, &group.terms));
             let truncations = truncations.collect::<Result<Vec<_>>>()?;
@@ -63,7 +66,7 @@ struct Truncation {
     right: Vec<Vec<f64>>,
 }
 
-fn truncate<B: Backend, T: Real>(backend: &B, pairs: &[Pair<'_, T>]) -> Result<Truncation> {
+fn truncate<B: Backend, T: Real>(backend: &B, pairs: &[Term<'_, T>]) -> Result<Truncation> {
     let count = pairs.len();
     // Terms of unit length each side, so that weak terms do not drown in the rounding of strong
     // ones; the lengths go back in at the end.
@@ -71,8 +74,8 @@ fn truncate<B: Backend, T: Real>(backend: &B, pairs: &[Pair<'_, T>]) -> Result<T
     let lengths = pairs.iter().map(|&(a, g)| Ok([length(a)?, length(g)?]));
     let lengths: Vec<[f64; 2]> = lengths.collect::<Result<_>>()?;
     let unit = |length: f64| if length > 0.0 { length.recip() } else { 0.0 };
-    let gram = |factors: &[faer::MatRef<'_, T>], which: usize| -> Result<Mat<f64>> {
-        let mut gram = Mat::zeros(count, count);
+    let gram = |factors: &[Matrix<'_, T>], which: usize| -> Result<HostMatrix<f64>> {
+        let mut gram = HostMatrix::zeros(count, count);
         for k in 0..count {
             for l in 0..count {
                 let scale = unit(lengths[k][which]) * unit(lengths[l][which]);
@@ -86,26 +89,32 @@ fn truncate<B: Backend, T: Real>(backend: &B, pairs: &[Pair<'_, T>]) -> Result<T
     let (factors_a, factors_g): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
     let gram_a = gram(&factors_a, 0)?;
     let gram_g = gram(&factors_g, 1)?;
-    let gram_g = Mat::from_fn(count, count, |k, l| {
+    let gram_g = HostMatrix::from_fn(count, count, |k, l| {
         weights[k] * gram_g[(k, l)] * weights[l]
     });
 
     // With gram_a = U diag(s) U^T, the columns of [vec A] U diag(s)^-1/2 are orthonormal.
-    let host = Cpu::current();
-    let (s, u) = super::decompose(&*host, gram_a.as_ref())?;
+    let host = host();
+    let (s, u) = decompose(&*host, gram_a.view())?;
     let floor = f64::EPSILON * count as f64 * s[count - 1].max(0.0);
     let kept: Vec<usize> = (0..count).filter(|&index| s[index] > floor).collect();
-    let root = Mat::from_fn(count, kept.len(), |k, j| {
+    let root = HostMatrix::from_fn(count, kept.len(), |k, j| {
         u[(k, kept[j])] * s[kept[j]].sqrt()
     });
-    let mut half = Mat::<f64>::zeros(count, kept.len());
-    let mut small = Mat::<f64>::zeros(kept.len(), kept.len());
-    host.gemm(half.as_mut(), false, gram_g.as_ref(), root.as_ref(), 1.0)?;
-    host.gemm(small.as_mut(), false, root.transpose(), half.as_ref(), 1.0)?;
+    let mut half = HostMatrix::<f64>::zeros(count, kept.len());
+    let mut small = HostMatrix::<f64>::zeros(kept.len(), kept.len());
+    host.gemm(half.view_mut(), false, gram_g.view(), root.view(), 1.0)?;
+    host.gemm(
+        small.view_mut(),
+        false,
+        root.view().transpose(),
+        half.view(),
+        1.0,
+    )?;
     let (squares, w) = if kept.is_empty() {
         (Vec::new(), small)
     } else {
-        super::decompose(&*host, small.as_ref())?
+        decompose(&*host, small.view())?
     };
 
     let mut truncation = Truncation {
@@ -134,13 +143,13 @@ impl Truncation {
     fn write<B: Backend, T: Real>(
         &self,
         backend: &B,
-        pairs: &[Pair<'_, T>],
+        pairs: &[Term<'_, T>],
         index: usize,
-        mut a: MatMut<'_, T>,
-        mut g: MatMut<'_, T>,
+        mut a: MatrixMut<'_, T>,
+        mut g: MatrixMut<'_, T>,
     ) -> Result<()> {
-        backend.write_spectrum(&Default::default(), a.as_mut())?;
-        backend.write_spectrum(&Default::default(), g.as_mut())?;
+        backend.write_spectrum(&Spectrum::default(), a.as_mut())?;
+        backend.write_spectrum(&Spectrum::default(), g.as_mut())?;
         let Some(&singular) = self.singular.get(index).filter(|&&singular| singular > 0.0) else {
             return Ok(());
         };

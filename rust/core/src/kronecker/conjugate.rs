@@ -1,11 +1,17 @@
 //! Conjugate gradients, for sums that have no closed-form inverse.
 
-use super::inverse::{DiagonalInBasis, Map, check_damping};
-use super::{KroneckerSum, decompose, widen};
-use crate::backend::{Backend, Spectrum, Storage, on_device};
+use super::basis::{DiagonalInBasis, Map, check_damping};
+use super::decomposition::{decompose, widen};
+use super::sum::{KroneckerSum, check_like_v, check_stack};
+use crate::backend::Backend;
+use crate::backend::dispatch::on_device;
 use crate::cancel::Cancel;
+use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::view::{Real, TensorView, TensorViewMut, with_real};
+use crate::matrix::Storage;
+use crate::spectrum::Spectrum;
+use crate::terms::Term;
+use crate::view::{TensorView, TensorViewMut};
 
 /// When to stop.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,10 +56,10 @@ impl KroneckerSum<'_> {
                 stopping.tolerance
             )));
         }
-        super::check_stack("v", v.shape(), self.outputs, self.inputs)?;
-        super::check_like_v(v.shape(), out.shape())?;
+        check_stack("v", v.shape(), self.outputs(), self.inputs())?;
+        check_like_v(v.shape(), out.shape())?;
         self.check_dtypes(&[("v", v.dtype()), ("out", out.dtype())])?;
-        on_device!(self.place, backend => with_real!(self.dtype, T => {
+        on_device!(self.place(), backend => with_real!(self.dtype(), T => {
             let (v, mut out) = (backend.matrices::<T>(v)?, backend.matrices_mut::<T>(out)?);
             backend.check_finite(&v, &|_| "v".to_owned())?;
             let mut worst = Convergence::default();
@@ -86,7 +92,7 @@ struct Solver<'b, B: Backend> {
 impl<'b, B: Backend> Solver<'b, B> {
     fn new<T: Real>(
         backend: &'b B,
-        pairs: &[super::Pair<'_, T>],
+        pairs: &[Term<'_, T>],
         damping: f64,
         cancel: &Cancel,
     ) -> Result<Self> {
@@ -110,7 +116,7 @@ impl<'b, B: Backend> Solver<'b, B> {
             .iter()
             .map(|(a, g)| (a.view(), g.view()))
             .collect();
-        let mut out = self.backend.zeros(v.view().nrows(), v.view().ncols())?;
+        let mut out = self.backend.zeros(v.view().rows(), v.view().columns())?;
         let target = vec![out.view_mut()];
         self.backend
             .kronecker_product(&terms, &[v.view()], target, self.damping, cancel)?;
@@ -125,7 +131,7 @@ impl<'b, B: Backend> Solver<'b, B> {
     ) -> Result<(B::Matrix<f64>, Convergence)> {
         let backend = self.backend;
         let dot = |a: &B::Matrix<f64>, b: &B::Matrix<f64>| backend.dot(a.view(), b.view());
-        let mut x = backend.zeros::<f64>(v.view().nrows(), v.view().ncols())?;
+        let mut x = backend.zeros::<f64>(v.view().rows(), v.view().columns())?;
         let norm = dot(&v, &v)?.sqrt();
         if norm == 0.0 {
             return Ok((x, Convergence::default()));
@@ -205,7 +211,7 @@ fn common_basis<B: Backend>(
     backend: &B,
     factors: &[&B::Matrix<f64>],
 ) -> Result<CommonBasis<B::Matrix<f64>>> {
-    let size = factors[0].view().nrows();
+    let size = factors[0].view().rows();
     let mut sum = backend.zeros::<f64>(size, size)?;
     for factor in factors {
         let trace: f64 = backend.diagonal(factor.view())?.iter().sum();

@@ -1,12 +1,19 @@
 //! Exact inverses: of one damped term, and of a sum of two terms.
 
-use faer::{MatMut, MatRef};
-
-use super::{Group, KroneckerSum, decompose, decompose_all, views, widen};
-use crate::backend::{Backend, Spectrum, Storage, Triangle, on_device};
+use super::basis::{DiagonalInBasis, Map, check_damping};
+use super::decomposition::{decompose, decompose_all, views, widen};
+use super::kept::{Keep, Kept};
+use super::sum::{KroneckerSum, check_like_v, check_stack};
+use crate::backend::dispatch::on_device;
+use crate::backend::{Backend, Triangle};
 use crate::cancel::Cancel;
+use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::view::{Place, Real, TensorView, TensorViewMut, with_real};
+use crate::matrix::{Matrix, MatrixMut, Storage};
+use crate::place::Place;
+use crate::spectrum::Spectrum;
+use crate::terms::Group;
+use crate::view::{TensorView, TensorViewMut};
 
 /// The inverse of `G (x) A + damping * I`, or of `G_1 (x) A_1 + G_2 (x) A_2`, ready to be applied.
 ///
@@ -19,7 +26,7 @@ pub struct KroneckerInverse {
     size: (usize, usize),
     flops: f64,
     logdet: f64,
-    inverse: Box<dyn Apply>,
+    inverse: Kept<Map, ()>,
 }
 
 impl KroneckerInverse {
@@ -44,9 +51,9 @@ impl KroneckerInverse {
                  conjugate gradients, or damp the factors themselves"
             )));
         }
-        on_device!(sum.place, backend => with_real!(sum.dtype, T => {
+        on_device!(sum.place(), backend => with_real!(sum.dtype(), T => {
             let groups = sum.finite_by_group::<_, T>(backend)?;
-            Self::diagonalise(backend, &groups, damping, sum.place, cancel)
+            Self::diagonalise(backend, &groups, damping, sum.place(), cancel)
         }))
     }
 
@@ -69,14 +76,13 @@ impl KroneckerInverse {
         groups
             .iter()
             .try_for_each(DiagonalInBasis::expect_positive)?;
-        backend.settle()?;
         let (outputs, inputs) = groups[0].size();
         let flops = 4 * groups.len() * outputs * inputs * (outputs + inputs);
         Ok(Self {
             size: (groups.len() * outputs, inputs),
             flops: flops as f64,
             logdet: groups.iter().map(DiagonalInBasis::logdet).sum(),
-            inverse: Box::new(Inverse { groups, home }),
+            inverse: Kept::new(Inverse { groups }, backend, home)?,
         })
     }
 
@@ -118,8 +124,8 @@ impl KroneckerInverse {
         cancel: &Cancel,
     ) -> Result<()> {
         let (outputs, inputs) = self.size;
-        super::check_stack("v", v.shape(), outputs, inputs)?;
-        super::check_like_v(v.shape(), out.shape())?;
+        check_stack("v", v.shape(), outputs, inputs)?;
+        check_like_v(v.shape(), out.shape())?;
         if out.dtype() != v.dtype() {
             return Err(Error::Dtype(format!(
                 "out must be {} like v, got {}",
@@ -131,43 +137,29 @@ impl KroneckerInverse {
     }
 }
 
-/// An inverse of any backend.
-trait Apply: Send + Sync {
-    fn apply(
-        &self,
-        v: &TensorView<'_>,
-        out: &mut TensorViewMut<'_>,
-        map: Map,
-        cancel: &Cancel,
-    ) -> Result<()>;
-}
-
+/// The inverse of each group.
 struct Inverse<B: Backend> {
     groups: Vec<DiagonalInBasis<B>>,
-    home: Place,
 }
 
-impl<B: Backend> Apply for Inverse<B> {
+impl<B: Backend + 'static> Keep for Inverse<B> {
+    type On = B;
+    type Task = Map;
+    type Answer = ();
+
     fn apply(
         &self,
+        backend: &B,
         v: &TensorView<'_>,
         out: &mut TensorViewMut<'_>,
         map: Map,
         cancel: &Cancel,
     ) -> Result<()> {
-        v.layout().expect_device(self.home.device)?;
-        let handle = B::at(v.place())?;
-        let backend = &*handle;
         with_real!(v.dtype(), T => {
             let (v, out) = (backend.matrices::<T>(v)?, backend.matrices_mut::<T>(out)?);
             backend.check_finite(&v, &|_| "v".to_owned())?;
-            let applied = v
-                .into_iter()
-                .zip(out)
-                .try_for_each(|(v, out)| self.apply_once(backend, v, out, map, cancel));
-            // Also what a failed call queued may still be at work.
-            backend.hold_for(self.home)?;
-            applied
+            let mut pairs = v.into_iter().zip(out);
+            pairs.try_for_each(|(v, out)| self.apply_once(backend, v, out, map, cancel))
         })
     }
 }
@@ -176,113 +168,20 @@ impl<B: Backend> Inverse<B> {
     fn apply_once<T: Real>(
         &self,
         backend: &B,
-        v: MatRef<'_, T>,
-        mut out: MatMut<'_, T>,
+        v: Matrix<'_, T>,
+        mut out: MatrixMut<'_, T>,
         map: Map,
         cancel: &Cancel,
     ) -> Result<()> {
-        let height = v.nrows() / self.groups.len();
+        let height = v.rows() / self.groups.len();
         for (index, group) in self.groups.iter().enumerate() {
             cancel.check()?;
             let start = index * height;
             let wide = widen(backend, v.subrows(start, height))?;
             let result = group.apply(backend, &wide, map)?;
-            backend.copy(result.view(), out.as_mut().subrows_mut(start, height))?;
+            backend.copy(result.view(), out.as_mut().subrows(start, height))?;
         }
         Ok(())
-    }
-}
-
-/// Which function of an operator is applied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Map {
-    /// `H^-1`.
-    Inverse,
-    /// A root R of the inverse, `R R^T = H^-1`.
-    InverseRoot,
-}
-
-/// An operator H with `P^T H P` diagonal, where `P = P_G (x) P_A`.
-pub(super) struct DiagonalInBasis<B: Backend> {
-    basis_a: B::Matrix<f64>,
-    basis_g: B::Matrix<f64>,
-    spectrum: Spectrum,
-    /// `log |det P_A|` and `log |det P_G|`.
-    log_volumes: [f64; 2],
-}
-
-impl<B: Backend> DiagonalInBasis<B> {
-    /// An operator that is diagonal, or is to be treated as if it were, in an orthonormal basis.
-    pub(super) fn orthonormal(
-        basis_a: B::Matrix<f64>,
-        basis_g: B::Matrix<f64>,
-        spectrum: Spectrum,
-    ) -> Self {
-        Self {
-            basis_a,
-            basis_g,
-            spectrum,
-            log_volumes: [0.0; 2],
-        }
-    }
-
-    /// (D, K).
-    fn size(&self) -> (usize, usize) {
-        (self.basis_g.view().nrows(), self.basis_a.view().nrows())
-    }
-
-    fn entries(&self) -> impl Iterator<Item = f64> {
-        let (outputs, inputs) = self.size();
-        (0..outputs).flat_map(move |i| (0..inputs).map(move |j| self.spectrum.at(i, j)))
-    }
-
-    /// Fails unless every entry of the spectrum is positive beyond rounding.
-    pub(super) fn expect_positive(&self) -> Result<()> {
-        let (smallest, largest) = self
-            .entries()
-            .fold((f64::INFINITY, 0.0f64), |(smallest, largest), entry| {
-                (smallest.min(entry), largest.max(entry.abs()))
-            });
-        let (outputs, inputs) = self.size();
-        if smallest > f64::EPSILON * outputs.max(inputs) as f64 * largest {
-            Ok(())
-        } else {
-            Err(Error::Numerical(format!(
-                "the sum is singular or indefinite (eigenvalues in the diagonalising basis from \
-                 {smallest:.3e} to {largest:.3e}): add damping"
-            )))
-        }
-    }
-
-    /// A new matrix, the function of the operator applied to V.
-    pub(super) fn apply(
-        &self,
-        backend: &B,
-        v: &B::Matrix<f64>,
-        map: Map,
-    ) -> Result<B::Matrix<f64>> {
-        let (outputs, inputs) = self.size();
-        let mut half = backend.zeros::<f64>(outputs, inputs)?;
-        let mut full = backend.zeros::<f64>(outputs, inputs)?;
-        let (a, g) = (self.basis_a.view(), self.basis_g.view());
-        if map == Map::Inverse {
-            backend.gemm(half.view_mut(), false, g.transpose(), v.view(), 1.0)?;
-            backend.gemm(full.view_mut(), false, half.view(), a, 1.0)?;
-            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -1.0)?;
-        } else {
-            backend.copy(v.view(), full.view_mut())?;
-            backend.scale_by_spectrum(full.view_mut(), &self.spectrum, -0.5)?;
-        }
-        backend.gemm(half.view_mut(), false, g, full.view(), 1.0)?;
-        backend.gemm(full.view_mut(), false, half.view(), a.transpose(), 1.0)?;
-        Ok(full)
-    }
-
-    fn logdet(&self) -> f64 {
-        let (outputs, inputs) = self.size();
-        let [volume_a, volume_g] = self.log_volumes;
-        let volumes = outputs as f64 * volume_a + inputs as f64 * volume_g;
-        self.entries().map(f64::ln).sum::<f64>() - 2.0 * volumes
     }
 }
 
@@ -365,10 +264,10 @@ struct Together<M> {
 fn diagonalise_together<B: Backend, T: Real>(
     backend: &B,
     name: &str,
-    x1: MatRef<'_, T>,
-    x2: MatRef<'_, T>,
+    x1: Matrix<'_, T>,
+    x2: Matrix<'_, T>,
 ) -> Result<Together<B::Matrix<f64>>> {
-    let size = x1.nrows();
+    let size = x1.rows();
     let (x1, x2) = (widen(backend, x1)?, widen(backend, x2)?);
     let mean = |x: &B::Matrix<f64>| -> Result<f64> {
         let mean = backend.diagonal(x.view())?.iter().sum::<f64>() / size as f64;
@@ -407,15 +306,5 @@ fn diagonalise_together<B: Backend, T: Real>(
 /// Replaces symmetric X by `L^-1 X L^-T`.
 fn congruence<B: Backend>(backend: &B, l: &B::Matrix<f64>, x: &mut B::Matrix<f64>) -> Result<()> {
     backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut())?;
-    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut().transpose_mut())
-}
-
-pub(super) fn check_damping(damping: f64) -> Result<()> {
-    if damping.is_finite() && damping >= 0.0 {
-        Ok(())
-    } else {
-        Err(Error::Option(format!(
-            "damping must be finite and not negative, got {damping}"
-        )))
-    }
+    backend.solve_triangular(l.view(), Triangle::Lower, x.view_mut().transpose())
 }

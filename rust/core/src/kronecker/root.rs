@@ -1,12 +1,16 @@
 //! A square root of a sum of Kronecker products, to draw samples with it as covariance.
 
-use faer::{MatMut, MatRef};
-
-use super::KroneckerSum;
-use crate::backend::{Backend, Spectrum, Storage, on_device};
+use super::decomposition::{decompose, widen};
+use super::kept::{Keep, Kept};
+use super::sum::KroneckerSum;
+use crate::backend::Backend;
+use crate::backend::dispatch::on_device;
 use crate::cancel::Cancel;
+use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::view::{Place, Real, TensorView, TensorViewMut, with_real};
+use crate::matrix::{Matrix, MatrixMut, Storage};
+use crate::spectrum::Spectrum;
+use crate::view::{TensorView, TensorViewMut};
 
 /// Symmetric roots of all factors: one independent draw of noise per term goes through them, and
 /// the sum over terms has covariance `sum_k G_k (x) A_k`.
@@ -14,7 +18,7 @@ pub struct KroneckerRoot {
     terms: usize,
     inputs: usize,
     outputs: usize,
-    roots: Box<dyn Apply>,
+    roots: Kept<(), ()>,
 }
 
 impl KroneckerRoot {
@@ -24,13 +28,13 @@ impl KroneckerRoot {
     ///
     /// [`Error::Numerical`] if a factor has an eigenvalue negative beyond rounding.
     pub fn new(sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Self> {
-        let roots = on_device!(sum.place, backend => with_real!(sum.dtype, T => {
+        let roots = on_device!(sum.place(), backend => with_real!(sum.dtype(), T => {
             Roots::<_, T>::take(backend, sum, cancel)
         }))?;
         Ok(Self {
             terms: sum.len(),
-            inputs: sum.inputs,
-            outputs: sum.outputs,
+            inputs: sum.inputs(),
+            outputs: sum.outputs(),
             roots,
         })
     }
@@ -66,18 +70,8 @@ impl KroneckerRoot {
                 out.shape()
             )));
         }
-        self.roots.apply(noise, out, cancel)
+        self.roots.apply(noise, out, (), cancel)
     }
-}
-
-/// Roots of any backend and type.
-trait Apply: Send + Sync {
-    fn apply(
-        &self,
-        noise: &TensorView<'_>,
-        out: &mut TensorViewMut<'_>,
-        cancel: &Cancel,
-    ) -> Result<()>;
 }
 
 /// Roots of a term (A, G).
@@ -86,12 +80,11 @@ type Root<B, T> = (<B as Backend>::Matrix<T>, <B as Backend>::Matrix<T>);
 /// Roots of the terms of each group.
 struct Roots<B: Backend, T: Real> {
     groups: Vec<Vec<Root<B, T>>>,
-    home: Place,
 }
 
 impl<B: Backend + 'static, T: Real> Roots<B, T> {
-    fn take(backend: &B, sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Box<dyn Apply>> {
-        let mut groups = Vec::with_capacity(sum.groups);
+    fn take(backend: &B, sum: &KroneckerSum<'_>, cancel: &Cancel) -> Result<Kept<(), ()>> {
+        let mut groups = Vec::with_capacity(sum.groups());
         for (index, group) in sum.finite_by_group::<B, T>(backend)?.iter().enumerate() {
             let place = sum.name_of_group(index);
             let of_term = |(term, &(a, g))| {
@@ -105,31 +98,27 @@ impl<B: Backend + 'static, T: Real> Roots<B, T> {
             let roots = group.terms.iter().enumerate().map(of_term);
             groups.push(roots.collect::<Result<_>>()?);
         }
-        backend.settle()?;
-        let home = sum.place;
-        Ok(Box::new(Self { groups, home }))
+        Kept::new(Self { groups }, backend, sum.place())
     }
 }
 
-impl<B: Backend, T: Real> Apply for Roots<B, T> {
+impl<B: Backend + 'static, T: Real> Keep for Roots<B, T> {
+    type On = B;
+    type Task = ();
+    type Answer = ();
+
     fn apply(
         &self,
+        backend: &B,
         noise: &TensorView<'_>,
         out: &mut TensorViewMut<'_>,
+        (): (),
         cancel: &Cancel,
     ) -> Result<()> {
-        noise.layout().expect_device(self.home.device)?;
-        let handle = B::at(noise.place())?;
-        let backend = &*handle;
         let noise = backend.matrices::<T>(noise)?;
         let out = backend.matrices_mut::<T>(out)?;
-        let applied = noise
-            .chunks(self.groups[0].len())
-            .zip(out)
-            .try_for_each(|(noise, out)| self.apply_once(backend, noise, out, cancel));
-        // Also what a failed call queued may still be at work.
-        backend.hold_for(self.home)?;
-        applied
+        let mut draws = noise.chunks(self.groups[0].len()).zip(out);
+        draws.try_for_each(|(noise, out)| self.apply_once(backend, noise, out, cancel))
     }
 }
 
@@ -138,16 +127,16 @@ impl<B: Backend, T: Real> Roots<B, T> {
     fn apply_once(
         &self,
         backend: &B,
-        noise: &[MatRef<'_, T>],
-        mut out: MatMut<'_, T>,
+        noise: &[Matrix<'_, T>],
+        mut out: MatrixMut<'_, T>,
         cancel: &Cancel,
     ) -> Result<()> {
-        let height = out.nrows() / self.groups.len();
-        let mut half = backend.zeros::<T>(height, out.ncols())?;
+        let height = out.rows() / self.groups.len();
+        let mut half = backend.zeros::<T>(height, out.columns())?;
         for (group, roots) in self.groups.iter().enumerate() {
             cancel.check()?;
             let start = group * height;
-            let mut out = out.as_mut().subrows_mut(start, height);
+            let mut out = out.as_mut().subrows(start, height);
             for (index, (noise, (a, g))) in noise.iter().zip(roots).enumerate() {
                 let noise = noise.subrows(start, height);
                 backend.gemm(half.view_mut(), false, g.view(), noise, 1.0)?;
@@ -160,10 +149,10 @@ impl<B: Backend, T: Real> Roots<B, T> {
 
 /// The symmetric root: unlike eigenvectors it does not depend on signs or on the order within
 /// equal eigenvalues, so equal noise gives equal samples everywhere.
-fn root<B: Backend, T: Real>(backend: &B, x: MatRef<'_, T>, name: &str) -> Result<B::Matrix<T>> {
-    let size = x.nrows();
-    let wide = super::widen(backend, x)?;
-    let (values, mut vectors) = super::decompose(backend, wide.view())?;
+fn root<B: Backend, T: Real>(backend: &B, x: Matrix<'_, T>, name: &str) -> Result<B::Matrix<T>> {
+    let size = x.rows();
+    let wide = widen(backend, x)?;
+    let (values, mut vectors) = decompose(backend, wide.view())?;
     let (smallest, largest) = (values[0], values[size - 1].abs());
     if smallest < -T::EPSILON * size.max(100) as f64 * largest {
         return Err(Error::Numerical(format!(

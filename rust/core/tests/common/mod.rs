@@ -1,7 +1,8 @@
 //! Dense algebra to compare with, written without regard to speed.
 #![allow(dead_code, clippy::unwrap_used, missing_docs)]
 
-use ekfac_core::view::{Element, TensorView, TensorViewMut};
+use ekfac_core::element::Element;
+use ekfac_core::view::{TensorView, TensorViewMut};
 use ndarray::{Array, Array1, Array2, ArrayBase, ArrayView, ArrayViewMut, Data, Dimension};
 
 pub mod strata;

@@ -1,7 +1,8 @@
 //! The strata by their definition.
 
-use ekfac_core::gram::{GramOptions, Precision};
+use ekfac_core::gram::GramOptions;
 use ekfac_core::strata::{Approximation, Role};
+use ekfac_core::units::Precision;
 use ndarray::{Array1, Array2, Array3, ArrayView3, Axis};
 use proptest::prelude::Strategy;
 

@@ -5,25 +5,26 @@ use std::ops::Range;
 use faer::{MatMut, MatRef};
 
 use super::simd::{self, Loop};
-use super::units::{Lines, Means, Source, runs};
-use super::{Cpu, syrk};
+use super::source::{Lines, Means, Source, runs};
+use super::syrk;
+use super::team::Team;
 use crate::cancel::Cancel;
+use crate::element::Real;
 use crate::error::{Error, Result};
-use crate::gram::StratumWeight;
 use crate::strata::Stratum;
-use crate::view::Real;
+use crate::units::StratumWeight;
 
 /// Adds the weighted sum of squares and products of each stratum to the lower triangles of its
 /// outputs, one for each group of consecutive features.
 pub(super) fn accumulate<S: Source, T: Real>(
-    cpu: &Cpu,
+    team: &Team,
     source: &S,
     out: Vec<Vec<MatMut<'_, T>>>,
     strata: &[StratumWeight],
     append_one: bool,
     cancel: &Cancel,
 ) -> Result<()> {
-    let batch = Batch::new(cpu, source, strata, cancel)?;
+    let batch = SummedBatch::new(team, source, strata, cancel)?;
     for (out, &StratumWeight { stratum, weight }) in out.into_iter().zip(strata) {
         let stratum = if batch.locations == 1 {
             stratum.with_one_location()
@@ -38,8 +39,8 @@ pub(super) fn accumulate<S: Source, T: Real>(
 }
 
 /// A mini-batch with the sums its strata need.
-struct Batch<'a, S> {
-    cpu: &'a Cpu,
+struct SummedBatch<'a, S> {
+    team: &'a Team,
     source: &'a S,
     examples: usize,
     locations: usize,
@@ -51,20 +52,25 @@ struct Batch<'a, S> {
     example_sums: Vec<f64>,
 }
 
-impl<'a, S: Source> Batch<'a, S> {
+impl<'a, S: Source> SummedBatch<'a, S> {
     /// Takes the sums; a sum of finite numbers is finite, so they also show NaN and infinity.
-    fn new(cpu: &'a Cpu, source: &'a S, strata: &[StratumWeight], cancel: &Cancel) -> Result<Self> {
+    fn new(
+        team: &'a Team,
+        source: &'a S,
+        strata: &[StratumWeight],
+        cancel: &Cancel,
+    ) -> Result<Self> {
         let (examples, locations, features) = source.shape();
-        let pieces = cpu.pieces(COST_OF_READING * (examples * locations * features) as f64);
+        let pieces = team.pieces(COST_OF_READING * (examples * locations * features) as f64);
         let apart = |weight: &StratumWeight| weight.stratum.tells_examples_apart();
         let example_sums = if locations > 1 && strata.iter().any(apart) {
-            sums_of(cpu, source, examples, pieces, cancel)
+            sums_of(team, source, examples, pieces, cancel)
         } else {
             Vec::new()
         };
         let partial;
         let parts = if example_sums.is_empty() {
-            partial = sums_of(cpu, source, pieces, pieces, cancel);
+            partial = sums_of(team, source, pieces, pieces, cancel);
             &partial
         } else {
             &example_sums
@@ -76,7 +82,7 @@ impl<'a, S: Source> Batch<'a, S> {
         cancel.check()?;
         check_finite(source, &sums)?;
         Ok(Self {
-            cpu,
+            team,
             source,
             examples,
             locations,
@@ -157,7 +163,7 @@ impl<'a, S: Source> Batch<'a, S> {
         cancel: &Cancel,
     ) -> Result<()> {
         let groups = out.len();
-        if groups >= GROUPS_PER_THREAD * self.cpu.threads {
+        if groups >= GROUPS_PER_THREAD * self.team.threads() {
             self.share_groups(out, rows, weight, cancel);
             return cancel.check();
         }
@@ -198,7 +204,7 @@ impl<'a, S: Source> Batch<'a, S> {
         for rows in chunks(units.nrows(), units.ncols()) {
             cancel.check()?;
             let part = units.subrows(rows.start, rows.len()).transpose();
-            syrk::add_lower(self.cpu, out.as_mut(), part, weight, cancel)?;
+            syrk::add_lower(self.team, out.as_mut(), part, weight, cancel)?;
         }
         Ok(())
     }
@@ -216,20 +222,20 @@ impl<'a, S: Source> Batch<'a, S> {
         for chunk in chunks(self.count(rows), features.len()) {
             cancel.check()?;
             let stride = stride_of(chunk.len());
-            let scratch = self.cpu.scratch.of::<T>();
+            let scratch = self.team.scratch::<T>();
             scratch.with(features.len() * stride, |packed| {
                 let work = COST_OF_READING * (chunk.len() * features.len()) as f64;
-                let share = features.len().div_ceil(self.cpu.pieces(work));
+                let share = features.len().div_ceil(self.team.pieces(work));
                 let share = share.next_multiple_of(self.source.quantum());
                 let tasks = packed.chunks_mut(share * stride).enumerate().collect();
-                self.cpu.run(tasks, |(piece, data)| {
+                self.team.run(tasks, |(piece, data)| {
                     let first = features.start + piece * share;
                     let part = first..(first + share).min(features.end);
                     self.pack(rows, chunk.clone(), part, Lines { data, stride });
                 });
                 let packed = MatRef::from_row_major_slice(packed, features.len(), stride);
                 let packed = packed.subcols(0, chunk.len());
-                syrk::add_lower(self.cpu, out.as_mut(), packed, weight, cancel)
+                syrk::add_lower(self.team, out.as_mut(), packed, weight, cancel)
             })?;
         }
         Ok(())
@@ -246,7 +252,7 @@ impl<'a, S: Source> Batch<'a, S> {
         cancel: &Cancel,
     ) {
         let height = (OWN_ELEMENTS / features.len()).max(features.len() / 2);
-        syrk::add_split_over_depth(self.cpu, out, self.count(rows), |part, target| {
+        syrk::add_split_over_depth(self.team, out, self.count(rows), |part, target| {
             let mut groups = [target];
             self.add_alone(
                 &mut groups,
@@ -273,7 +279,7 @@ impl<'a, S: Source> Batch<'a, S> {
         let count = self.count(rows);
         let size = self.features / out.len();
         let pieces = self
-            .cpu
+            .team
             .pieces(COST_OF_READING * (count * self.features) as f64);
         let block = (QUANTA * self.source.quantum()).div_ceil(size);
         let block = block.min(out.len().div_ceil(GROUPS_PER_THREAD * pieces));
@@ -287,7 +293,7 @@ impl<'a, S: Source> Batch<'a, S> {
         if pieces == 1 {
             tasks.for_each(work);
         } else {
-            self.cpu.run(tasks.collect(), work);
+            self.team.run(tasks.collect(), work);
         }
     }
 
@@ -309,7 +315,7 @@ impl<'a, S: Source> Batch<'a, S> {
         let weight = T::from_f64(weight);
         let size = features.len() / groups.len();
         let stride = stride_of(height.min(part.len()));
-        let scratch = self.cpu.scratch.of::<T>();
+        let scratch = self.team.scratch::<T>();
         scratch.with(features.len() * stride, |packed| {
             for start in part.clone().step_by(height) {
                 if cancel.is_cancelled() {
@@ -371,7 +377,7 @@ impl<'a, S: Source> Batch<'a, S> {
 
 /// The sums over the units of `parts` ranges of examples, `[parts, features]`, unless cancelled.
 fn sums_of<S: Source>(
-    cpu: &Cpu,
+    team: &Team,
     source: &S,
     parts: usize,
     pieces: usize,
@@ -381,9 +387,9 @@ fn sums_of<S: Source>(
     let mut sums = vec![0.0; parts * features];
     let share = parts.div_ceil(pieces);
     let tasks = sums.chunks_mut(share * features).enumerate().collect();
-    cpu.run(tasks, |(piece, sums)| {
-        for (offset, sums) in sums.chunks_exact_mut(features).enumerate() {
-            let part = piece * share + offset;
+    team.run(tasks, |(piece, sums)| {
+        for (index, sums) in sums.chunks_exact_mut(features).enumerate() {
+            let part = piece * share + index;
             if !cancel.is_cancelled() {
                 let range = examples * part / parts..examples * (part + 1) / parts;
                 source.add_sums(range, sums);
@@ -429,7 +435,7 @@ enum Centre<T> {
 
 /// Writes these features of these units, minus their centre.
 struct Pack<'a, 'b, S, T> {
-    batch: &'a Batch<'a, S>,
+    batch: &'a SummedBatch<'a, S>,
     units: Range<usize>,
     features: Range<usize>,
     lines: Lines<'b, T>,

@@ -1,7 +1,7 @@
 //! Units that are patches of images, gathered when they are packed.
 //!
 //! A few channels at a time are copied into planes with their zero padding. In a padded plane a
-//! kernel position is nothing but an offset, so each line of features is made of runs copied from
+//! kernel position is nothing but a shift, so each line of features is made of runs copied from
 //! rows of the plane.
 
 use std::ops::Range;
@@ -9,13 +9,14 @@ use std::ops::Range;
 use ndarray::{ArrayView5, Axis, Ix5, s};
 
 use super::simd::{self, Loop};
-use super::units::{
+use super::source::{
     Lines, Means, MeansOf, Source, TILE, dimensions, first_non_finite, pack_run, runs,
 };
+use crate::element::{Element, Real};
 use crate::error::Result;
 use crate::geometry::{Geometry, Slide};
-use crate::gram::place_in_image;
-use crate::view::{Element, Real, TensorView};
+use crate::units::name_in_image;
+use crate::view::TensorView;
 
 /// The patches of every channel at every output location; the features of a channel are
 /// consecutive, its kernel positions in row-major order.
@@ -121,7 +122,7 @@ impl Slab {
     }
 
     /// What each kernel position adds to a place, in row-major order.
-    fn offsets(&self, [deep, high, wide]: &[Slide; 3]) -> Vec<usize> {
+    fn shifts(&self, [deep, high, wide]: &[Slide; 3]) -> Vec<usize> {
         let along = |slide: &Slide| {
             let dilation = slide.dilation;
             (0..slide.kernel).map(move |position| position * dilation)
@@ -195,8 +196,8 @@ impl<S: Element> Source for Patches<'_, S> {
         let mut memory = Vec::new();
         for (example, locations, before) in runs(units, self.locations()) {
             let slab = Slab::new(&self.slides, locations.clone());
-            let (offsets, windows) = (
-                slab.offsets(&self.slides),
+            let (shifts, windows) = (
+                slab.shifts(&self.slides),
                 slab.windows(&self.slides, locations),
             );
             let size = slab.size();
@@ -212,12 +213,12 @@ impl<S: Element> Source for Patches<'_, S> {
                 let from = (block.start - channels.start) * positions;
                 let planes = memory.chunks_exact(size).take(block.len());
                 for (plane, feature) in planes.zip((from..).step_by(positions)) {
-                    for (&offset, feature) in offsets.iter().zip(feature..) {
+                    for (&shift, feature) in shifts.iter().zip(feature..) {
                         let line = lines.line(feature, first + before);
                         let means = (rounded[feature], rest[feature]);
                         for (start, columns) in &windows {
                             let target = &mut line[columns.clone()];
-                            centre_run(target, &plane[start + offset..], step, means);
+                            centre_run(target, &plane[start + shift..], step, means);
                         }
                     }
                 }
@@ -233,7 +234,7 @@ impl<S: Element> Source for Patches<'_, S> {
         first_non_finite(&self.x).map(|((example, channel, z, y, x), value)| {
             // Dimensions that were added in front have extent one.
             let location = &[z, y, x][3 - self.dimensions..];
-            (value, place_in_image(example, channel, location))
+            (value, name_in_image(example, channel, location))
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use faer::traits::pulp;
 
-use crate::view::{Element, Real};
+use crate::element::{Element, Real};
 
 /// A loop to be compiled for several instruction sets: its `call` must be `#[inline(always)]`, and
 /// so must what it calls (a closure would not be inlined reliably).
@@ -80,4 +80,19 @@ impl Loop for SubtractScaled<'_, '_> {
             *x -= self.1 * y;
         }
     }
+}
+
+/// The widest vector instructions this machine offers, among those faer selects at run time.
+pub fn instruction_set() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            return "avx512";
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+        {
+            return "avx2";
+        }
+    }
+    "baseline"
 }

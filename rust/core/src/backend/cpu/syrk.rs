@@ -6,15 +6,16 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, MatMut, MatRef, Par};
 
+use super::blas::split_rows;
 use super::simd::{self, Loop};
-use super::{Cpu, split_rows};
+use super::team::Team;
 use crate::cancel::Cancel;
+use crate::element::Real;
 use crate::error::Result;
-use crate::view::Real;
 
 /// Adds `weight * p p^T` to the lower triangle of `out`.
 pub(super) fn add_lower<T: Real>(
-    cpu: &Cpu,
+    team: &Team,
     out: MatMut<'_, T>,
     p: MatRef<'_, T>,
     weight: f64,
@@ -22,16 +23,16 @@ pub(super) fn add_lower<T: Real>(
 ) -> Result<()> {
     let (size, depth) = (p.nrows(), p.ncols());
     let weight = T::from_f64(weight);
-    if cpu.pieces(flops(size, depth)) == 1 {
+    if team.pieces(flops(size, depth)) == 1 {
         add_triangle(out, p, weight);
     } else if is_tall(size, depth) {
-        add_split_over_depth(cpu, out, depth, |part, target| {
+        add_split_over_depth(team, out, depth, |part, target| {
             if !cancel.is_cancelled() {
                 add_triangle(target, p.subcols(part.start, part.len()), weight);
             }
         });
     } else {
-        add_tiles(cpu, out, p, weight, cancel);
+        add_tiles(team, out, p, weight, cancel);
     }
     cancel.check()
 }
@@ -48,14 +49,14 @@ pub(super) fn is_tall(size: usize, depth: usize) -> bool {
 /// Each thread adds the squares of its own range of the depth to an accumulator of its own, and
 /// the accumulators to `out` in the end: nothing is read by two threads.
 pub(super) fn add_split_over_depth<T: Real>(
-    cpu: &Cpu,
+    team: &Team,
     mut out: MatMut<'_, T>,
     depth: usize,
     add: impl Fn(Range<usize>, MatMut<'_, T>) + Sync,
 ) {
     let size = out.nrows();
-    let pieces = cpu.pieces(flops(size, depth));
-    let scratch = cpu.scratch.of::<T>();
+    let pieces = team.pieces(flops(size, depth));
+    let scratch = team.scratch::<T>();
     scratch.with((pieces - 1) * size * size, |accumulators| {
         let own = accumulators.chunks_exact_mut(size * size).map(|own| {
             own.fill(T::default());
@@ -63,11 +64,11 @@ pub(super) fn add_split_over_depth<T: Real>(
         });
         let mut tasks: Vec<_> = own.enumerate().collect();
         tasks.push((pieces - 1, out.as_mut()));
-        cpu.run(tasks, |(piece, target)| {
+        team.run(tasks, |(piece, target)| {
             let part = depth * piece / pieces..depth * (piece + 1) / pieces;
             add(part, target);
         });
-        cpu.run(split_rows(out, pieces), |(start, mut block)| {
+        team.run(split_rows(out, pieces), |(start, mut block)| {
             for own in accumulators.chunks_exact(size * size) {
                 for i in 0..block.nrows() {
                     let row = start + i;
@@ -96,16 +97,22 @@ enum Tile<'a, T> {
 
 /// Halves the triangle again and again until there are a few pieces of equal area per thread;
 /// halving reads each part of `p` less often than strips do.
-fn add_tiles<T: Real>(cpu: &Cpu, out: MatMut<'_, T>, p: MatRef<'_, T>, weight: T, cancel: &Cancel) {
+fn add_tiles<T: Real>(
+    team: &Team,
+    out: MatMut<'_, T>,
+    p: MatRef<'_, T>,
+    weight: T,
+    cancel: &Cancel,
+) {
     let area = p.nrows() * p.nrows() / 2;
     let mut tiles = Vec::new();
     cut_triangle(
         &mut tiles,
         out,
         0,
-        area.div_ceil(TILES_PER_THREAD * cpu.threads),
+        area.div_ceil(TILES_PER_THREAD * team.threads()),
     );
-    cpu.run(tiles, |tile| {
+    team.run(tiles, |tile| {
         if cancel.is_cancelled() {
             return;
         }
@@ -140,8 +147,8 @@ fn cut_triangle<'a, T>(
     let half = (size / 2).next_multiple_of(16);
     let (upper, _, square, lower) = out.split_at_mut(half, half);
     let pieces = (square.nrows() * square.ncols()).div_ceil(area.max(1));
-    for (offset, out) in split_rows(square, pieces) {
-        let (row, column) = (start + half + offset, start);
+    for (below, out) in split_rows(square, pieces) {
+        let (row, column) = (start + half + below, start);
         tiles.push(Tile::Rectangle { row, column, out });
     }
     cut_triangle(tiles, upper, start, area);

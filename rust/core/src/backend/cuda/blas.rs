@@ -4,20 +4,19 @@
 //! that lies column by column, so every call here is turned into one on such transposes, and
 //! nothing is copied unless a matrix lies in neither way.
 
+use super::calls::failed;
+use super::queue::Cuda;
+use crate::backend::Triangle;
+use crate::element::{Dtype, Real};
+use crate::error::{Error, Result};
+use crate::matrix::{Matrix, MatrixMut, Storage};
 use cudarc::cublas::sys::{
     self, cublasDiagType_t, cublasFillMode_t, cublasOperation_t, cublasSideMode_t,
 };
-use faer::{MatMut, MatRef};
-
-use super::{Cuda, failed};
-use crate::backend::{Backend, Storage, Triangle};
-use crate::error::{Error, Result};
-use crate::view::{Dtype, Real};
 
 /// A matrix as cuBLAS sees it: read column by column, either the matrix itself or its transpose.
 #[derive(Debug, Clone, Copy)]
 struct Lying {
-    address: u64,
     /// Distance between neighbouring columns (of what is seen).
     leading: i64,
     /// Whether the transpose is what is seen: the matrix lies row by row.
@@ -26,12 +25,10 @@ struct Lying {
 
 impl Lying {
     /// How a matrix lies, if row by row or column by column.
-    fn of<T>(x: MatRef<'_, T>) -> Option<Self> {
-        let (rows, columns) = (x.nrows() as isize, x.ncols() as isize);
-        let (down, across) = (x.row_stride(), x.col_stride());
-        let address = x.as_ptr().expose_provenance() as u64;
+    fn of<T>(x: Matrix<'_, T>) -> Option<Self> {
+        let (rows, columns) = (x.rows() as isize, x.columns() as isize);
+        let (down, across) = (x.row_stride(), x.column_stride());
         let lying = |leading: isize, transposed| Self {
-            address,
             leading: leading as i64,
             transposed,
         };
@@ -63,20 +60,20 @@ impl Lying {
 const SYRK_FROM: usize = 1024;
 
 /// Whether a matrix lies row by row or column by column.
-pub(super) fn lies_well<T>(x: MatRef<'_, T>) -> bool {
+pub(super) fn lies_well<T>(x: Matrix<'_, T>) -> bool {
     Lying::of(x).is_some()
 }
 
 /// A stack of products; strides of zero repeat a matrix.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Batch {
+pub(super) struct Strided {
     /// Number of products.
     pub(super) count: usize,
     /// Elements from each a, b and out to the next one.
     pub(super) strides: [usize; 3],
 }
 
-const ONE: Batch = Batch {
+const ONE: Strided = Strided {
     count: 1,
     strides: [0; 3],
 };
@@ -85,19 +82,19 @@ impl Cuda {
     /// `out = keep * out + alpha * a * b` for matrices of any strides.
     pub(super) fn multiply<T: Real>(
         &self,
-        out: MatMut<'_, T>,
+        out: MatrixMut<'_, T>,
         keep: bool,
-        a: MatRef<'_, T>,
-        b: MatRef<'_, T>,
+        a: Matrix<'_, T>,
+        b: Matrix<'_, T>,
         alpha: f64,
     ) -> Result<()> {
         if !lies_well(out.as_ref()) {
-            let mut product = self.matrix_of::<T>(out.nrows(), out.ncols())?;
+            let mut product = self.matrix_of::<T>(out.rows(), out.columns())?;
             self.multiply(product.view_mut(), false, a, b, alpha)?;
             return if keep {
-                self.add_scaled(1.0, product.view(), out)
+                self.add_multiple(1.0, product.view(), out)
             } else {
-                self.copy(product.view(), out)
+                self.convert(product.view(), out)
             };
         }
         if !lies_well(a) {
@@ -113,21 +110,21 @@ impl Cuda {
     /// row or column by column.
     pub(super) fn multiply_stack<T: Real>(
         &self,
-        out: MatMut<'_, T>,
+        out: MatrixMut<'_, T>,
         keep: bool,
-        a: MatRef<'_, T>,
-        b: MatRef<'_, T>,
+        a: Matrix<'_, T>,
+        b: Matrix<'_, T>,
         alpha: f64,
-        batch: Batch,
+        batch: Strided,
     ) -> Result<()> {
-        let (rows, columns, depth) = (out.nrows(), out.ncols(), a.ncols());
+        let (rows, columns, depth) = (out.rows(), out.columns(), a.columns());
         if rows == 0 || columns == 0 || batch.count == 0 {
             return Ok(());
         }
         let (Some(target), Some(left), Some(right)) =
             (Lying::of(out.as_ref()), Lying::of(a), Lying::of(b))
         else {
-            return Err(Error::Cuda(
+            return Err(Error::Internal(
                 "a stack of products needs matrices by rows or by columns".to_owned(),
             ));
         };
@@ -135,21 +132,23 @@ impl Cuda {
             // The same product, transposed, lies row by row.
             let [a_step, b_step, out_step] = batch.strides;
             let strides = [b_step, a_step, out_step];
-            let batch = Batch { strides, ..batch };
+            let batch = Strided { strides, ..batch };
             let (a, b) = (b.transpose(), a.transpose());
-            return self.multiply_stack(out.transpose_mut(), keep, a, b, alpha, batch);
+            return self.multiply_stack(out.transpose(), keep, a, b, alpha, batch);
         }
         // out^T = b^T a^T, column by column.
         let [a_step, b_step, out_step] = batch.strides.map(|step| step as i64);
         let (m, n, k) = (columns as i64, rows as i64, depth as i64);
         let count = batch.count as i64;
         let beta = f64::from(u8::from(keep));
+        let (a, b) = (self.address(a)?, self.address(b)?);
+        let c = self.address(out.as_ref())?;
         let handles = self.handles()?;
         macro_rules! call {
             ($type:ty, $one:path, $many:path) => {{
                 let (alpha, beta) = (alpha as $type, beta as $type);
-                let (a, b) = (left.address as *const $type, right.address as *const $type);
-                let c = target.address as *mut $type;
+                let (a, b) = (a as *const $type, b as *const $type);
+                let c = c as *mut $type;
                 let (transpose_a, transpose_b) = (left.transposing(), right.transposing());
                 let (lda, ldb, ldc) = (left.leading, right.leading, target.leading);
                 // SAFETY: extents, strides and leading dimensions are those of matrices on this
@@ -219,11 +218,11 @@ impl Cuda {
     /// left undefined.
     pub(super) fn add_squares<T: Real>(
         &self,
-        mut out: MatMut<'_, T>,
-        x: MatRef<'_, T>,
+        mut out: MatrixMut<'_, T>,
+        x: Matrix<'_, T>,
         weight: f64,
     ) -> Result<()> {
-        let size = out.nrows();
+        let size = out.rows();
         if size < SYRK_FROM {
             return self.multiply(out, true, x.transpose(), x, weight);
         }
@@ -231,16 +230,17 @@ impl Cuda {
             return self.add_squares(out, self.copied(x)?.view(), weight);
         };
         let Some(target) = Lying::of(out.as_ref()) else {
-            let mut squares = self.zeros::<T>(size, size)?;
+            let mut squares = self.zeroed::<T>(size, size)?;
             self.add_squares(squares.view_mut(), x, weight)?;
-            return self.add_scaled(1.0, squares.view(), out.as_mut());
+            return self.add_multiple(1.0, squares.view(), out.as_mut());
         };
         let triangle = if target.transposed {
             cublasFillMode_t::CUBLAS_FILL_MODE_UPPER
         } else {
             cublasFillMode_t::CUBLAS_FILL_MODE_LOWER
         };
-        let (n, k) = (size as i64, x.nrows() as i64);
+        let (n, k) = (size as i64, x.rows() as i64);
+        let (x, c) = (self.address(x)?, self.address(out.as_ref())?);
         let handles = self.handles()?;
         macro_rules! call {
             ($type:ty, $function:path) => {{
@@ -254,10 +254,10 @@ impl Cuda {
                         n,
                         k,
                         &alpha,
-                        units.address as *const $type,
+                        x as *const $type,
                         units.leading,
                         &beta,
-                        target.address as *mut $type,
+                        c as *mut $type,
                         target.leading,
                     )
                 }
@@ -275,17 +275,17 @@ impl Cuda {
     /// Overwrites `x` with the solution of a triangular system.
     pub(super) fn solve_lower<T: Real>(
         &self,
-        l: MatRef<'_, T>,
+        l: Matrix<'_, T>,
         triangle: Triangle,
-        mut x: MatMut<'_, T>,
+        mut x: MatrixMut<'_, T>,
     ) -> Result<()> {
         let (Some(factor), Some(target)) = (Lying::of(l), Lying::of(x.as_ref())) else {
             let l = self.copied(l)?;
             let mut solution = self.copied(x.as_ref())?;
             self.solve_lower(l.view(), triangle, solution.view_mut())?;
-            return self.copy(solution.view(), x.as_mut());
+            return self.convert(solution.view(), x.as_mut());
         };
-        let (rows, columns) = (x.nrows() as i64, x.ncols() as i64);
+        let (rows, columns) = (x.rows() as i64, x.columns() as i64);
         if rows == 0 || columns == 0 {
             return Ok(());
         }
@@ -307,6 +307,7 @@ impl Cuda {
         } else {
             cublasOperation_t::CUBLAS_OP_N
         };
+        let (l, x) = (self.address(l)?, self.address(x.as_ref())?);
         let handles = self.handles()?;
         macro_rules! call {
             ($type:ty, $function:path) => {{
@@ -322,9 +323,9 @@ impl Cuda {
                         m,
                         n,
                         &one,
-                        factor.address as *const $type,
+                        l as *const $type,
                         factor.leading,
-                        target.address as *mut $type,
+                        x as *mut $type,
                         target.leading,
                     )
                 }

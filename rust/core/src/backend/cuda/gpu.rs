@@ -7,13 +7,14 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use cudarc::driver::{result, sys};
 use cudarc::{cublas, cusolver};
 
+use super::calls::{failed, stream_handle};
 use super::kernels::Kernels;
 use super::libraries;
 use super::memory::Buffer;
-use super::{failed, stream_handle};
+use crate::element::Dtype;
 use crate::error::{Error, Result};
-use crate::gram::Precision;
-use crate::view::Dtype;
+use crate::place::{Device, Place};
+use crate::units::Precision;
 
 /// A device and everything made for it once; never given back, as torch keeps its context as long.
 pub(super) struct Gpu {
@@ -102,10 +103,14 @@ impl Gpu {
             let _ = self.handles.set(Mutex::new(Handles::new()?));
         }
         let Some(handles) = self.handles.get() else {
-            return Err(Error::Cuda("library handles were lost".to_owned()));
+            return Err(Error::Internal("library handles were lost".to_owned()));
         };
         let mut handles = lock(handles);
-        handles.turn_to(self.ordinal, stream, precision, capturing)?;
+        let place = Place {
+            device: Device::Cuda(self.ordinal),
+            stream,
+        };
+        handles.turn_to(place, precision, capturing)?;
         Ok(handles)
     }
 }
@@ -170,22 +175,16 @@ impl Handles {
         })
     }
 
-    fn turn_to(
-        &mut self,
-        device: usize,
-        stream: usize,
-        precision: Precision,
-        capturing: bool,
-    ) -> Result<()> {
+    fn turn_to(&mut self, place: Place, precision: Precision, capturing: bool) -> Result<()> {
+        let stream = place.stream;
         if self.stream != Some(stream) || capturing {
             self.stream = None;
             let workspace = if capturing {
-                self.of_graph
-                    .insert(Buffer::new(WORKSPACE, device, stream)?)
+                self.of_graph.insert(Buffer::new(WORKSPACE, place)?)
             } else {
                 match self.workspaces.entry(stream) {
                     Entry::Occupied(entry) => entry.into_mut(),
-                    Entry::Vacant(entry) => entry.insert(Buffer::new(WORKSPACE, device, stream)?),
+                    Entry::Vacant(entry) => entry.insert(Buffer::new(WORKSPACE, place)?),
                 }
             };
             let workspace = workspace.address() as *mut _;

@@ -1,22 +1,21 @@
 //! Strata of a mini-batch: sums, then tiles of packed (centred) units, squared by cuBLAS.
 
-use faer::MatMut;
-
-use super::blas::{Batch, lies_well};
+use super::blas::{Strided, lies_well};
 use super::kernels::Argument::{self, Number, Pointer, Words};
 use super::memory::DeviceMatrix;
-use super::{Cuda, address, count, step_of};
-use crate::backend::Storage;
+use super::queue::{BLOCKS_PER_MULTIPROCESSOR, Cuda, THREADS, count, step_of};
 use crate::cancel::Cancel;
+use crate::element::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::geometry::Slide;
-use crate::gram::{GramTask, Units};
+use crate::matrix::{MatrixMut, Storage};
 use crate::strata::Stratum;
-use crate::view::{Dtype, Real, TensorView};
+use crate::units::{GramTask, Units};
+use crate::view::TensorView;
 
 /// Bytes of packed units at a time: tall enough for full speed of the products, small beside the
 /// activations they come from.
-const TILE: usize = 128 << 20;
+const PACKED_BYTES: usize = 128 << 20;
 
 /// Sums that one thread adds up one after the other.
 const EACH: usize = 64;
@@ -26,11 +25,11 @@ const EACH: usize = 64;
 pub(super) fn accumulate<T: Real>(
     cuda: &Cuda,
     units: &Units<'_>,
-    out: Vec<Vec<MatMut<'_, T>>>,
+    out: Vec<Vec<MatrixMut<'_, T>>>,
     task: &GramTask,
     cancel: &Cancel,
 ) -> Result<()> {
-    let batch = MiniBatch::new(cuda, units, task)?;
+    let batch = SummedBatch::new(cuda, units, task)?;
     for (out, weight) in out.into_iter().zip(&task.strata) {
         cancel.check()?;
         let stratum = if batch.source.locations == 1 {
@@ -58,8 +57,9 @@ struct Source {
 }
 
 impl Source {
-    fn new(units: &Units<'_>) -> Result<Self> {
+    fn new(cuda: &Cuda, units: &Units<'_>) -> Result<Self> {
         let x = units.tensor();
+        x.place().device.expect(cuda.place().device)?;
         let (dtype, place) = (x.dtype(), x.address() as u64);
         let layout = x.layout();
         match units {
@@ -154,7 +154,7 @@ fn words_of(slide: &Slide) -> [u64; 6] {
 }
 
 /// A mini-batch with the sums its strata need.
-struct MiniBatch<'a> {
+struct SummedBatch<'a> {
     cuda: &'a Cuda,
     source: Source,
     /// Sum over all units, `[1, features]`.
@@ -167,10 +167,10 @@ struct MiniBatch<'a> {
 /// What is subtracted from units: sums, how far apart those of examples are, and their factor.
 type Centre<'a> = Option<(&'a DeviceMatrix<f64>, usize, f64)>;
 
-impl<'a> MiniBatch<'a> {
+impl<'a> SummedBatch<'a> {
     /// Takes the sums; a sum of finite numbers is finite, so they also show NaN and infinity.
     fn new(cuda: &'a Cuda, units: &Units<'_>, task: &GramTask) -> Result<Self> {
-        let source = Source::new(units)?;
+        let source = Source::new(cuda, units)?;
         let apart = task
             .strata
             .iter()
@@ -200,7 +200,7 @@ impl<'a> MiniBatch<'a> {
 
     fn add_stratum<T: Real>(
         &self,
-        out: Vec<MatMut<'_, T>>,
+        out: Vec<MatrixMut<'_, T>>,
         stratum: Stratum,
         weight: f64,
         task: &GramTask,
@@ -213,7 +213,7 @@ impl<'a> MiniBatch<'a> {
         let by_example = self.example_sums.as_ref();
         let appended = task.append_one;
         // Rows, what is subtracted from them, the appended coordinate (0 after centring), weight.
-        let missing = || Error::Cuda("sums of examples were not taken".to_owned());
+        let missing = || Error::Internal("sums of examples were not taken".to_owned());
         let (rows, centre, constant, weight): (_, Centre<'_>, _, _) = match stratum {
             Stratum::Total => (None, None, Some(1.0), weight),
             Stratum::WithinBatch => (None, Some((&self.sums, 0, units.recip())), None, weight),
@@ -256,7 +256,7 @@ impl Squares<'_> {
     fn add<T: Real>(
         &self,
         cuda: &Cuda,
-        out: Vec<MatMut<'_, T>>,
+        out: Vec<MatrixMut<'_, T>>,
         has_border: bool,
         cancel: &Cancel,
     ) -> Result<()> {
@@ -267,13 +267,13 @@ impl Squares<'_> {
         let mut out: Vec<_> = if has_border && self.constant.is_none() {
             let inner = out.into_iter();
             inner
-                .map(|out| out.submatrix_mut(0, 0, size, size))
+                .map(|out| out.subrows(0, size).subcolumns(0, size))
                 .collect()
         } else {
             out
         };
         let columns = groups * width;
-        let height = (TILE / (columns * T::DTYPE.size()))
+        let height = (PACKED_BYTES / (columns * T::DTYPE.size()))
             .max(1)
             .min(self.rows.units());
         let mut packed = cuda.matrix_of::<T>(height, columns)?;
@@ -285,8 +285,8 @@ impl Squares<'_> {
             let steps: Vec<_> = out.iter().map(|out| out.as_ref()).collect();
             match step_of(&steps) {
                 Some(step) if groups > 1 && lies_well(steps[0]) => {
-                    let group = packed.subcols(0, width);
-                    let batch = Batch {
+                    let group = packed.subcolumns(0, width);
+                    let batch = Strided {
                         count: groups,
                         strides: [width, width, step],
                     };
@@ -304,7 +304,7 @@ impl Squares<'_> {
                 }
                 _ => {
                     for (group, out) in out.iter_mut().enumerate() {
-                        let own = packed.subcols(group * width, width);
+                        let own = packed.subcolumns(group * width, width);
                         cuda.add_squares(out.as_mut(), own, self.weight)?;
                     }
                 }
@@ -323,7 +323,7 @@ impl Squares<'_> {
         size: usize,
     ) -> Result<()> {
         let target = packed.view();
-        let columns = target.ncols();
+        let columns = target.columns();
         let (means, step, factor) = match self.centre {
             Some((means, step, factor)) => (means.address(), step, factor),
             None => (0, 0, 0.0),
@@ -332,7 +332,7 @@ impl Squares<'_> {
         arguments.extend([first, rows, size, usize::from(self.constant.is_some())].map(count));
         arguments.push(Number(self.constant.unwrap_or(0.0)));
         arguments.extend([Pointer(means), count(step), Number(factor)]);
-        arguments.extend([count(columns), address(target)]);
+        arguments.extend([count(columns), Pointer(cuda.address(target)?)]);
         let types = [self.rows.dtype, T::DTYPE];
         // SAFETY: the source describes a tensor on this device; the packed matrix is exclusive and
         // has room for the rows; means have an entry for every feature (of every example).
@@ -343,8 +343,8 @@ impl Squares<'_> {
 /// Sums over `outer` equal shares of the units, `[outer, features]`.
 fn sums_of_units(cuda: &Cuda, source: &Source, outer: usize) -> Result<DeviceMatrix<f64>> {
     // As many runs as fill the device, each of one unit at the least.
-    let threads = super::THREADS * super::BLOCKS_PER_MULTIPROCESSOR * cuda.gpu.multiprocessors;
-    let wanted = threads.div_ceil(source.features.next_multiple_of(super::THREADS) * outer);
+    let threads = THREADS * BLOCKS_PER_MULTIPROCESSOR * cuda.gpu.multiprocessors;
+    let wanted = threads.div_ceil(source.features.next_multiple_of(THREADS) * outer);
     let parts = wanted.clamp(1, source.units() / outer);
     let runs = sum_units(cuda, source, outer * parts)?;
     sums_of_rows(cuda, runs.address(), parts, source.features, outer)
@@ -403,12 +403,12 @@ fn what_overflowed(cuda: &Cuda, units: &Units<'_>) -> Result<Error> {
     }
     let mut source = Source::rows(place, 1, 1);
     source.dtype = layout.dtype;
-    let offset: usize = index
+    let distance: usize = index
         .iter()
         .zip(&layout.strides)
         .map(|(i, step)| i * step)
         .sum();
-    source.place += (offset * layout.dtype.size()) as u64;
+    source.place += (distance * layout.dtype.size()) as u64;
     let value = cuda.to_host(sum_units(cuda, &source, 1)?.view())?[0];
     Ok(units.non_finite(&index, value))
 }

@@ -7,9 +7,10 @@ use std::sync::LazyLock;
 use cudarc::driver::{result, sys};
 use cudarc::nvrtc;
 
+use super::calls::failed;
 use super::libraries;
+use crate::element::Dtype;
 use crate::error::{Error, Result};
-use crate::view::Dtype;
 
 /// The text of all kernels.
 const SOURCE: &str = include_str!("kernels.cu");
@@ -137,7 +138,7 @@ pub fn compile(element: Dtype, real: Dtype, architecture: &str) -> Result<Vec<u8
     let source = text(SOURCE.to_owned())?;
     let program = Program(
         nvrtc::result::create_program(&source, Some(c"kernels.cu"))
-            .map_err(|error| super::failed("nvrtcCreateProgram", error.0))?,
+            .map_err(|error| failed("nvrtcCreateProgram", error.0))?,
     );
     let options = [
         format!("--gpu-architecture={architecture}"),
@@ -181,12 +182,12 @@ impl Program {
         // SAFETY: the program is alive; the call writes one number.
         unsafe { nvrtc::sys::nvrtcGetCUBINSize(self.0, &mut size) }
             .result()
-            .map_err(|error| super::failed("nvrtcGetCUBINSize", error.0))?;
+            .map_err(|error| failed("nvrtcGetCUBINSize", error.0))?;
         let mut code = vec![0u8; size];
         // SAFETY: the program is alive, and there is room for as much as it said.
         unsafe { nvrtc::sys::nvrtcGetCUBIN(self.0, code.as_mut_ptr().cast()) }
             .result()
-            .map_err(|error| super::failed("nvrtcGetCUBIN", error.0))?;
+            .map_err(|error| failed("nvrtcGetCUBIN", error.0))?;
         Ok(code)
     }
 }
@@ -213,14 +214,14 @@ impl Kernels {
         let code = compile(element, real, architecture)?;
         // SAFETY: the compiler made the image; the driver copies it.
         let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
-            .map_err(|error| super::failed("cuModuleLoadData", error.0))?;
+            .map_err(|error| failed("cuModuleLoadData", error.0))?;
         let mut functions = HashMap::new();
         for &name in SIGNATURES.keys() {
             let text = CString::new(name)
                 .map_err(|_| Error::Cuda(format!("{name:?} is no name of a kernel")))?;
             // SAFETY: the module was just loaded.
             let function = unsafe { result::module::get_function(module, text) }
-                .map_err(|error| super::failed("cuModuleGetFunction", error.0))?;
+                .map_err(|error| failed("cuModuleGetFunction", error.0))?;
             functions.insert(name, function);
         }
         Ok(Self(functions))
@@ -244,7 +245,7 @@ impl Kernels {
         let expected = SIGNATURES.get(name).map_or(&[][..], Vec::as_slice);
         let given: Vec<_> = arguments.iter().map(Argument::kind).collect();
         let (Some(&function), true) = (self.0.get(name), given == expected) else {
-            return Err(Error::Cuda(format!(
+            return Err(Error::Internal(format!(
                 "kernel {name}: expected the arguments {expected:?}, got {given:?}"
             )));
         };
@@ -262,7 +263,7 @@ impl Kernels {
                 &mut pointers,
             )
         }
-        .map_err(|error| super::failed(&format!("launch of kernel {name}"), error.0))
+        .map_err(|error| failed(&format!("launch of kernel {name}"), error.0))
     }
 }
 

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use cudarc::{cublas, cusolver, driver, nvrtc};
 
+use super::calls::failed;
 use crate::error::{Error, Result};
 
 /// The libraries of CUDA that are used.
@@ -142,7 +143,7 @@ impl Library {
     }
 
     /// The functions it lacks; it must be present.
-    fn missing(self) -> Vec<&'static str> {
+    pub(super) fn missing(self) -> Vec<&'static str> {
         let functions = self.functions().iter().copied();
         functions
             .filter(|function| self.address_of(function).is_none())
@@ -150,7 +151,7 @@ impl Library {
     }
 
     /// The file it was loaded from, where the system tells; it must be present.
-    fn file(self) -> Option<String> {
+    pub(super) fn file(self) -> Option<String> {
         let address = self.address_of(self.functions()[0])?;
         // A line of the map: "start-end permissions offset device inode path".
         let map = std::fs::read_to_string("/proc/self/maps").ok()?;
@@ -212,75 +213,16 @@ pub(super) fn require_compiler() -> Result<()> {
 }
 
 /// The version of the driver's interface, 1000 times its major number plus 10 times its minor one.
-fn driver_version() -> Result<i32> {
+pub(super) fn driver_version() -> Result<i32> {
     let mut version = 0;
     // SAFETY: the driver is present and complete; the call writes one number.
     unsafe { driver::sys::cuDriverGetVersion(&mut version) }
         .result()
-        .map_err(|error| super::failed("cuDriverGetVersion", error.0))?;
+        .map_err(|error| failed("cuDriverGetVersion", error.0))?;
     Ok(version)
 }
 
-fn dotted(version: i32) -> String {
+/// A version as people write it.
+pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
-}
-
-/// What was found of one library.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
-    /// Which one.
-    pub library: Library,
-    /// Whether it can be loaded.
-    pub present: bool,
-    /// The file it was loaded from.
-    pub file: Option<String>,
-    /// Functions it lacks.
-    pub missing: Vec<&'static str>,
-}
-
-/// What was found on this machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Findings {
-    /// Each library.
-    pub libraries: Vec<Found>,
-    /// The CUDA version that the driver supports.
-    pub driver_version: Option<String>,
-    /// Name and compute capability of each device.
-    pub devices: Vec<(String, String)>,
-    /// Why the backend cannot be used, if it cannot.
-    pub problem: Option<Error>,
-}
-
-/// Looks for the libraries and asks the driver, where there is one, for its devices.
-pub fn look() -> Findings {
-    let libraries = Library::ALL.map(|library| {
-        let present = library.is_present();
-        Found {
-            library,
-            present,
-            file: present.then(|| library.file()).flatten(),
-            missing: if present {
-                library.missing()
-            } else {
-                Vec::new()
-            },
-        }
-    });
-    let driver = &libraries[0];
-    let has_driver = driver.present && driver.missing.is_empty();
-    let version = has_driver.then(|| driver_version().ok()).flatten();
-    let devices = match require_all() {
-        Ok(()) => super::gpu::devices(),
-        Err(problem) => Err(problem),
-    };
-    let (devices, problem) = match devices {
-        Ok(devices) => (devices, None),
-        Err(problem) => (Vec::new(), Some(problem)),
-    };
-    Findings {
-        libraries: libraries.to_vec(),
-        driver_version: version.map(dotted),
-        devices,
-        problem,
-    }
 }

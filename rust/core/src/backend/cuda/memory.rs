@@ -7,11 +7,11 @@
 use std::marker::PhantomData;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use faer::{MatMut, MatRef};
-
-use crate::backend::Storage;
+use crate::element::Real;
 use crate::error::{Error, Result};
-use crate::view::Real;
+use crate::matrix::{Matrix, MatrixMut, Storage};
+use crate::place::{Device, Place};
+use crate::view::{Memory, MemoryMut};
 
 /// Where device memory comes from.
 pub trait Allocator: Send + Sync {
@@ -41,7 +41,13 @@ pub(super) struct Buffer {
 
 impl Buffer {
     /// Memory with arbitrary contents.
-    pub(super) fn new(bytes: usize, device: usize, stream: usize) -> Result<Self> {
+    pub(super) fn new(bytes: usize, place: Place) -> Result<Self> {
+        let Device::Cuda(device) = place.device else {
+            return Err(Error::Internal(format!(
+                "{} has no device memory",
+                place.device
+            )));
+        };
         // The lock is given back before the allocator runs: that waits for the interpreter, which
         // may be waiting for the lock.
         let allocator = ALLOCATOR
@@ -52,7 +58,7 @@ impl Buffer {
             Error::Cuda("no allocator of device memory was set: set_cuda_allocator".to_owned())
         })?;
         // An empty matrix gets an address, too: libraries refuse null.
-        let address = allocator.allocate(bytes.max(1), device, stream)? as u64;
+        let address = allocator.allocate(bytes.max(1), device, place.stream)? as u64;
         Ok(Self { address, allocator })
     }
 
@@ -73,12 +79,13 @@ pub struct DeviceMatrix<T> {
     buffer: Buffer,
     rows: usize,
     columns: usize,
+    place: Place,
     element: PhantomData<T>,
 }
 
 impl<T: Real> DeviceMatrix<T> {
     /// A matrix with arbitrary contents.
-    pub(super) fn new(rows: usize, columns: usize, device: usize, stream: usize) -> Result<Self> {
+    pub(super) fn new(rows: usize, columns: usize, place: Place) -> Result<Self> {
         let bytes = rows
             .checked_mul(columns)
             .and_then(|elements| elements.checked_mul(T::DTYPE.size()))
@@ -86,9 +93,10 @@ impl<T: Real> DeviceMatrix<T> {
                 Error::OutOfMemory(format!("a matrix of {rows} x {columns} fits nowhere"))
             })?;
         Ok(Self {
-            buffer: Buffer::new(bytes, device, stream)?,
+            buffer: Buffer::new(bytes, place)?,
             rows,
             columns,
+            place,
             element: PhantomData,
         })
     }
@@ -104,50 +112,35 @@ impl<T: Real> DeviceMatrix<T> {
     }
 
     /// As a matrix of as many elements.
-    pub(super) fn reshaped(&self, rows: usize, columns: usize) -> Result<MatRef<'_, T>> {
-        self.expect_elements(rows, columns)?;
-        Ok(self.by_rows(rows, columns))
+    pub(super) fn reshaped(&self, rows: usize, columns: usize) -> Matrix<'_, T> {
+        Matrix::by_rows(self.lent(), [rows, columns])
     }
 
     /// As a matrix of as many elements, to be written to.
-    pub(super) fn reshaped_mut(&mut self, rows: usize, columns: usize) -> Result<MatMut<'_, T>> {
-        self.expect_elements(rows, columns)?;
-        Ok(self.by_rows_mut(rows, columns))
+    pub(super) fn reshaped_mut(&mut self, rows: usize, columns: usize) -> MatrixMut<'_, T> {
+        MatrixMut::by_rows(self.lent_mut(), [rows, columns])
     }
 
-    /// Row by row; there are as many elements.
-    fn by_rows(&self, rows: usize, columns: usize) -> MatRef<'_, T> {
-        let pointer = std::ptr::with_exposed_provenance(self.address() as usize);
-        // SAFETY: both callers know that the buffer, which outlives the view, holds this many
-        // elements; its address is aligned (torch aligns to 512 bytes). Nothing but this backend
-        // follows the pointer, which is the device's.
-        unsafe { MatRef::from_raw_parts(pointer, rows, columns, columns as isize, 1) }
+    fn lent(&self) -> Memory<'_, T> {
+        let elements = self.rows * self.columns;
+        // SAFETY: the buffer holds this many elements, is aligned (torch aligns to 512 bytes) and
+        // outlives what is lent.
+        unsafe { Memory::new(self.address() as usize, elements, self.place) }
     }
 
-    fn by_rows_mut(&mut self, rows: usize, columns: usize) -> MatMut<'_, T> {
-        let pointer = std::ptr::with_exposed_provenance_mut(self.address() as usize);
-        // SAFETY: as in `by_rows`, and `&mut self` is exclusive.
-        unsafe { MatMut::from_raw_parts_mut(pointer, rows, columns, columns as isize, 1) }
-    }
-
-    fn expect_elements(&self, rows: usize, columns: usize) -> Result<()> {
-        if rows * columns == self.rows * self.columns {
-            Ok(())
-        } else {
-            Err(Error::Shape(format!(
-                "a matrix of {} x {} has no view of {rows} x {columns}",
-                self.rows, self.columns
-            )))
-        }
+    fn lent_mut(&mut self) -> MemoryMut<'_, T> {
+        let elements = self.rows * self.columns;
+        // SAFETY: as in `lent`, and `&mut self` is exclusive.
+        unsafe { MemoryMut::new(self.address() as usize, elements, self.place) }
     }
 }
 
 impl<T: Real> Storage<T> for DeviceMatrix<T> {
-    fn view(&self) -> MatRef<'_, T> {
-        self.by_rows(self.rows, self.columns)
+    fn view(&self) -> Matrix<'_, T> {
+        self.reshaped(self.rows, self.columns)
     }
 
-    fn view_mut(&mut self) -> MatMut<'_, T> {
-        self.by_rows_mut(self.rows, self.columns)
+    fn view_mut(&mut self) -> MatrixMut<'_, T> {
+        self.reshaped_mut(self.rows, self.columns)
     }
 }

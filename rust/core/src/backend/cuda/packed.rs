@@ -7,15 +7,14 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use faer::{MatMut, MatRef};
-
-use super::Cuda;
-use super::blas::{Batch, lies_well};
+use super::blas::{Strided, lies_well};
+use super::elements::blocks;
 use super::memory::DeviceMatrix;
-use crate::backend::{Backend, Storage};
+use super::queue::Cuda;
+use crate::element::Real;
 use crate::error::Result;
-use crate::kronecker::Group;
-use crate::view::Real;
+use crate::matrix::{Matrix, MatrixMut, Storage};
+use crate::terms::Group;
 
 /// Copies of the factors of all groups.
 pub struct Packed<T> {
@@ -47,7 +46,7 @@ impl<T: Real> Packed<T> {
         // A graph may be captured before the first product: library handles must be there by then.
         drop(cuda.handles()?);
         let terms = groups[0].terms.len();
-        let (height, inputs) = (groups[0].rows.len(), groups[0].terms[0].0.nrows());
+        let (height, inputs) = (groups[0].rows.len(), groups[0].terms[0].0.rows());
         let factors = if height == 1 {
             Factors::Rows(sum_rows(cuda, groups, terms, inputs)?)
         } else {
@@ -56,11 +55,11 @@ impl<T: Real> Packed<T> {
             for k in 0..terms {
                 let sources: Vec<_> = groups.iter().map(|group| group.terms[k].0).collect();
                 let all = right.view_mut();
-                let below = all.nrows() - k * inputs;
-                let targets = blocks(all.subrows_mut(k * inputs, below), inputs, terms * inputs);
+                let below = all.rows() - k * inputs;
+                let targets = blocks(all.subrows(k * inputs, below), inputs, terms * inputs);
                 cuda.copy_stack(&sources, targets)?;
                 let sources: Vec<_> = groups.iter().map(|group| group.terms[k].1).collect();
-                let side = left.view_mut().subcols_mut(k * height, height);
+                let side = left.view_mut().subcolumns(k * height, height);
                 cuda.copy_stack(&sources, blocks(side, height, height))?;
             }
             let stack = cuda.matrix_of::<T>(groups.len() * terms * height, inputs)?;
@@ -90,7 +89,7 @@ impl<T: Real> Packed<T> {
     }
 
     /// Queues the product with V.
-    pub(super) fn apply(&self, cuda: &Cuda, v: MatRef<'_, T>, out: MatMut<'_, T>) -> Result<()> {
+    pub(super) fn apply(&self, cuda: &Cuda, v: Matrix<'_, T>, out: MatrixMut<'_, T>) -> Result<()> {
         let Self {
             groups,
             terms,
@@ -103,18 +102,18 @@ impl<T: Real> Packed<T> {
             return self.apply(cuda, cuda.copied(v)?.view(), out);
         }
         if !lies_well(out.as_ref()) {
-            let mut product = cuda.matrix_of::<T>(out.nrows(), out.ncols())?;
+            let mut product = cuda.matrix_of::<T>(out.rows(), out.columns())?;
             self.apply(cuda, v, product.view_mut())?;
-            return cuda.copy(product.view(), out);
+            return cuda.convert(product.view(), out);
         }
         // Steps from group to group of V and of the result.
-        let step = |x: MatRef<'_, T>| height * x.row_stride().unsigned_abs();
+        let step = |x: Matrix<'_, T>| height * x.row_stride().unsigned_abs();
         let (v_step, out_step) = (step(v), step(out.as_ref()));
         let v = v.subrows(0, height);
-        let out = out.subrows_mut(0, height);
+        let out = out.subrows(0, height);
         match factors {
             Factors::Rows(matrices) => {
-                let batch = Batch {
+                let batch = Strided {
                     count: groups,
                     strides: [v_step, inputs * inputs, out_step],
                 };
@@ -134,25 +133,25 @@ impl<T: Real> Packed<T> {
                 };
                 let (a_size, half_size) = (inputs * inputs, height * inputs);
                 if groups == 1 {
-                    let batch = Batch {
+                    let batch = Strided {
                         count: terms,
                         strides: [0, a_size, half_size],
                     };
                     let a = right.view().subrows(0, inputs);
-                    let half = stack.view_mut().subrows_mut(0, height);
+                    let half = stack.view_mut().subrows(0, height);
                     cuda.multiply_stack(half, false, v, a, 1.0, batch)?;
                 } else {
                     for k in 0..terms {
-                        let batch = Batch {
+                        let batch = Strided {
                             count: groups,
                             strides: [v_step, terms * a_size, terms * half_size],
                         };
                         let a = right.view().subrows(k * inputs, inputs);
-                        let half = stack.view_mut().subrows_mut(k * height, height);
+                        let half = stack.view_mut().subrows(k * height, height);
                         cuda.multiply_stack(half, false, v, a, 1.0, batch)?;
                     }
                 }
-                let batch = Batch {
+                let batch = Strided {
                     count: groups,
                     strides: [height * terms * height, terms * half_size, out_step],
                 };
@@ -180,27 +179,14 @@ fn sum_rows<T: Real>(
         cuda.copy_stack(&sources, blocks(matrices.view_mut(), inputs, inputs))?;
         let sources: Vec<_> = groups.iter().map(|group| group.terms[k].1).collect();
         cuda.copy_stack(&sources, blocks(numbers.view_mut(), 1, 1))?;
-        let batch = Batch {
+        let batch = Strided {
             count: groups.len(),
             strides: [1, size, size],
         };
         let number = numbers.view().subrows(0, 1);
-        let matrix = matrices.reshaped(groups.len(), size)?.subrows(0, 1);
-        let sum = sums.reshaped_mut(groups.len(), size)?.subrows_mut(0, 1);
+        let matrix = matrices.reshaped(groups.len(), size).subrows(0, 1);
+        let sum = sums.reshaped_mut(groups.len(), size).subrows(0, 1);
         cuda.multiply_stack(sum, k > 0, number, matrix, 1.0, batch)?;
     }
     Ok(sums)
-}
-
-/// Blocks of `height` rows that begin `step` rows apart.
-pub(super) fn blocks<T>(matrix: MatMut<'_, T>, height: usize, step: usize) -> Vec<MatMut<'_, T>> {
-    let mut blocks = Vec::with_capacity(matrix.nrows().div_ceil(step));
-    let mut rest = matrix;
-    while rest.nrows() >= height {
-        let between = step.min(rest.nrows());
-        let (part, below) = rest.split_at_row_mut(between);
-        blocks.push(part.subrows_mut(0, height));
-        rest = below;
-    }
-    blocks
 }

@@ -2,18 +2,17 @@
 
 use std::ffi::c_void;
 
+use super::calls::failed;
+use super::elements::blocks;
+use super::gpu::Handles;
+use super::memory::DeviceMatrix;
+use super::queue::Cuda;
+use crate::element::{Dtype, Real};
+use crate::error::{Error, Result};
+use crate::matrix::{Matrix, MatrixMut, Storage};
 use cudarc::cusolver::sys::{
     self, cublasFillMode_t, cudaDataType, cusolverEigMode_t, cusolverStatus_t,
 };
-use faer::{MatMut, MatRef};
-
-use super::gpu::Handles;
-use super::memory::DeviceMatrix;
-use super::packed::blocks;
-use super::{Cuda, failed};
-use crate::backend::{Backend, Storage};
-use crate::error::{Error, Result};
-use crate::view::{Dtype, Real};
 
 /// Matrices up to this size are decomposed many at a time.
 const SMALL: usize = 512;
@@ -75,13 +74,13 @@ impl Cuda {
     /// Eigenvalues in ascending order, and eigenvectors as columns, of matrices of one size.
     pub(super) fn decompose<T: Real>(
         &self,
-        x: &[MatRef<'_, T>],
-        vectors: Vec<MatMut<'_, T>>,
+        x: &[Matrix<'_, T>],
+        vectors: Vec<MatrixMut<'_, T>>,
     ) -> Result<Vec<Vec<f64>>> {
         let Some(first) = x.first() else {
             return Ok(Vec::new());
         };
-        let size = first.nrows();
+        let size = first.rows();
         if size == 0 {
             return Ok(vec![Vec::new(); x.len()]);
         }
@@ -237,8 +236,8 @@ impl Cuda {
 
     /// Replaces the lower triangle of a matrix by its Cholesky factor, or returns the index of the
     /// first pivot that is not positive.
-    pub(super) fn factor<T: Real>(&self, x: MatMut<'_, T>) -> Result<Option<usize>> {
-        let size = x.nrows();
+    pub(super) fn factor<T: Real>(&self, x: MatrixMut<'_, T>) -> Result<Option<usize>> {
+        let size = x.rows();
         let work = self.copied(x.as_ref())?;
         let info = self.buffer(4)?;
         let (n, kind, a) = (size as i64, data_type::<T>(), work.address() as *mut _);
@@ -287,7 +286,7 @@ impl Cuda {
         match self.download::<i32>(&info, 1)?[0] {
             0 => {
                 let mut x = x;
-                self.copy(work.view(), x.as_mut())?;
+                self.convert(work.view(), x.as_mut())?;
                 self.zero_upper(x)?;
                 Ok(None)
             }

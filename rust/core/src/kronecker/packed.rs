@@ -1,9 +1,14 @@
 //! A sum of Kronecker products packed for many products with it.
 
-use super::KroneckerSum;
-use crate::backend::{Backend, on_device};
+use super::kept::{Keep, Kept};
+use super::sum::KroneckerSum;
+use crate::backend::Backend;
+use crate::backend::dispatch::on_device;
+use crate::cancel::Cancel;
+use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::view::{Place, Real, TensorView, TensorViewMut, with_real};
+use crate::place::Place;
+use crate::view::{TensorView, TensorViewMut};
 
 /// A packed sum, for the thousands of products of a training loop; holds copies of the factors.
 ///
@@ -15,27 +20,23 @@ pub struct KroneckerOperator {
     /// (D, K).
     size: [usize; 2],
     flops: usize,
-    packed: Box<dyn Apply>,
+    packed: Kept<(), Option<f64>>,
 }
 
 impl KroneckerOperator {
     /// Packs the terms.
     pub fn new(sum: &KroneckerSum<'_>) -> Result<Self> {
-        on_device!(sum.place, backend => with_real!(sum.dtype, T => {
+        on_device!(sum.place(), backend => with_real!(sum.dtype(), T => {
             Self::pack::<_, T>(backend, sum)
         }))
     }
 
     fn pack<B: Backend + 'static, T: Real>(backend: &B, sum: &KroneckerSum<'_>) -> Result<Self> {
         let packed = backend.pack::<T>(&sum.finite_by_group(backend)?)?;
-        backend.settle()?;
         Ok(Self {
-            size: [sum.outputs, sum.inputs],
+            size: [sum.outputs(), sum.inputs()],
             flops: B::packed_flops(&packed),
-            packed: Box::new(Packed::<B, T> {
-                packed,
-                home: sum.place,
-            }),
+            packed: Kept::new(Packed::<B, T>(packed), backend, sum.place())?,
         })
     }
 
@@ -50,7 +51,7 @@ impl KroneckerOperator {
                 )));
             }
         }
-        self.packed.apply(v, out)
+        self.packed.apply(v, out, (), &Cancel::new())
     }
 
     /// Floating-point operations of one product.
@@ -59,24 +60,27 @@ impl KroneckerOperator {
     }
 }
 
-/// A packed sum of any backend and type.
-trait Apply: Send + Sync {
-    fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<Option<f64>>;
-}
+/// A sum as its backend packs it.
+struct Packed<B: Backend, T: Real>(B::Packed<T>);
 
-struct Packed<B: Backend, T: Real> {
-    packed: B::Packed<T>,
-    home: Place,
-}
+impl<B: Backend + 'static, T: Real> Keep for Packed<B, T> {
+    type On = B;
+    type Task = ();
+    type Answer = Option<f64>;
 
-impl<B: Backend, T: Real> Apply for Packed<B, T> {
-    fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<Option<f64>> {
-        v.layout().expect_device(self.home.device)?;
-        let backend = B::at_for_packed(v.place())?;
+    fn enter(place: Place) -> Result<B::Handle> {
+        B::at_for_packed(place)
+    }
+
+    fn apply(
+        &self,
+        backend: &B,
+        v: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        (): (),
+        _: &Cancel,
+    ) -> Result<Option<f64>> {
         let (v, out) = (backend.matrix::<T>(v)?, backend.matrix_mut(out)?);
-        let inner = backend.apply_packed(&self.packed, v, out);
-        // Also what a failed call queued may still be at work.
-        backend.hold_for(self.home)?;
-        inner
+        backend.apply_packed(&self.0, v, out)
     }
 }

@@ -5,10 +5,13 @@ use std::ops::Range;
 use faer::MatRef;
 use ndarray::{ArrayView, ArrayView2, ArrayView3, ArrayViewD, Axis, Dimension, Ix2, Ix3, s};
 
+use super::host;
 use super::simd::{self, Loop};
+use crate::element::{Element, Real};
 use crate::error::{Error, Result};
-use crate::gram::place_of_unit;
-use crate::view::{Element, Real, TensorView};
+use crate::matrix::Matrix;
+use crate::units::name_in_units;
+use crate::view::TensorView;
 
 /// Where the units of a mini-batch come from.
 pub(super) trait Source: Sync {
@@ -184,12 +187,13 @@ impl<S: Element> Source for Dense<'_, S> {
         // Narrow input of the right type; wider input gains from packing.
         let (_, flat) = self.flat.as_ref()?;
         let narrow = flat.shape()[1] <= WIDEST_IN_PLACE;
-        narrow.then(|| flat.matrices::<T>().ok()?.pop()).flatten()
+        let matrix = || host::read(Matrix::stack_of(flat).ok()?.pop()?).ok();
+        narrow.then(matrix).flatten()
     }
 
     fn non_finite(&self) -> Option<(f64, String)> {
         first_non_finite(&self.x).map(|((example, location, feature), value)| {
-            (value, place_of_unit(example, location, feature))
+            (value, name_in_units(example, location, feature))
         })
     }
 }
@@ -252,15 +256,15 @@ pub(super) fn pack_run<S: Element, T: Real>(
                     &rest[part.clone()],
                 );
             }
-            for offset in 0..width {
-                let target = lines.line(feature + offset, first + unit);
+            for column in 0..width {
+                let target = lines.line(feature + column, first + unit);
                 if let (Some(target), TILE) = (target.first_chunk_mut::<TILE>(), rows.len()) {
                     for unit in 0..TILE {
-                        target[unit] = tile[unit][offset];
+                        target[unit] = tile[unit][column];
                     }
                 } else {
                     for (target, centred) in target.iter_mut().zip(&tile[..rows.len()]) {
-                        *target = centred[offset];
+                        *target = centred[column];
                     }
                 }
             }

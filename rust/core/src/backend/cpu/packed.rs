@@ -21,10 +21,14 @@ use std::sync::Mutex;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use super::pool::lock;
-use super::{Cpu, simd, split_columns};
-use crate::kronecker::Group;
-use crate::view::Real;
+use super::blas::{cut_rows, gemm, split_columns};
+use super::elements::dot;
+use super::host::{HostTerm, read_terms};
+use super::simd;
+use super::team::{Team, lock};
+use crate::element::Real;
+use crate::error::Result;
+use crate::terms::Group;
 
 /// A packed sum, with everything that is written during a product.
 pub struct Packed<T>(Form<T>);
@@ -38,19 +42,20 @@ enum Form<T> {
 
 impl<T: Real> Packed<T> {
     /// Packs the terms of all groups.
-    pub(crate) fn new(cpu: &Cpu, groups: &[Group<'_, T>]) -> Self {
-        if groups.len() > 1 && groups.iter().all(|group| group.rows.len() == 1) {
-            return Self(Form::Rows(PackedRows::new(groups)));
+    pub(super) fn new(team: &Team, groups: &[Group<'_, T>]) -> Result<Self> {
+        let single_rows = groups.len() > 1 && groups.iter().all(|group| group.rows.len() == 1);
+        let terms = groups.iter().map(|group| read_terms(&group.terms));
+        let terms: Vec<_> = terms.collect::<Result<_>>()?;
+        if single_rows {
+            return Ok(Self(Form::Rows(PackedRows::new(&terms))));
         }
-        let groups = groups
-            .iter()
-            .map(|group| PackedGroup::new(cpu, &group.terms));
+        let groups = terms.iter().map(|terms| PackedGroup::new(team, terms));
         let (groups, workspaces) = groups.unzip();
-        Self(Form::Groups(groups, Mutex::new(workspaces)))
+        Ok(Self(Form::Groups(groups, Mutex::new(workspaces))))
     }
 
     /// Floating-point operations of one product.
-    pub(crate) fn flops(&self) -> usize {
+    pub(super) fn flops(&self) -> usize {
         match &self.0 {
             Form::Groups(groups, _) => groups.iter().map(|group| group.flops).sum(),
             Form::Rows(rows) => rows.flops(),
@@ -58,19 +63,19 @@ impl<T: Real> Packed<T> {
     }
 
     /// Writes the product with V and returns its inner product with V.
-    pub(crate) fn apply(&self, cpu: &Cpu, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
+    pub(super) fn apply(&self, team: &Team, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
         match &self.0 {
             Form::Groups(groups, workspaces) => {
-                apply_groups(cpu, groups, &mut lock(workspaces), v, out)
+                apply_groups(team, groups, &mut lock(workspaces), v, out)
             }
-            Form::Rows(rows) => rows.apply(cpu, v, out),
+            Form::Rows(rows) => rows.apply(team, v, out),
         }
     }
 }
 
 /// The threads share the groups; a single group has them all to itself.
 fn apply_groups<T: Real>(
-    cpu: &Cpu,
+    team: &Team,
     groups: &[PackedGroup<T>],
     workspaces: &mut [Workspace<T>],
     v: MatRef<'_, T>,
@@ -83,30 +88,18 @@ fn apply_groups<T: Real>(
     let tasks = groups.iter().zip(workspaces).zip(blocks);
     let tasks = tasks.map(|((group, workspace), ((start, out), inner))| {
         let v = v.subrows(start, height);
-        move || *inner = group.apply(cpu, workspace, v, out)
+        move || *inner = group.apply(team, workspace, v, out)
     });
-    if cpu.pieces(flops as f64) > 1 {
-        cpu.run(tasks.collect(), |task| task());
+    if team.pieces(flops as f64) > 1 {
+        team.run(tasks.collect(), |task| task());
     } else {
         tasks.for_each(|task| task());
     }
     inner.iter().sum()
 }
 
-/// Blocks of this many rows, the last one maybe of fewer, with the index of their first row.
-fn cut_rows<T>(out: MatMut<'_, T>, height: usize) -> Vec<(usize, MatMut<'_, T>)> {
-    let (mut blocks, mut rest, mut start) = (Vec::new(), out, 0);
-    while rest.nrows() > 0 {
-        let rows = height.min(rest.nrows());
-        let (block, below) = rest.split_at_row_mut(rows);
-        blocks.push((start, block));
-        (rest, start) = (below, start + rows);
-    }
-    blocks
-}
-
 /// Groups of a single row, the terms of each added up to one symmetric matrix.
-pub(crate) struct PackedRows<T> {
+pub(super) struct PackedRows<T> {
     groups: usize,
     size: usize,
     /// The lower triangles, row by row, of this many groups at a time.
@@ -117,16 +110,18 @@ pub(crate) struct PackedRows<T> {
 const LANES: usize = 16;
 
 impl<T: Real> PackedRows<T> {
-    fn new(groups: &[Group<'_, T>]) -> Self {
-        let size = groups[0].terms[0].0.nrows();
+    /// Adds up the terms of each group.
+    fn new(groups: &[Vec<HostTerm<'_, T>>]) -> Self {
+        let size = groups[0][0].0.nrows();
         let mut entries = Vec::with_capacity(groups.len().div_ceil(LANES) * size * (size + 1) / 2);
         for block in groups.chunks(LANES) {
             for i in 0..size {
                 for j in 0..=i {
                     let mut entry = [T::default(); LANES];
-                    for (entry, group) in entry.iter_mut().zip(block) {
-                        let terms = group.terms.iter();
-                        let sum = terms.map(|(a, g)| a[(i, j)].to_f64() * g[(0, 0)].to_f64());
+                    for (entry, terms) in entry.iter_mut().zip(block) {
+                        let sum = terms
+                            .iter()
+                            .map(|(a, g)| a[(i, j)].to_f64() * g[(0, 0)].to_f64());
                         *entry = T::from_f64(sum.sum());
                     }
                     entries.push(entry);
@@ -144,9 +139,9 @@ impl<T: Real> PackedRows<T> {
         2 * self.groups * self.size * (self.size + 1)
     }
 
-    fn apply(&self, cpu: &Cpu, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
+    fn apply(&self, team: &Team, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
         let blocks = self.groups.div_ceil(LANES);
-        let share = blocks.div_ceil(cpu.pieces(self.flops() as f64));
+        let share = blocks.div_ceil(team.pieces(self.flops() as f64));
         let triangle = self.entries.len() / blocks;
         let parts = self.entries.chunks(share * triangle);
         let mut inner = vec![0.0; parts.len()];
@@ -154,7 +149,7 @@ impl<T: Real> PackedRows<T> {
             .into_iter()
             .zip(parts)
             .zip(&mut inner);
-        cpu.run(tasks.collect(), |(((start, out), entries), inner)| {
+        team.run(tasks.collect(), |(((start, out), entries), inner)| {
             let v = v.subrows(start, out.nrows());
             *inner = simd::run(MultiplyRows { entries, v, out });
         });
@@ -298,7 +293,7 @@ struct Step<T> {
 }
 
 /// All terms of a group, packed.
-pub(crate) struct PackedGroup<T> {
+pub(super) struct PackedGroup<T> {
     frame: Frame,
     /// Roots S of A side by side, `[K, sum of ranks]`.
     right_roots: Padded<T>,
@@ -312,7 +307,7 @@ pub(crate) struct PackedGroup<T> {
 }
 
 /// Everything written during a product, allocated once.
-pub(crate) struct Workspace<T> {
+pub(super) struct Workspace<T> {
     /// V without the rows and columns that no factor reaches, and the product with it.
     v: Padded<T>,
     out: Padded<T>,
@@ -405,12 +400,12 @@ impl Frame {
 
 impl<T: Real> PackedGroup<T> {
     /// Packs terms (A, G).
-    fn new(cpu: &Cpu, terms: &[(MatRef<'_, T>, MatRef<'_, T>)]) -> (Self, Workspace<T>) {
+    fn new(team: &Team, terms: &[HostTerm<'_, T>]) -> (Self, Workspace<T>) {
         let (sides_a, sides_g): (Vec<_>, Vec<_>) = terms.iter().copied().unzip();
         let frame = Frame::new(&sides_a, &sides_g);
         let mut factors: Vec<Option<Factor<T>>> = Vec::new();
         factors.resize_with(2 * terms.len(), || None);
-        cpu.run(factors.iter_mut().enumerate().collect(), |(index, slot)| {
+        team.run(factors.iter_mut().enumerate().collect(), |(index, slot)| {
             let (x, kept) = match index % 2 {
                 0 => (sides_a[index / 2], &frame.columns),
                 _ => (sides_g[index / 2], &frame.rows),
@@ -429,7 +424,7 @@ impl<T: Real> PackedGroup<T> {
     /// Writes the product with V and returns its inner product with V.
     fn apply(
         &self,
-        cpu: &Cpu,
+        team: &Team,
         workspace: &mut Workspace<T>,
         v: MatRef<'_, T>,
         out: MatMut<'_, T>,
@@ -437,39 +432,39 @@ impl<T: Real> PackedGroup<T> {
         let frame = &self.frame;
         if frame.is_whole() {
             let (v, out) = (frame.orient(v), frame.orient_mut(out));
-            return self.multiply(cpu, v, out, &mut workspace.parts);
+            return self.multiply(team, v, out, &mut workspace.parts);
         }
         frame.gather(v, workspace.v.view_mut());
         let (v, result) = (workspace.v.view(), workspace.out.view_mut());
-        let inner = self.multiply(cpu, v, result, &mut workspace.parts);
+        let inner = self.multiply(team, v, result, &mut workspace.parts);
         frame.scatter(workspace.out.view(), out);
         inner
     }
 
     fn multiply(
         &self,
-        cpu: &Cpu,
+        team: &Team,
         v: MatRef<'_, T>,
         out: MatMut<'_, T>,
         parts: &mut Parts<T>,
     ) -> f64 {
         let one = T::from_f64(1.0);
         if self.right_roots.columns > 0 {
-            multiply_shared(cpu, parts.v_right.view_mut(), v, self.right_roots.view());
+            multiply_shared(team, parts.v_right.view_mut(), v, self.right_roots.view());
             let (left, middle) = (parts.left.view_mut(), &mut parts.middle);
-            self.fill_left(cpu, left, parts.v_right.view(), middle);
+            self.fill_left(team, left, parts.v_right.view(), middle);
         }
         if self.left_roots.columns > 0 {
             let roots = self.left_roots.view().transpose();
-            multiply_shared(cpu, parts.left_v.view_mut(), roots, v);
+            multiply_shared(team, parts.left_v.view_mut(), roots, v);
         }
-        let pieces = cpu.pieces(self.flops as f64).clamp(1, out.ncols().max(1));
+        let pieces = team.pieces(self.flops as f64).clamp(1, out.ncols().max(1));
         let mut inner = vec![0.0; pieces];
         let blocks = split_columns(out, pieces).into_iter();
         let rights = split_columns(parts.right.view_mut(), pieces).into_iter();
         let tasks = blocks.zip(rights).zip(&mut inner).collect();
         let (left, left_v) = (parts.left.view(), parts.left_v.view());
-        cpu.run(tasks, |(((start, mut block), (_, mut right)), inner)| {
+        team.run(tasks, |(((start, mut block), (_, mut right)), inner)| {
             let width = block.ncols();
             for step in &self.right_steps {
                 let source = match step.input {
@@ -488,7 +483,7 @@ impl<T: Real> PackedGroup<T> {
                 one,
                 Par::Seq,
             );
-            *inner = super::dot(v.subcols(start, width), block.as_ref());
+            *inner = dot(v.subcols(start, width), block.as_ref());
         });
         inner.iter().sum()
     }
@@ -496,7 +491,7 @@ impl<T: Real> PackedGroup<T> {
     /// Computes `G (V S)` for the terms with a thin A.
     fn fill_left(
         &self,
-        cpu: &Cpu,
+        team: &Team,
         mut left: MatMut<'_, T>,
         v_right: MatRef<'_, T>,
         middle: &mut Padded<T>,
@@ -508,18 +503,18 @@ impl<T: Real> PackedGroup<T> {
             if step.thin {
                 let rank = step.factor.columns;
                 let mut middle = middle.view_mut().submatrix_mut(0, 0, rank, step.count);
-                multiply_shared(cpu, middle.as_mut(), factor.transpose(), source);
-                multiply_shared(cpu, target, factor, middle.as_ref());
+                multiply_shared(team, middle.as_mut(), factor.transpose(), source);
+                multiply_shared(team, target, factor, middle.as_ref());
             } else {
-                multiply_shared(cpu, target, factor, source);
+                multiply_shared(team, target, factor, source);
             }
         }
     }
 }
 
 /// `out = a b` on as many threads as the size deserves.
-fn multiply_shared<T: Real>(cpu: &Cpu, out: MatMut<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>) {
-    super::gemm(cpu, out, Accum::Replace, a, b, T::from_f64(1.0));
+fn multiply_shared<T: Real>(team: &Team, out: MatMut<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>) {
+    gemm(team, out, Accum::Replace, a, b, T::from_f64(1.0));
 }
 
 fn assemble<T: Real>(
