@@ -1,0 +1,62 @@
+"""Thousands of calls use no more memory than the first ones."""
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import ekfac_rs as ek
+from ekfac_rs import _core
+from ekfac_rs._tensors import borrow
+
+STATISTICS = Path("/proc/self/statm")
+pytestmark = pytest.mark.skipif(not STATISTICS.exists(), reason="only systems with /proc")
+
+CALLS = 3000
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    gc.collect()
+    return int(STATISTICS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """Each keeps at least 40 kB of its own for as long as it is held."""
+    generator = torch.Generator().manual_seed(0)
+    A, G = (torch.randn(n, 2 * n, generator=generator, dtype=torch.float64) for n in (40, 30))
+    A, G = A @ A.mT, G @ G.mT
+    term, other = (borrow(A), borrow(G)), (borrow(A + 1.0), borrow(G))
+    V, noise = torch.ones(30, 40, dtype=torch.float64), torch.ones(1, 2, 30, 40, dtype=A.dtype)
+    out, x, factor = torch.empty_like(V), torch.ones(64, 40), torch.zeros(40, 40)
+    operator = _core.KroneckerOperator([term, other])
+    inverse, root = _core.KroneckerInverse([term], 0.1), _core.KroneckerRoot([term, other])
+    return {
+        "operators made": lambda: _core.KroneckerOperator([term, other]),
+        "operators used": lambda: operator.apply(borrow(V), borrow(out)),
+        "inverses made": lambda: _core.KroneckerInverse([term], 0.1),
+        "inverses used": lambda: inverse.solve(borrow(V), borrow(out)),
+        "roots made": lambda: _core.KroneckerRoot([term, other]),
+        "roots used": lambda: root.apply(borrow(noise), borrow(out[None])),
+        "Grams": lambda: _core.accumulate_gram(
+            borrow(x), [borrow(factor)], "kfac-expand", "input", False, 1e-6, "ieee"
+        ),
+        "errors": lambda: pytest.raises(
+            ek.errors.ShapeError, operator.apply, borrow(V.mT), borrow(out)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_memory_stays_flat(name):
+    work = cases()[name]
+    for _ in range(CALLS // 10):
+        work()
+    before = resident()
+    for _ in range(CALLS):
+        work()
+    # An object lost in every call would be 100 MB.
+    assert resident() - before < 8e6
