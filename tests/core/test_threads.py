@@ -173,7 +173,7 @@ def run_together(*works: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("D, K", [(12, 15), (150, 170)])
+@pytest.mark.parametrize(("D", "K"), [(12, 15), (150, 170)])
 def test_two_threads_may_share_an_operator(D, K, count):
     ek.set_num_threads(count)
     block = ek.KroneckerSum(terms(D, K, torch.float64))
