@@ -1,9 +1,12 @@
 """Stability of training steps on a penalty, in the model's own parameters."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from ekfac_rs.errors import NumericalError
 
 _ITERATIONS = 24
 _TOLERANCE = 1e-5
@@ -27,6 +30,11 @@ def top_eigenvalue_of_parameters(
     float
         From below, to a relative 1e-3 or better in most cases (Lanczos; Golub & Van Loan 2013,
         section 10.1). 0 without parameters.
+
+    Raises
+    ------
+    NumericalError
+        The products overflow: the weights or the Hessian are much too large.
     """
     if not parameters:
         return 0.0
@@ -52,23 +60,27 @@ def top_eigenvalue_of_parameters(
 
 def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
     """Top eigenvalue of a positive semi-definite operator."""
-    basis = [start / start.norm()]
+    basis = start.new_empty(min(_ITERATIONS, start.numel()), start.numel())
+    basis[0] = start / start.norm()
     diagonal: list[float] = []
     beside: list[float] = []
     top = 0.0
-    for _ in range(min(_ITERATIONS, start.numel())):
-        w = product(basis[-1])
-        diagonal.append(float(w @ basis[-1]))
+    for i in range(len(basis)):
+        w = product(basis[i])
+        diagonal.append(float(w @ basis[i]))
+        if not math.isfinite(diagonal[-1]):
+            raise NumericalError("top eigenvalue: the product with the penalty overflows")
         # Against all earlier directions, once more where rounding has left something of them.
+        earlier = basis[: i + 1]
         for _ in range(2):
-            for v in basis:
-                w = w - (w @ v) * v
+            w = w - earlier.T @ (earlier @ w)
         before, top = top, _top_of_tridiagonal(diagonal, beside)
         size = float(w.norm())
         if abs(top - before) <= _TOLERANCE * top or size <= 1e-12 * max(top, 1e-300):
             break
-        beside.append(size)
-        basis.append(w / size)
+        if i + 1 < len(basis):
+            beside.append(size)
+            basis[i + 1] = w / size
     return top
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import IncompatibleError, ModelChangedError, NonFiniteError
+from ekfac_rs.errors import IncompatibleError, ModelChangedError, NonFiniteError, NumericalError
 from nets import classification_loader, mlp
 
 
@@ -271,6 +271,17 @@ def test_the_stable_learning_rate_counts_the_gains(gain):
         in_merged_weights = 2.0 / penalty.top_eigenvalue()
         ratio = in_merged_weights / penalty.max_stable_lr()
     assert ratio > 10.0 if gain > 1.0 else ratio < 1.0
+
+
+@pytest.mark.parametrize("huge", [1e200, 1e300])
+def test_a_bound_that_overflows_is_a_numerical_error(huge):
+    model, curvatures, anchor = consolidated()
+    model = copy.deepcopy(model).train()
+    with torch.no_grad():
+        model[1].weight.fill_(huge)
+    with ek.QuadraticPenalty(model, curvatures, anchor) as penalty:
+        with pytest.raises(NumericalError, match="top eigenvalue: .* overflows"):
+            penalty.max_stable_lr()
 
 
 def test_check_lr_warns_only_above_the_bound():
