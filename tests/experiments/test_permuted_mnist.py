@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ekfac_rs as ek
-from ekfac_rs.errors import EkfacError, NumericalError
+from ekfac_rs.errors import InternalError, NumericalError
 from ekfac_rs.experiments import permuted_mnist
 from ekfac_rs.experiments.__main__ import main
 from ekfac_rs.experiments.data import Mnist, load_mnist_subset
@@ -78,7 +78,7 @@ def test_only_numbers_count_as_divergence_faults_come_through(features, monkeypa
 
     monkeypatch.setattr(ek.ContinualLearner, "consolidate", consolidate(NumericalError("hard")))
     assert permuted_mnist.learn_stream(CONFIG, features).diverged == "task 1: hard"
-    for error in (EkfacError("a fault"), RuntimeError("a fault")):
+    for error in (InternalError("a fault"), RuntimeError("a fault")):
         monkeypatch.setattr(ek.ContinualLearner, "consolidate", consolidate(error))
         with pytest.raises(type(error), match="a fault"):
             permuted_mnist.learn_stream(CONFIG, features)

@@ -61,7 +61,7 @@ class Experiment(ABC):
     layout: ClassVar[Layout]
     preset: Preset
 
-    @classmethod
+    @classmethod  # noqa: B027  most experiments have none
     def add_arguments(cls, parser: ArgumentParser) -> None:
         """Add options that are no changes to the preset."""
 
