@@ -279,9 +279,10 @@ def test_a_bound_that_overflows_is_a_numerical_error(huge):
     model = copy.deepcopy(model).train()
     with torch.no_grad():
         model[1].weight.fill_(huge)
-    with ek.QuadraticPenalty(model, curvatures, anchor) as penalty:
-        with pytest.raises(NumericalError, match="top eigenvalue: .* overflows"):
-            penalty.max_stable_lr()
+    penalty = ek.QuadraticPenalty(model, curvatures, anchor)
+    with pytest.raises(NumericalError, match="top eigenvalue: .* overflows"):
+        penalty.max_stable_lr()
+    penalty.close()
 
 
 def test_check_lr_warns_only_above_the_bound():
