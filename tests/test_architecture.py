@@ -12,15 +12,15 @@ LIBRARY = ROOT / "python/ekfac_rs"
 # floor, as long as nothing goes round in a circle, and everything below. The package's __init__
 # stands on all of them, and the laboratory on that.
 FLOORS = {
-    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda"),
+    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_modes"),
     "loaders": ("loading",),
     "layers": ("layers",),
     "losses": ("likelihood",),
+    "BatchNorm": ("batchnorm",),
     "blocks": (
         *("curvature.settings", "curvature.kronecker", "curvature.diagonal", "curvature.files"),
         *("curvature.curvature", "curvature.accumulators"),
     ),
-    "BatchNorm": ("batchnorm",),
     "passes": ("curvature.passes", "curvature"),
     "on top": ("penalty", "stable", "metrics", "description"),
     "learner": ("learner",),

@@ -8,6 +8,7 @@ from torch import nn
 
 from ekfac_rs import _core
 from ekfac_rs._checks import require_choice
+from ekfac_rs._modes import bare_model, own_modes, plain_name
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.batchnorm import as_found
 from ekfac_rs.curvature import APPROXIMATIONS, DIAGONAL
@@ -72,6 +73,7 @@ class Description:
         return "\n".join([*lines, f"{total} ({self.approximation})"])
 
 
+@own_modes()
 def describe(
     model: nn.Module,
     *,
@@ -120,12 +122,14 @@ def describe(
     1 blocks, 0.0 MB of factors (xkfac-nested)
     """
     require_choice("approximation", approximation, APPROXIMATIONS)
+    model = bare_model(model)
     with as_found(model):
         model.eval()
         layers, reasons = survey_layers(model, coordinates=coordinates, example=example)
     owners = {id(p): layer for layer in layers for p in layer.parameters(coordinates)}
     parameters = []
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
+        name = plain_name(full_name)
         layer = owners.get(id(parameter))
         words = f"none: {reasons[name]}" if layer is None else _in_words(layer, coordinates)
         if not parameter.requires_grad:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
+from ekfac_rs._modes import bare_model, own_modes
 from ekfac_rs.batchnorm import (
     WEIGHTS,
     Anchor,
@@ -139,7 +140,7 @@ class ContinualLearner:
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
         require_nonnegative("momentum", momentum)
-        self.model = model
+        self.model = bare_model(model)
         self.likelihood = resolve(loss)
         self.approximation = approximation
         self.coordinates = coordinates
@@ -166,6 +167,7 @@ class ContinualLearner:
         # Whether the weights have moved on under frozen statistics since.
         self._froze_batchnorm = False
 
+    @own_modes()
     def fit(
         self,
         loader: Source,
@@ -235,6 +237,7 @@ class ContinualLearner:
                     break
         return history
 
+    @own_modes()
     def consolidate(self, loader: Source) -> None:
         """Close a task: accumulate its curvature and take the anchor.
 
@@ -285,6 +288,7 @@ class ContinualLearner:
         self.curvatures, self.anchor = adopted, anchor
         self._begin_task(self.task + 1)
 
+    @own_modes()
     @torch.no_grad()
     def evaluate(self, loaders: Sequence[Source]) -> list[float]:
         """Accuracy of each loader in eval mode (minus the mean loss for losses without classes).

@@ -18,7 +18,8 @@ from ekfac_rs._checks import (
     require_like,
     require_nonnegative,
 )
-from ekfac_rs._tensors import borrow
+from ekfac_rs._modes import bare_model, submodule
+from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.batchnorm import Anchor, moments_of
 from ekfac_rs.curvature import Curvature, DiagonalBlock, KroneckerSum, Signature
 from ekfac_rs.errors import (
@@ -96,7 +97,7 @@ class QuadraticPenalty:
         curvatures = [curvatures] if isinstance(curvatures, Curvature) else list(curvatures)
         self.damping, self.scale = float(damping), float(scale)
         self.coordinates = _common_coordinates(curvatures, coordinates)
-        self._model = model
+        self._model = model = bare_model(model)
         self._layers = _bind(model, curvatures, anchor, self.coordinates)
         self._anchor = self._checked_anchor(anchor)
         if curvatures:
@@ -194,11 +195,13 @@ class QuadraticPenalty:
         return self._current_weight(layer) - self._anchor[layer.name]
 
     def _current_weight(self, layer: AffineLayer) -> Tensor:
-        if self.coordinates == "raw":
-            return layer.raw_weight()
-        if layer.batchnorm is None or not layer.batchnorm.training:
-            return layer.merged_weight()
-        return layer.merged_weight(*self._batches[layer.name].moments())
+        # Half precision would not hold a deviation: its gradients are rounded, nothing else.
+        dtype = accumulation_dtype(layer.like.dtype)
+        if self.coordinates == "raw" or layer.batchnorm is None:
+            return layer.raw_weight().to(dtype)
+        if layer.batchnorm.training:
+            return layer.merged_weight(*self._batches[layer.name].moments())
+        return layer.merged_weight(*(s.to(dtype) for s in layer.running_statistics()))
 
     def _top_eigenvalue_of_parameters(self, layer: AffineLayer) -> float:
         operator = self._operators[layer.name]
@@ -223,7 +226,7 @@ class QuadraticPenalty:
             if name is None:
                 continue
             try:
-                current = self._model.get_submodule(name)
+                current = submodule(self._model, name)
             except AttributeError:
                 current = None
             if current is not module:
@@ -236,7 +239,8 @@ class QuadraticPenalty:
         for layer in self._layers:
             weight = anchor[layer.name]
             place = f"layer {layer.name!r}: anchor"
-            require_like(place, weight, layer.shape(self.coordinates), layer.like)
+            like = layer.like.new_empty((), dtype=accumulation_dtype(layer.like.dtype))
+            require_like(place, weight, layer.shape(self.coordinates), like)
             require_finite(place, weight)
             checked[layer.name] = weight.detach().clone()
         return checked
@@ -302,7 +306,7 @@ class _LastBatch:
                 "got changed ones: call the model again before penalty()"
             )
         # Half precision, as under autocast, would not hold a variance.
-        return moments_of(self._values.to(self._layer.like.dtype))
+        return moments_of(self._values.to(accumulation_dtype(self._layer.like.dtype)))
 
     def _current_versions(self) -> tuple[int, ...]:
         return tuple(p._version for p in self._layer.parameters("merged"))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_rs._checks import require_finite
-from ekfac_rs._tensors import write_all
+from ekfac_rs._modes import bare_model, own_modes
+from ekfac_rs._tensors import accumulation_dtype, write_all
 from ekfac_rs.batchnorm.statistics import as_found
 from ekfac_rs.errors import BatchNormError, UnsupportedLayerError
 from ekfac_rs.layers import AffineLayer, find_layers
@@ -29,6 +30,7 @@ class Anchor(dict[str, Tensor]):
         self.batchnorms = dict(batchnorms)
 
 
+@own_modes()
 def merged_weights(
     model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
 ) -> Anchor:
@@ -51,7 +53,7 @@ def merged_weights(
     -------
     Anchor
         Layer name to a new tensor of shape ``(D, K)``; K counts the bias column, which every
-        layer with a bias or a BatchNorm has.
+        layer with a bias or a BatchNorm has. Of a layer of half precision it is float32.
 
     Raises
     ------
@@ -65,6 +67,7 @@ def merged_weights(
     return view_of(_find(model, layers, example))
 
 
+@own_modes()
 def raw_weights(
     model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
 ) -> Anchor:
@@ -74,10 +77,14 @@ def raw_weights(
         As `merged_weights`.
     """
     found = _find(model, layers, example, "raw")
-    weights = {layer.name: layer.raw_weight().detach().clone() for layer in found}
+    weights = {}
+    for layer in found:
+        dtype = accumulation_dtype(layer.like.dtype)
+        weights[layer.name] = layer.raw_weight().detach().to(dtype, copy=True)
     return Anchor(weights, dict.fromkeys(weights))
 
 
+@own_modes()
 def merge_batchnorm(
     model: nn.Module, *, layers: Collection[str] | None = None, example: Any = None
 ) -> None:
@@ -125,8 +132,7 @@ def view_of(layers: Iterable[AffineLayer]) -> Anchor:
     """Return the merged weights of these layers under their running statistics."""
     weights, batchnorms = {}, {}
     for layer in layers:
-        # A detour through float64 costs nothing here and saves a rounding in each layer.
-        weight = _in_double(layer).to(layer.like.dtype)
+        weight = merged_weight_of(layer)
         require_finite(f"layer {layer.name!r}: merged weight", weight)
         weights[layer.name], batchnorms[layer.name] = weight, layer.batchnorm_name
     return Anchor(weights, batchnorms)
@@ -135,16 +141,21 @@ def view_of(layers: Iterable[AffineLayer]) -> Anchor:
 def _find(
     model: nn.Module, layers: Collection[str] | None, example: Any, coordinates: str = "merged"
 ) -> list[AffineLayer]:
+    model = bare_model(model)
     with as_found(model):
         model.eval()
         return find_layers(model, coordinates=coordinates, layers=layers, example=example)
 
 
-def _in_double(layer: AffineLayer) -> Tensor:
+@torch.no_grad()
+def merged_weight_of(layer: AffineLayer) -> Tensor:
+    """``[Wm bm]`` under running statistics; float32 where the layer is of half precision."""
+    dtype = accumulation_dtype(layer.like.dtype)
     if layer.batchnorm is None:
-        return layer.raw_weight().detach().double()
+        return layer.raw_weight().to(dtype, copy=True)
+    # A detour through float64 costs nothing here and saves a rounding in each layer.
     mean, variance = layer.running_statistics()
-    return layer.merged_weight(mean.double(), variance.double()).detach()
+    return layer.merged_weight(mean.double(), variance.double()).to(dtype)
 
 
 Writes = list[tuple[Tensor, Tensor]]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count
+from ekfac_rs._modes import bare_model, own_modes
 from ekfac_rs._tensors import write_all
 from ekfac_rs.batchnorm.merging import Writes, moved_into_weights, view_of
 from ekfac_rs.batchnorm.statistics import Moments, as_found, device_of, frozen_batchnorms
@@ -19,6 +20,7 @@ from ekfac_rs.loading import Loader, Source
 WEIGHTS = ("kept", "merged")
 
 
+@own_modes()
 def reparameterize(
     model: nn.Module,
     loader: Source,
@@ -73,6 +75,7 @@ def reparameterize(
     require_choice("weights", weights, WEIGHTS)
     if max_examples is not None:
         require_count("max_examples", max_examples)
+    model = bare_model(model)
     frozen = frozen_batchnorms(model)
     with as_found(model), torch.no_grad():
         model.eval()

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from ekfac_rs._modes import plain_name
 from ekfac_rs.errors import BatchNormError
 
 
@@ -55,7 +56,9 @@ def frozen_batchnorms(model: nn.Module) -> tuple[str, ...]:
         return model.training or (bool(trainable) and not any(trainable))
 
     return tuple(
-        name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and is_frozen(m)
+        plain_name(name)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and is_frozen(module)
     )
 
 
@@ -75,10 +78,11 @@ def use_batch_statistics(model: nn.Module, frozen: tuple[str, ...]) -> list[Remo
     """
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and name not in frozen:
+        plain = plain_name(name)
+        if isinstance(module, _BatchNorm) and plain not in frozen:
             module.training = True
             module.track_running_stats = False
-            handles.append(module.register_forward_pre_hook(_refuse_one_value(name)))
+            handles.append(module.register_forward_pre_hook(_refuse_one_value(plain)))
     return handles
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ekfac_rs.batchnorm.merging import merged_weight_of
 from ekfac_rs.curvature import files
 from ekfac_rs.curvature.diagonal import DiagonalBlock
 from ekfac_rs.curvature.kronecker import KroneckerSum
@@ -250,9 +251,14 @@ class Curvature(Mapping[str, Block]):
 
 
 def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
-    """Signature of a layer's weights; of the raw ones where there are no running statistics."""
+    """Signature of a layer's weights; of the raw ones where there are no running statistics.
+
+    Of half precision, too, it is that of the anchor, which is float32: nothing is rounded twice.
+    """
     has_statistics = layer.batchnorm is None or layer.batchnorm.running_var is not None
-    return Signature.of(layer.weight_matrix(coordinates if has_statistics else "raw"))
+    if coordinates == "merged" and has_statistics:
+        return Signature.of(merged_weight_of(layer))
+    return Signature.of(layer.raw_weight())
 
 
 def kept_strata(gradient_examples: list[int]) -> list[int]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ekfac_rs import _core
 from ekfac_rs._checks import require_count
+from ekfac_rs._modes import bare_model, own_modes, without_autocast
 from ekfac_rs.batchnorm.merging import is_exported
 from ekfac_rs.batchnorm.statistics import (
     as_found,
@@ -142,7 +143,7 @@ def estimate_curvature(
     Lee, Hong, Joo, Kim, "Continual Learning with Extended Kronecker-factored Approximate
     Curvature", CVPR 2020. Martens & Grosse 2015; Eschenhagen et al. 2023 (expand and reduce).
     """
-    likelihood = resolve(loss)
+    likelihood, model = resolve(loss), bare_model(model)
     settings = PassSettings.of(
         likelihood,
         approximation=approximation,
@@ -180,8 +181,8 @@ def _require_possible(model: nn.Module, settings: PassSettings, max_examples: in
 
 @contextmanager
 def _conditions(model: nn.Module, settings: PassSettings) -> Iterator[None]:
-    """Put the model in the mode of a pass, and back as it was found."""
-    with as_found(model), ExitStack() as cleanup:
+    """Put the model and torch in the modes of a pass, and back as they were found."""
+    with own_modes(), as_found(model), ExitStack() as cleanup:
         model.eval()
         if settings.statistics == "batch":
             checks = use_batch_statistics(model, settings.frozen)
@@ -229,12 +230,18 @@ class _Pass:
 
     def take(self, batch: Batch) -> None:
         """Accumulate a mini-batch: forward, then backward for every score vector."""
-        with self._capture.watching(), torch.enable_grad():
-            found = outputs_of(self._model, batch.inputs, self._output_fn)
-            outputs, targets = self._likelihood.arranged(found, batch.targets, batch.examples)
+        with self._capture.watching():
+            outputs = outputs_of(self._model, batch.inputs, self._output_fn)
+        with without_autocast(outputs.device):
+            self._accumulate(batch, outputs)
+        self._capture.clear()
+        self._examples, self._batches = self._examples + batch.examples, self._batches + 1
+
+    def _accumulate(self, batch: Batch, outputs: Tensor) -> None:
+        rows = _Rows(batch.examples, len(outputs) if outputs.dim() else 0)
+        outputs, targets = self._likelihood.arranged(outputs, batch.targets, batch.examples)
         self._likelihood.validate(outputs, targets)
         self._likelihood.check_outputs(outputs, targets)
-        rows = _Rows(batch.examples, len(found))
         self._capture.hand_over_inputs(self._accumulators, rows)
         scores = self._likelihood.scores(
             outputs,
@@ -245,8 +252,6 @@ class _Pass:
         )
         for score, weight in scores:
             self._capture.hand_over_gradients(self._accumulators, rows, outputs, score, weight)
-        self._capture.clear()
-        self._examples, self._batches = self._examples + batch.examples, self._batches + 1
         loss = self._likelihood.loss(outputs.detach(), targets)
         self._loss += batch.examples * float(loss)
 

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ekfac_rs._checks import require_choice, require_finite
+from ekfac_rs._modes import plain_name, submodule
 from ekfac_rs._tensors import is_supported
 from ekfac_rs.errors import ModelChangedError, OptionError, UnsupportedLayerError
 from ekfac_rs.layers.base import COORDINATES, PARAMETERS, AffineLayer
@@ -103,7 +104,7 @@ def survey_layers(
     for name, parameter in model.named_parameters():
         if id(parameter) not in covered:
             problem = problems.get(owners.get(id(parameter), ""))
-            reasons[name] = (
+            reasons[plain_name(name)] = (
                 problem
                 or why_unsupported(model, name)
                 or "raw coordinates have no block for a BatchNorm"
@@ -133,7 +134,7 @@ def uncovered_parameters(
     """Names of the trainable parameters that no layer's block covers."""
     covered = {id(p) for layer in layers for p in layer.parameters(coordinates)}
     return tuple(
-        name
+        plain_name(name)
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) not in covered
     )
@@ -145,7 +146,7 @@ def uncovered_parameters(
 def _watched(model: nn.Module) -> dict[nn.Module, str]:
     """Every module that may be a layer, or a BatchNorm after one, by its first name."""
     return {
-        module: name
+        module: plain_name(name)
         for name, module in model.named_modules()
         if (kind := kind_of(module)) is not None and kind.why_unsupported(module) is None
     }
@@ -200,7 +201,7 @@ def _require_names(layers: Collection[str], model: nn.Module) -> None:
         raise OptionError(f"layers: expected a collection of names, got {layers!r}")
     if not layers:
         raise OptionError("layers: expected at least one name, got none")
-    modules = {name: m for name, m in model.named_modules() if kind_of(m) is not None}
+    modules = {plain_name(n): m for n, m in model.named_modules() if kind_of(m) is not None}
     unknown = sorted(set(layers) - set(modules))
     if unknown:
         raise OptionError(
@@ -232,7 +233,7 @@ def _affine_layer(model: nn.Module, name: str, batchnorm_name: str | None) -> Af
 
 def _submodule(model: nn.Module, name: str, kind: type[M]) -> M:
     try:
-        module = model.get_submodule(name)
+        module = submodule(model, name)
     except AttributeError:
         raise ModelChangedError(
             f"layer {name!r}: expected it in the model, got a model without it"
@@ -248,7 +249,7 @@ def _tied_parameters(model: nn.Module, layers: Collection[AffineLayer]) -> dict[
     """Layers that share a parameter with another module, and with which."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
+        owners[id(parameter)].append(plain_name(name))
     modules: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         modules[id(module)].append(name)
@@ -280,11 +281,11 @@ def require_finite_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise UnsupportedLayerError(
-                f"parameter {name!r}: expected it initialised, got a lazy one: pass an input "
-                "through the model first"
+                f"parameter {plain_name(name)!r}: expected it initialised, got a lazy one: pass an "
+                "input through the model first"
             )
         if is_supported(parameter.dtype):
-            require_finite(f"parameter {name!r}", parameter.detach())
+            require_finite(f"parameter {plain_name(name)!r}", parameter.detach())
 
 
 def _require_known_kinds(model: nn.Module) -> None:
@@ -293,6 +294,6 @@ def _require_known_kinds(model: nn.Module) -> None:
         reason = why_unsupported(model, name)
         if parameter.requires_grad and reason is not None:
             raise UnsupportedLayerError(
-                f"parameter {name!r}: expected it in {kinds_in_words()}, but {reason}; freeze it "
-                "or name the wanted layers in layers="
+                f"parameter {plain_name(name)!r}: expected it in {kinds_in_words()}, but "
+                f"{reason}; freeze it or name the wanted layers in layers="
             )

@@ -1,0 +1,79 @@
+"""What a caller may have switched on around us, or wrapped around a model."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ekfac_rs.errors import UnsupportedLayerError
+
+# Where `torch.compile` keeps the module that it wraps.
+_COMPILED = "_orig_mod"
+
+# By name: importing them all would take longer than everything else here.
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Gradients on, inference mode off, compiled modules run eagerly: those compute unobserved."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        if "torch._dynamo" in sys.modules:  # or nothing can have been compiled
+            modes.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Return a context in which nothing is rounded but by the model itself."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the network that `torch.compile` may have wrapped.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        Its parameters are elsewhere (a parallel wrapper), or autograd cannot follow them.
+    """
+    model = _unwrapped(model)
+    for name, module in model.named_modules():
+        wrappers = _PARALLEL & {kind.__name__ for kind in type(module).__mro__}
+        if wrappers:
+            place = f"module {name!r}" if name else "model"
+            raise UnsupportedLayerError(
+                f"{place}: expected a network with parameters of its own, whole and on one "
+                f"device, got a {wrappers.pop()}: pass the one inside (its .module)"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise UnsupportedLayerError(
+                f"model: expected tensors that autograd can follow, got {plain_name(name)!r} made "
+                "under torch.inference_mode(): make the model, or copy it, outside"
+            )
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Name of a module or parameter without what `torch.compile` has put into it."""
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of a plain name.
+
+    Raises
+    ------
+    AttributeError
+        There is none.
+    """
+    return _unwrapped(model.get_submodule(name))
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while _COMPILED in module._modules:
+        module = module.get_submodule(_COMPILED)
+    return module
