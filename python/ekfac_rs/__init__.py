@@ -7,6 +7,7 @@ from ekfac_rs._core import build_info, num_threads, set_num_threads
 from ekfac_rs._cuda import cuda_info
 from ekfac_rs.batchnorm import Anchor, merge_batchnorm, merged_weights, raw_weights, reparameterize
 from ekfac_rs.curvature import (
+    ColumnwiseSum,
     Curvature,
     DiagonalBlock,
     KroneckerSum,
@@ -24,6 +25,7 @@ __version__: str = build_info()["version"]
 __all__ = [
     "AccuracyMatrix",
     "Anchor",
+    "ColumnwiseSum",
     "ContinualLearner",
     "Curvature",
     "Description",

@@ -21,7 +21,7 @@ from ekfac_rs._checks import (
 from ekfac_rs._modes import bare_model, submodule
 from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.batchnorm import Anchor, moments_of
-from ekfac_rs.curvature import Curvature, DiagonalBlock, KroneckerSum, Signature
+from ekfac_rs.curvature import Block, Curvature, DiagonalBlock, KroneckerSum, Signature
 from ekfac_rs.errors import (
     IncompatibleError,
     ModelChangedError,
@@ -355,6 +355,20 @@ class _DiagonalOperator:
         return self.block.top_eigenvalue()
 
 
+class _BlockOperator:
+    """A block's own product."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+
+    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
+        out.copy_(self.block.product(V))
+        return _inner(V, out)
+
+    def top_eigenvalue(self) -> float:
+        return self.block.top_eigenvalue()
+
+
 class _KroneckerOperator:
     """Packed once, applied in every training step."""
 
@@ -370,16 +384,16 @@ class _KroneckerOperator:
         return self.block.top_eigenvalue()
 
 
-_Operator = _NoOperator | _DiagonalOperator | _KroneckerOperator
+_Operator = _NoOperator | _BlockOperator | _DiagonalOperator | _KroneckerOperator
 
 
-def _operator(blocks: Sequence[KroneckerSum | DiagonalBlock], like: Tensor) -> _Operator:
+def _operator(blocks: Sequence[Block], like: Tensor) -> _Operator:
     if not blocks:
         return _NoOperator()
     total = reduce(add, (block.to(like.device, like.dtype) for block in blocks))
-    return (
-        _DiagonalOperator(total) if isinstance(total, DiagonalBlock) else _KroneckerOperator(total)
-    )
+    if isinstance(total, KroneckerSum):
+        return _KroneckerOperator(total)
+    return _DiagonalOperator(total) if isinstance(total, DiagonalBlock) else _BlockOperator(total)
 
 
 class _Quadratic(torch.autograd.Function):

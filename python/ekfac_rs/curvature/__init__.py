@@ -1,6 +1,8 @@
 """Curvature: its blocks, the passes that accumulate them, and the files that keep them."""
 
-from ekfac_rs.curvature.curvature import Block, Curvature, Signature
+from ekfac_rs.curvature.block import Block
+from ekfac_rs.curvature.columnwise import ColumnwiseSum
+from ekfac_rs.curvature.curvature import Curvature, Signature
 from ekfac_rs.curvature.diagonal import DiagonalBlock
 from ekfac_rs.curvature.kronecker import KroneckerSum
 from ekfac_rs.curvature.passes import estimate_curvature
@@ -11,6 +13,7 @@ __all__ = [
     "DIAGONAL",
     "STATISTICS",
     "Block",
+    "ColumnwiseSum",
     "Curvature",
     "DiagonalBlock",
     "KroneckerSum",

@@ -5,15 +5,15 @@ from torch import Tensor
 
 from ekfac_rs import _core
 from ekfac_rs._tensors import accumulation_dtype, borrow
-from ekfac_rs.curvature.curvature import kept_strata
+from ekfac_rs.curvature.block import Block, kept_strata
+from ekfac_rs.curvature.columnwise import sum_of_terms
 from ekfac_rs.curvature.diagonal import DiagonalBlock
-from ekfac_rs.curvature.kronecker import KroneckerSum
 from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
 from ekfac_rs.layers import AffineLayer, Units
 
 
 class KroneckerAccumulator:
-    """Sums of a layer's factors over mini-batches, lower triangles only."""
+    """Sums of a layer's factors over mini-batches: lower triangles, or a diagonal."""
 
     def __init__(self, layer: AffineLayer, settings: PassSettings) -> None:
         dtype = accumulation_dtype(layer.like.dtype)
@@ -46,15 +46,16 @@ class KroneckerAccumulator:
             borrow(g), out, self.approximation, "gradient", False, weight, self.precision
         )
 
-    def block(self) -> KroneckerSum:
+    def block(self) -> Block:
         """Mean over examples; a stratum that never had a degree of freedom is no term."""
         terms = []
         for k in kept_strata(self.gradient_examples):
             A, G = self.A[k] / self.examples, self.G[k] / self.gradient_examples[k]
-            _core.symmetrize(borrow(A))
-            _core.symmetrize(borrow(G))
+            for factor in (A, G):
+                if factor.dim() > 1:  # else the diagonal of one
+                    _core.symmetrize(borrow(factor))
             terms.append((A, G))
-        return KroneckerSum(terms)
+        return sum_of_terms(terms)
 
 
 class DiagonalAccumulator:

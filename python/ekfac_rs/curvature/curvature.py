@@ -10,13 +10,12 @@ from torch import Tensor
 
 from ekfac_rs.batchnorm.merging import merged_weight_of
 from ekfac_rs.curvature import files
+from ekfac_rs.curvature.block import Block, kept_strata, require_same_kind
+from ekfac_rs.curvature.columnwise import sum_of_terms
 from ekfac_rs.curvature.diagonal import DiagonalBlock
-from ekfac_rs.curvature.kronecker import KroneckerSum
 from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
 from ekfac_rs.errors import EkfacError, FileFormatError, IncompatibleError, UnknownLayerError
 from ekfac_rs.layers import AffineLayer
-
-Block = KroneckerSum | DiagonalBlock
 
 
 class Signature(NamedTuple):
@@ -45,7 +44,7 @@ class Signature(NamedTuple):
 class Curvature(Mapping[str, Block]):
     """Curvature of a model's loss, the mean over examples: one block for each layer.
 
-    A mapping from layer name to `KroneckerSum` (or `DiagonalBlock`).
+    A mapping from layer name to `KroneckerSum`, `ColumnwiseSum` (Embeddings) or `DiagonalBlock`.
 
     Attributes
     ----------
@@ -136,7 +135,7 @@ class Curvature(Mapping[str, Block]):
         return replace(
             self,
             blocks={
-                name: _mix(self[name], other[name], share, mine[name], theirs[name])
+                name: self[name].mixed(other[name], share, mine[name], theirs[name])
                 for name in self
             },
             examples=examples,
@@ -160,6 +159,7 @@ class Curvature(Mapping[str, Block]):
                 raise IncompatibleError(
                     f"layer {name!r}: expected shape {block.shape}, got {other[name].shape}"
                 )
+            require_same_kind(block, other[name])
             if block.dtype != other[name].dtype:
                 raise IncompatibleError(
                     f"layer {name!r}: expected dtype {block.dtype} in both, got {other[name].dtype}"
@@ -226,7 +226,7 @@ class Curvature(Mapping[str, Block]):
         return {
             f"{index}.{key}": tensor.contiguous()
             for index, name in enumerate(self)
-            for key, tensor in _block_tensors(self[name]).items()
+            for key, tensor in self[name].tensors().items()
         }
 
     @classmethod
@@ -245,8 +245,9 @@ class Curvature(Mapping[str, Block]):
             if values["settings"].approximation == DIAGONAL:
                 blocks[name] = DiagonalBlock(own["diagonal"])
             else:
-                terms = len(kept_strata(values["gradient_examples"][name]))
-                blocks[name] = KroneckerSum([(own[f"{k}.A"], own[f"{k}.G"]) for k in range(terms)])
+                terms = range(len(kept_strata(values["gradient_examples"][name])))
+                A = "A.diagonal" if "0.A.diagonal" in own else "A"
+                blocks[name] = sum_of_terms([(own[f"{k}.{A}"], own[f"{k}.G"]) for k in terms])
         return cls(blocks=blocks, **values)
 
 
@@ -259,41 +260,6 @@ def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
     if coordinates == "merged" and has_statistics:
         return Signature.of(merged_weight_of(layer))
     return Signature.of(layer.raw_weight())
-
-
-def kept_strata(gradient_examples: list[int]) -> list[int]:
-    """Return the strata that had a degree of freedom: the others are no terms."""
-    return [k for k, examples in enumerate(gradient_examples) if examples]
-
-
-def _mix(
-    mine: Block, theirs: Block, share: float, my_examples: list[int], their_examples: list[int]
-) -> Block:
-    """Blocks of the union, where the first pass saw ``share`` of the examples."""
-    if isinstance(mine, DiagonalBlock) and isinstance(theirs, DiagonalBlock):
-        return DiagonalBlock(torch.lerp(theirs.values, mine.values, share))
-    if isinstance(mine, KroneckerSum) and isinstance(theirs, KroneckerSum):
-        A, G = mine.terms[0]
-        absent = torch.zeros_like(A), torch.zeros_like(G)
-        my_terms = dict(zip(kept_strata(my_examples), mine.terms, strict=True))
-        their_terms = dict(zip(kept_strata(their_examples), theirs.terms, strict=True))
-        terms = []
-        for k in sorted(my_terms.keys() | their_terms.keys()):
-            (A, G), (B, H) = my_terms.get(k, absent), their_terms.get(k, absent)
-            gradient_share = my_examples[k] / (my_examples[k] + their_examples[k])
-            terms.append((torch.lerp(B, A, share), torch.lerp(H, G, gradient_share)))
-        return KroneckerSum(terms)
-    raise IncompatibleError(f"expected two blocks of one kind, got {mine!r} and {theirs!r}")
-
-
-def _block_tensors(block: Block) -> dict[str, Tensor]:
-    if isinstance(block, DiagonalBlock):
-        return {"diagonal": block.values}
-    return {
-        f"{k}.{letter}": factor
-        for k, term in enumerate(block.terms)
-        for letter, factor in zip("AG", term, strict=True)
-    }
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
 """The diagonal block, a baseline."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ekfac_rs._checks import require_finite
+from ekfac_rs.curvature.block import Block
 from ekfac_rs.errors import IncompatibleError, ShapeError
 
 
-class DiagonalBlock:
+class DiagonalBlock(Block):
     """A diagonal operator: the elementwise product with a matrix of shape (D, K).
 
     The baseline of elastic weight consolidation (Kirkpatrick et al. 2017), in the coordinates of
@@ -92,3 +95,11 @@ class DiagonalBlock:
         return DiagonalBlock(self.values * factor)
 
     __rmul__ = __mul__
+
+    def mixed(
+        self, other: "DiagonalBlock", share: float, examples: Sequence[int], others: Sequence[int]
+    ) -> "DiagonalBlock":
+        return DiagonalBlock(torch.lerp(other.values, self.values, share))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"diagonal": self.values}

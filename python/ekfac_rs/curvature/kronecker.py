@@ -13,6 +13,7 @@ from torch import Tensor
 from ekfac_rs import _core
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
 from ekfac_rs._tensors import borrow
+from ekfac_rs.curvature.block import Block, mixed_terms
 from ekfac_rs.errors import (
     DtypeError,
     IncompatibleError,
@@ -25,7 +26,7 @@ from ekfac_rs.errors import (
 _DENSE_LIMIT = 4096
 
 
-class KroneckerSum:
+class KroneckerSum(Block):
     """The operator ``H V = sum_k G_k V A_k``.
 
     With groups, as grouped and depthwise convolutions have them, it is block diagonal: the rows of
@@ -203,6 +204,18 @@ class KroneckerSum:
 
     __rmul__ = __mul__
 
+    def mixed(
+        self, other: "KroneckerSum", share: float, examples: Sequence[int], others: Sequence[int]
+    ) -> "KroneckerSum":
+        return KroneckerSum(mixed_terms(self.terms, other.terms, share, examples, others))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{k}.{letter}": factor
+            for k, term in enumerate(self.terms)
+            for letter, factor in zip("AG", term, strict=True)
+        }
+
     def compress(self, terms: int) -> "KroneckerSum":
         """Nearest sum of ``terms`` Kronecker products in Frobenius norm.
 
@@ -232,7 +245,7 @@ class KroneckerSum:
             Ascending eigenvalues of shapes ``(K,)`` and ``(D,)``; eigenvectors in columns; stacks
             of both with groups. The eigenvalues of a term alone are all products of the two.
         """
-        return [(*_eigh(A), *_eigh(G)) for A, G in self.terms]
+        return [(*eigh(A), *eigh(G)) for A, G in self.terms]
 
     def top_eigenvalue(self, damping: float = 0.0) -> float:
         """Largest eigenvalue of ``H + damping I``, to a relative 1e-4."""
@@ -417,7 +430,8 @@ def _shifted(factor: Tensor, shift: Tensor) -> Tensor:
     return factor + shift.to(factor.dtype)[..., None, None] * eye
 
 
-def _eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues and eigenvectors, in columns, of a factor or a stack of them."""
     values = torch.empty(factor.shape[:-1], dtype=factor.dtype, device=factor.device)
     vectors = torch.empty_like(factor, memory_format=torch.contiguous_format)
     _core.eigh(borrow(factor), borrow(values), borrow(vectors))

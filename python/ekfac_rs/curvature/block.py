@@ -1,0 +1,118 @@
+"""What every curvature block is: a symmetric positive semi-definite operator on matrices."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ekfac_rs.errors import IncompatibleError
+
+Terms = Sequence[tuple[Tensor, Tensor]]
+
+
+class Block(ABC):
+    """A layer's curvature, an operator ``H`` on matrices ``V`` of shape (D, K)."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(D, K)`` of the matrices the block acts on."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of the block."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the block."""
+
+    @abstractmethod
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Return the block on another device or in another dtype."""
+
+    @abstractmethod
+    def product(self, V: Tensor) -> Tensor:
+        """Apply the block to ``V`` of shape (D, K) or (S, D, K)."""
+
+    @abstractmethod
+    def quadratic(self, V: Tensor) -> float:
+        """Quadratic form ``<V, H V>``."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """Trace of the block."""
+
+    @abstractmethod
+    def norm(self) -> float:
+        """Frobenius norm of the block."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Diagonal of the block, shape (D, K)."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Return the block as a matrix of shape (D * K, D * K)."""
+
+    @abstractmethod
+    def top_eigenvalue(self, damping: float = 0.0) -> float:
+        """Largest eigenvalue of ``H + damping I``."""
+
+    @abstractmethod
+    def __add__(self, other: Self) -> Self:
+        """Sum of two blocks of one kind."""
+
+    @abstractmethod
+    def __mul__(self, factor: float) -> Self:
+        """Multiply the block by a number."""
+
+    @abstractmethod
+    def mixed(
+        self, other: Self, share: float, examples: Sequence[int], others: Sequence[int]
+    ) -> Self:
+        """Block of the union of two passes, of which this one saw ``share`` of the examples.
+
+        Parameters
+        ----------
+        other : block of the same kind and shape
+        share : float
+        examples, others : sequence of int
+            Of both passes, the examples that count for the gradients of each stratum.
+        """
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the block is made of under keys for a file."""
+
+
+def kept_strata(gradient_examples: Sequence[int]) -> list[int]:
+    """Return the strata that had a degree of freedom: the others are no terms."""
+    return [k for k, examples in enumerate(gradient_examples) if examples]
+
+
+def mixed_terms(
+    mine: Terms, theirs: Terms, share: float, examples: Sequence[int], others: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Terms of the union of two passes; see `Block.mixed`."""
+    A, G = mine[0]
+    absent = torch.zeros_like(A), torch.zeros_like(G)
+    my_terms = dict(zip(kept_strata(examples), mine, strict=True))
+    their_terms = dict(zip(kept_strata(others), theirs, strict=True))
+    terms = []
+    for k in sorted(my_terms.keys() | their_terms.keys()):
+        (A, G), (B, H) = my_terms.get(k, absent), their_terms.get(k, absent)
+        gradient_share = examples[k] / (examples[k] + others[k])
+        terms.append((torch.lerp(B, A, share), torch.lerp(H, G, gradient_share)))
+    return terms
+
+
+def require_same_kind(mine: Block, theirs: object) -> None:
+    """Raise `IncompatibleError` unless both blocks are of one class."""
+    if type(theirs) is not type(mine):
+        raise IncompatibleError(f"expected two blocks of one kind, got {mine!r} and {theirs!r}")
