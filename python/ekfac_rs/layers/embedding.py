@@ -84,7 +84,8 @@ class EmbeddingLayer(AffineLayer):
 
     ``W`` is the transpose of the module's weight. Of the input factors only the diagonals are
     kept, ``[num_embeddings]``: products between the gradients of different tokens are neglected
-    (see `ekfac_rs.ColumnwiseSum`).
+    (see `ekfac_rs.ColumnwiseSum`). A BatchNorm after it is a layer of its own: a shift by channel
+    would have to be a column beside those of the tokens, which it meets in every product.
     """
 
     noun = "an Embedding"
