@@ -449,7 +449,7 @@ class _InputMoments:
         Values are the running ones: the data may have changed since the inputs were seen. A row's
         multiples keep being normalised alike.
         """
-        weight, bias = layer.weight(), layer.bias()
+        weight, bias = layer.weight().to(self._mean.dtype), layer.bias()
         rows = weight if layer.groups == 1 else weight.reshape(layer.groups, -1, weight.shape[1])
         mean = (rows @ self._mean[..., None]).flatten()
         mean = mean if bias is None else mean + bias
@@ -468,7 +468,7 @@ def _input_moments(
 ) -> dict[str, _InputMoments]:
     """Moments of the inputs of every layer that takes up a BatchNorm's scale, where known."""
     return {
-        layer.name: _InputMoments(block.to(layer.like.device, layer.like.dtype))
+        layer.name: _InputMoments(block.to(layer.like.device, accumulation_dtype(layer.like.dtype)))
         for curvature in curvatures
         for layer in layers
         if layer.batchnorm is not None and layer.absorbs_scale

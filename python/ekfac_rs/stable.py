@@ -45,16 +45,20 @@ def top_eigenvalue_of_parameters(
     )
 
     def product(v: Tensor) -> Tensor:
-        parts = [part.view_as(p) for part, p in zip(torch.split(v, sizes), parameters, strict=True)]
+        parts = [
+            part.view_as(p).to(p.dtype)
+            for part, p in zip(torch.split(v, sizes), parameters, strict=True)
+        ]
         (moved,) = torch.autograd.grad(pulled, dual, parts, retain_graph=True)
         gradients = torch.autograd.grad(
             weight, parameters, hessian(moved), retain_graph=True, materialize_grads=True
         )
-        return torch.cat([g.reshape(-1) for g in gradients])
+        return torch.cat([g.reshape(-1).to(v.dtype) for g in gradients])
 
     sizes = [p.numel() for p in parameters]
     # A start of one's own: the user's random state stays as it is.
-    start = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(sum(sizes), generator=generator, dtype=torch.float64, device="cpu")
     return _lanczos(product, start.to(weight))
 
 
@@ -85,8 +89,10 @@ def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
 
 
 def _top_of_tridiagonal(diagonal: Sequence[float], beside: Sequence[float]) -> float:
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if beside:
-        off = torch.diag(torch.tensor(beside, dtype=torch.float64), 1)
-        matrix = matrix + off + off.T
+    n = len(diagonal)
+    matrix = torch.zeros(n, n, dtype=torch.float64, device="cpu")
+    for i, value in enumerate(diagonal):
+        matrix[i, i] = value
+    for i, value in enumerate(beside):
+        matrix[i, i + 1] = matrix[i + 1, i] = value
     return float(torch.linalg.eigvalsh(matrix)[-1])
