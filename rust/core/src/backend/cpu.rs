@@ -100,30 +100,17 @@ impl Backend for Cpu {
         }
         let out = out.into_iter().map(host::write_all);
         let out = out.collect::<Result<_>>()?;
+        let (team, strata, append_one) = (&*self.team, &task.strata, task.append_one);
         macro_rules! accumulate {
             ($element:ty) => {
                 match units {
                     Units::Dense(x) => {
                         let source = Dense::<$element>::new(x)?;
-                        gram::accumulate(
-                            &self.team,
-                            &source,
-                            out,
-                            &task.strata,
-                            task.append_one,
-                            cancel,
-                        )
+                        gram::accumulate(team, &source, out, strata, append_one, cancel)
                     }
                     Units::Patches(x, geometry) => {
                         let source = Patches::<$element>::new(x, geometry)?;
-                        gram::accumulate(
-                            &self.team,
-                            &source,
-                            out,
-                            &task.strata,
-                            task.append_one,
-                            cancel,
-                        )
+                        gram::accumulate(team, &source, out, strata, append_one, cancel)
                     }
                 }
             };

@@ -316,8 +316,8 @@ impl Backend for Cuda {
         let (rows, columns) = (first.rows(), first.columns());
         let extents = [x.len(), rows, columns];
         let [down, across] = [first.row_stride(), first.column_stride()].map(isize::unsigned_abs);
-        let place = self.address(first)?;
-        match self.first_non_finite(T::DTYPE, place, &extents, &[step, down, across])? {
+        let address = self.address(first)?;
+        match self.first_non_finite(T::DTYPE, address, &extents, &[step, down, across])? {
             None => Ok(()),
             Some(number) => {
                 let (item, rest) = (number / (rows * columns), number % (rows * columns));

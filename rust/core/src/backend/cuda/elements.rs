@@ -103,7 +103,7 @@ impl Cuda {
     pub(super) fn first_non_finite(
         &self,
         dtype: Dtype,
-        place: u64,
+        address: u64,
         extents: &[usize],
         steps: &[usize],
     ) -> Result<Option<usize>> {
@@ -120,7 +120,7 @@ impl Cuda {
         unsafe { result::memset_d8_async(first.address(), 0xff, 8, self.stream()) }
             .map_err(|error| failed("cuMemsetD8Async", error.0))?;
         let arguments = vec![
-            Pointer(place),
+            Pointer(address),
             Words(words),
             count(rows),
             count(columns),
@@ -170,7 +170,7 @@ impl Cuda {
         Ok((partial, down * columns))
     }
 
-    /// Sums of the numbers whose places differ by multiples of `width`, in a fixed order.
+    /// Sums of the numbers whose indices differ by multiples of `width`, in a fixed order.
     pub(super) fn fold(
         &self,
         mut numbers: DeviceMatrix<f64>,

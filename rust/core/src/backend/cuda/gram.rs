@@ -47,7 +47,7 @@ pub(super) fn accumulate<T: Real>(
 /// Where units are read from: the kernels of its kind, and how they find a unit.
 struct Source {
     dtype: Dtype,
-    place: u64,
+    address: u64,
     sum_kernel: &'static str,
     pack_kernel: &'static str,
     words: Vec<u64>,
@@ -60,7 +60,7 @@ impl Source {
     fn new(cuda: &Cuda, units: &Units<'_>) -> Result<Self> {
         let x = units.tensor();
         x.place().device.expect(cuda.place().device)?;
-        let (dtype, place) = (x.dtype(), x.address() as u64);
+        let (dtype, address) = (x.dtype(), x.address() as u64);
         let layout = x.layout();
         match units {
             Units::Dense(_) => {
@@ -71,7 +71,7 @@ impl Source {
                 };
                 Ok(Self {
                     dtype,
-                    place,
+                    address,
                     sum_kernel: "sum_dense",
                     pack_kernel: "pack_dense",
                     words: steps.iter().map(|&step| step as u64).collect(),
@@ -93,7 +93,7 @@ impl Source {
                 words.extend(slides.iter().flat_map(words_of));
                 Ok(Self {
                     dtype,
-                    place,
+                    address,
                     sum_kernel: "sum_patches",
                     pack_kernel: "pack_patches",
                     words,
@@ -106,10 +106,10 @@ impl Source {
     }
 
     /// Rows in double precision, such as the sums of examples.
-    fn rows(place: u64, rows: usize, features: usize) -> Self {
+    fn rows(address: u64, rows: usize, features: usize) -> Self {
         Self {
             dtype: Dtype::Float64,
-            place,
+            address,
             sum_kernel: "sum_dense",
             pack_kernel: "pack_dense",
             words: vec![features as u64, 0, 1],
@@ -126,7 +126,7 @@ impl Source {
     /// The arguments that every kernel of this source begins with.
     fn arguments(&self) -> Vec<Argument> {
         vec![
-            Pointer(self.place),
+            Pointer(self.address),
             Words(self.words.clone()),
             count(self.locations),
         ]
@@ -389,8 +389,8 @@ fn sum_units(cuda: &Cuda, source: &Source, runs: usize) -> Result<DeviceMatrix<f
 /// The error of sums that are not finite.
 fn what_overflowed(cuda: &Cuda, units: &Units<'_>) -> Result<Error> {
     let layout = units.tensor().layout();
-    let place = units.tensor().address() as u64;
-    let found = cuda.first_non_finite(layout.dtype, place, &layout.shape, &layout.strides)?;
+    let address = units.tensor().address() as u64;
+    let found = cuda.first_non_finite(layout.dtype, address, &layout.shape, &layout.strides)?;
     let Some(number) = found else {
         return Ok(Error::Numerical(
             "the sum of x over its units overflows".to_owned(),
@@ -401,14 +401,14 @@ fn what_overflowed(cuda: &Cuda, units: &Units<'_>) -> Result<Error> {
     for (index, extent) in index.iter_mut().zip(&layout.shape).rev() {
         (*index, rest) = (rest % extent, rest / extent);
     }
-    let mut source = Source::rows(place, 1, 1);
+    let mut source = Source::rows(address, 1, 1);
     source.dtype = layout.dtype;
     let distance: usize = index
         .iter()
         .zip(&layout.strides)
         .map(|(i, step)| i * step)
         .sum();
-    source.place += (distance * layout.dtype.size()) as u64;
+    source.address += (distance * layout.dtype.size()) as u64;
     let value = cuda.to_host(sum_units(cuda, &source, 1)?.view())?[0];
     Ok(units.non_finite(&index, value))
 }

@@ -72,18 +72,21 @@ pub(super) fn runs_along_rows<T>(x: Matrix<'_, T>) -> bool {
     x.column_stride() <= x.row_stride() || x.rows() <= 1
 }
 
-/// The distance from each matrix of a stack to the next one, where it is always the same.
+/// The distance from each matrix of a stack to the next one, where it is always the same; then all
+/// are on the device of the first one.
 pub(super) fn step_of<T>(stack: &[Matrix<'_, T>]) -> Option<usize> {
-    let place = |x: &Matrix<'_, T>| x.address();
     let first = stack.first()?;
     let step = match stack.get(1) {
-        Some(second) => place(second).checked_sub(place(first))?,
+        Some(second) => second.address().checked_sub(first.address())?,
         None => 0,
     };
-    let regular = stack.iter().enumerate().all(|(index, x)| {
-        place(x) == place(first) + index * step
+    let like_first = |x: &Matrix<'_, T>| {
+        x.place().device == first.place().device
             && (x.row_stride(), x.column_stride()) == (first.row_stride(), first.column_stride())
-    });
+    };
+    let mut each = stack.iter().enumerate();
+    let regular =
+        each.all(|(index, x)| x.address() == first.address() + index * step && like_first(x));
     (regular && step.is_multiple_of(size_of::<T>())).then(|| step / size_of::<T>())
 }
 
