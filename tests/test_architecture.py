@@ -18,8 +18,8 @@ FLOORS = {
     "losses": ("likelihood",),
     "BatchNorm": ("batchnorm",),
     "blocks": (
-        *("curvature.settings", "curvature.kronecker", "curvature.diagonal", "curvature.files"),
-        *("curvature.curvature", "curvature.accumulators"),
+        *("curvature.settings", "curvature.block", "curvature.kronecker", "curvature.columnwise"),
+        *("curvature.diagonal", "curvature.files", "curvature.curvature", "curvature.accumulators"),
     ),
     "passes": ("curvature.passes", "curvature"),
     "on top": ("penalty", "stable", "metrics", "description"),
