@@ -1,7 +1,7 @@
 """What a kind of layer answers about itself: a new kind is a subclass of `AffineLayer`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -35,11 +35,15 @@ class AffineCall:
     function : callable
     arguments : dict of str to Any
         By the function's own names.
+    kept : mapping of str to Tensor
+        The module's own tensors, as they were before it was called: others may stand in for them
+        during a pass (`torch.func.functional_call`).
     """
 
     module: nn.Module
     function: Function
     arguments: Arguments
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def input(self) -> Any:
@@ -179,7 +183,7 @@ class AffineLayer:
     def why_refused(cls, call: AffineCall) -> str | None:
         """Say in what a call is not the one that the module's attributes promise, or None."""
         for name in PARAMETERS:
-            if call.arguments.get(name) is not getattr(call.module, name, None):
+            if call.arguments.get(name) is not call.kept.get(name):
                 return f"expected a call with its own parameters, got another {name} or none"
         return None
 

@@ -44,10 +44,13 @@ class _Stored:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.place: dict[int, tuple[nn.Module, str]] = {}
+        self.kept: dict[nn.Module, dict[str, Tensor]] = {}
         for module in modules:
+            self.kept[module] = own = {}
             for name in _kind(module).stored:
                 tensor = module._parameters.get(name, module._buffers.get(name))
                 if tensor is not None:
+                    own[name] = tensor
                     self.place[id(tensor)] = module, name
 
     def call(
@@ -60,7 +63,7 @@ class _Stored:
             module, name = self.place.get(id(weight), (None, ""))
         if module is None or name != "weight" or function not in _kind(module).functions:
             return None
-        return AffineCall(module, function, arguments)
+        return AffineCall(module, function, arguments, self.kept[module])
 
     def misused(self, values: Iterable[Any]) -> Iterator[tuple[nn.Module, str]]:
         """Modules and names of the tensors among the values that a module keeps."""
@@ -75,12 +78,7 @@ def _kind(module: nn.Module) -> Any:
 
 def _others(call: AffineCall) -> list[Any]:
     """Arguments of a module's own call that are not its own tensors at their places."""
-    stored = _kind(call.module).stored
-    return [
-        value
-        for name, value in call.arguments.items()
-        if not (name in stored and value is getattr(call.module, name, None))
-    ]
+    return [value for name, value in call.arguments.items() if value is not call.kept.get(name)]
 
 
 def _misuse(name: str, function: str) -> str:

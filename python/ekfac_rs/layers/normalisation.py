@@ -1,6 +1,6 @@
 """Normalisations: maps of each channel for itself."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -90,14 +90,14 @@ class BatchNormLayer(ChannelLayer):
     @classmethod
     def why_refused(cls, call: AffineCall) -> str | None:
         module, arguments = call.module, call.arguments
-        own = tuple(getattr(module, name) for name in _STATISTICS)
+        own = tuple(call.kept.get(name) for name in _STATISTICS)
         given = tuple(arguments.get(name) for name in _STATISTICS)
         of_batch = arguments.get("training", False)
-        if of_batch != (module.training or own == (None, None)):
+        if of_batch != (module.training or _all_none(own)):
             expected, got = ("running", "batch") if of_batch else ("batch", "running")
             return f"expected a call with {expected} statistics in its mode, got {got} statistics"
         # Statistics of the mini-batch need no place to be kept at.
-        unkept = of_batch and given == (None, None)
+        unkept = of_batch and _all_none(given)
         if not unkept and any(g is not o for g, o in zip(given, own, strict=True)):
             return "expected a call with its own running statistics, got others"
         eps = arguments.get("eps", 1e-5)
@@ -113,3 +113,7 @@ class BatchNormLayer(ChannelLayer):
 
     def units(self, call: AffineCall) -> Units:
         return Units(channels_last(call.input))
+
+
+def _all_none(values: Iterable[object]) -> bool:
+    return all(value is None for value in values)
