@@ -65,6 +65,19 @@ class Network:
         return x, LOSSES[loss].targets((size, *self.output_shape), generator)
 
 
+@dataclass(frozen=True)
+class TokenNetwork(Network):
+    """A network whose inputs are numbers of tokens, some of which are never seen."""
+
+    tokens: int = 7
+
+    def _batch(self, loss: str, size: int, generator: torch.Generator) -> Batch:
+        shape = (size, *self.input_shape)
+        # Low numbers are seen more often than high ones, and the last is not.
+        x = (torch.rand(shape, generator=generator).square() * (self.tokens - 1)).long()
+        return x, LOSSES[loss].targets((size, *self.output_shape), generator)
+
+
 def _present(module: nn.Module, *names: str) -> list[Tensor]:
     tensors = (getattr(module, name, None) for name in names)
     return [tensor for tensor in tensors if tensor is not None]
@@ -264,6 +277,51 @@ NETWORKS = {
     "positions-pooled-linear": Network(_positions_pooled_linear, (3, 4), (3,)),
     "positions-summed-linear": Network(_positions_summed_linear, (3, 4), (3,)),
     "positions-bn": Network(_positions_bn, (3, 4), (3,)),
+}
+
+
+def _embedding() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Embedding(7, 4), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)
+    )
+
+
+def _embedding_positions() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Embedding(7, 4, padding_idx=1),
+        OverPositions(4),
+        nn.Tanh(),
+        nn.Linear(4, 3),
+        OverPositions(3),
+        nn.ReLU(),
+        MeanOverPositions(),
+        nn.Linear(3, 3),
+    )
+
+
+def _embedding_before_batchnorm() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def _embedding_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+
+
+def _embedding_linear_positions() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), ClassesFirst())
+
+
+def _embedding_pooled() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(7, 4), MeanOverPositions(), nn.Linear(4, 3))
+
+
+EMBEDDINGS = {
+    "token": TokenNetwork(_embedding, (), (3,)),
+    "token before BatchNorm": TokenNetwork(_embedding_before_batchnorm, (), (3,)),
+    "sequence with padding": TokenNetwork(_embedding_positions, (5,), (3,)),
+    "linear token": TokenNetwork(_embedding_linear, (), (3,)),
+    "linear sequence": TokenNetwork(_embedding_linear_positions, (4,), (3, 4)),
+    "linear pooled": TokenNetwork(_embedding_pooled, (4,), (3,)),
 }
 
 APPROXIMATIONS = ("kfac-expand", "kfac-reduce", "xkfac", "xkfac-nested")

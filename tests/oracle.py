@@ -185,7 +185,9 @@ class AffineMap:
     def __init__(self, module: nn.Module, *, merged: bool) -> None:
         self.module = module
         self.has_shift = merged or getattr(module, "bias", None) is not None
-        if isinstance(module, _ConvTransposeNd):
+        if isinstance(module, nn.Embedding):
+            rows, self.groups = module.weight.T, 1
+        elif isinstance(module, _ConvTransposeNd):
             rows = torch.empty(module.out_channels, module.weight[:, 0].numel() // module.groups)
             self.groups = module.groups
         elif isinstance(module, nn.Linear | _ConvNd):
@@ -194,7 +196,9 @@ class AffineMap:
         else:
             rows = module.weight.reshape(-1, 1)
             self.groups = len(rows)
-        self.features_last = isinstance(module, nn.Linear | nn.LayerNorm | nn.RMSNorm)
+        self.features_last = isinstance(
+            module, nn.Linear | nn.Embedding | nn.LayerNorm | nn.RMSNorm
+        )
         self.shape = len(rows), rows.shape[1] + self.has_shift
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -203,6 +207,8 @@ class AffineMap:
         scale = weight[:, :-1] if self.has_shift else weight
         if isinstance(self.module, nn.Linear):
             return F.linear(x, scale, shift)
+        if isinstance(self.module, nn.Embedding):
+            return F.embedding(x, scale.T, self.module.padding_idx)
         if isinstance(self.module, _ConvTransposeNd):
             return conv_transposed(self.module, x, transposed_weight(self.module, scale), shift)
         if isinstance(self.module, _ConvNd):
@@ -215,6 +221,10 @@ class AffineMap:
         """The units' inputs ``[N, T, groups * K]``, with a 1 appended for the shift."""
         if isinstance(self.module, nn.Linear):
             a = x.reshape(len(x), -1, 1, x.shape[-1])
+        elif isinstance(self.module, nn.Embedding):
+            a = F.one_hot(x.reshape(len(x), -1, 1), self.shape[1]).to(self.module.weight)
+            if self.module.padding_idx is not None:
+                a[..., self.module.padding_idx] = 0  # its row gets no gradient
         elif isinstance(self.module, _ConvTransposeNd):
             a = transposed_patches(self.module, x)
         elif isinstance(self.module, _ConvNd):
@@ -341,7 +351,7 @@ def exact_block(
     It takes the module's own function: nothing here knows of units.
     """
     net = Perturbed(model, layer, batch, loss, **modes)
-    jacobian = jacrev(net.outputs_for_weights)(net.x.new_zeros(net.map.shape)).flatten(2)
+    jacobian = jacrev(net.outputs_for_weights)(net.outputs.new_zeros(net.map.shape)).flatten(2)
     total = torch.einsum("nip,nij,njq->pq", jacobian, net.output_hessians(), jacobian)
     return within_groups(total.detach() / len(net.x), net.map.groups)
 
@@ -365,7 +375,7 @@ def empirical_fisher(model: nn.Module, layer: str, batch: Batch, loss: ExampleLo
         outputs = net.outputs_for_weights(delta).reshape(net.outputs.shape)
         return torch.stack([loss(z, y) for z, y in zip(outputs, net.targets, strict=True)])
 
-    gradients = jacrev(losses)(net.x.new_zeros(net.map.shape)).flatten(1).detach()
+    gradients = jacrev(losses)(net.outputs.new_zeros(net.map.shape)).flatten(1).detach()
     return gradients.mT @ gradients / len(net.x)
 
 
@@ -410,7 +420,7 @@ def units_of(model: nn.Module, layer: str, batch: Batch, loss: ExampleLoss, **mo
     net = Perturbed(model, layer, batch, loss, **modes)
     examples, locations = net.a.shape[:2]
     width = net.map.shape[0]
-    jacobian = jacrev(net.outputs_for_units)(net.x.new_zeros(examples, locations, width))
+    jacobian = jacrev(net.outputs_for_units)(net.outputs.new_zeros(examples, locations, width))
     roots = square_root(net.output_hessians())
     scores = torch.einsum("nij,nimtd->njmtd", roots, jacobian).flatten(0, 1)
     return Units(net.a.detach(), scores.detach(), net.map.groups)

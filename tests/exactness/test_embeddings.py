@@ -1,302 +1,404 @@
-"""Embeddings, held against a Linear without bias on one-hot inputs."""
+"""Embeddings: blocks of each token for itself, by definition and where the answer is known."""
 
 import copy
-import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekfac_rs as ek
-from cases import APPROXIMATIONS, LOSSES, MeanOverPositions, OverPositions
-from ekfac_rs.errors import NumericalError, UnsupportedLayerError
-from oracle import exact_block_of_loader, relative_error
+from cases import (
+    APPROXIMATIONS,
+    COORDINATES,
+    EMBEDDINGS,
+    LOSSES,
+    MeanOverPositions,
+    TokenNetwork,
+    estimate,
+)
+from ekfac_rs.errors import OptionError, UnsupportedLayerError
+from ekfac_rs.layers import find_layers
+from oracle import (
+    diagonal_from_units,
+    exact_block,
+    exact_block_of_loader,
+    relative_error,
+    strata_terms,
+    units_of,
+)
 
-VOCABULARY, WIDTH = 5, 3
-EXACT = 1e-12
-
-
-class OneHot(nn.Module):
-    """What an Embedding is: a Linear without bias on one-hot vectors, zero for the padding."""
-
-    def __init__(self, embedding):
-        super().__init__()
-        self.linear = nn.Linear(VOCABULARY, WIDTH, bias=False).double()
-        self.linear.weight.data.copy_(embedding.weight.data.T)
-
-    def forward(self, x):
-        return self.linear(x)
-
-
-def one_hot(tokens, padding=None):
-    vectors = F.one_hot(tokens, VOCABULARY).double()
-    if padding is not None:
-        vectors[..., padding] = 0.0
-    return vectors
-
-
-def words(embedding):
-    """One token an example, a BatchNorm on what is made of it."""
-    return [embedding, nn.Linear(WIDTH, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)]
+EXACT = 1e-10
+DIFFERENT = 1e-3
+MODES = [
+    {"coordinates": coordinates, "statistics": statistics}
+    for coordinates in COORDINATES
+    for statistics in ("batch", "running")
+]
+ALL = [*APPROXIMATIONS, "diagonal"]
 
 
-def straight_into_batchnorm(embedding):
-    return [embedding, nn.BatchNorm1d(WIDTH), nn.Tanh(), nn.Linear(WIDTH, 3)]
+def of_equal_tokens(matrix: Tensor, tokens: int = 7) -> Tensor:
+    """A block ``[D * V, D * V]`` with zeros between different tokens."""
+    rows = torch.arange(len(matrix)) % tokens
+    return matrix * (rows[:, None] == rows)
 
 
-def sentences(embedding):
-    """Several tokens an example, a BatchNorm over features of all of them."""
-    return [
-        *(embedding, nn.Linear(WIDTH, 4), OverPositions(4), nn.Tanh()),
-        *(MeanOverPositions(), nn.Linear(4, 3)),
-    ]
+def strata_of_equal_tokens(approximation: str, units: list) -> Tensor:
+    terms = strata_terms(approximation, units)
+    return of_equal_tokens(sum(torch.kron(G, A) for A, G in terms))
 
 
-NETS = {
-    "words": (words, ()),
-    "into BN": (straight_into_batchnorm, ()),
-    "sentences": (sentences, (4,)),
-}
+# --- definitions --------------------------------------------------------------------------
 
 
-def pair(name, padding=None, seed=0):
-    """The network with an Embedding, one with a Linear on one-hot inputs, and inputs of both."""
-    build, shape = NETS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        embedding = nn.Embedding(VOCABULARY, WIDTH, padding_idx=padding)
-        model = nn.Sequential(*build(embedding)).double()
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm1d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
-                nn.init.normal_(module.running_mean)
-        other = copy.deepcopy(model)
-        other[0] = OneHot(embedding).linear
-        batches = []
-        for size in (6, 4):
-            tokens = torch.randint(VOCABULARY, (size, *shape))
-            batches.append((tokens, torch.randint(3, (size,))))
-    return model, other, batches, [(one_hot(x, padding), y) for x, y in batches]
+@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_blocks_are_the_strata_of_one_hot_units_between_equal_tokens(name, modes, device):
+    network = EMBEDDINGS[name]
+    model, batches = network.make(), network.batches("cross_entropy", (5, 3))
+    of_example = LOSSES["cross_entropy"].of_example
+    units = [units_of(model, "0", batch, of_example, **modes) for batch in batches]
+    for approximation in APPROXIMATIONS:
+        options = {"approximation": approximation, **modes}
+        block = estimate(model, batches, "cross_entropy", device, **options)["0"]
+        assert block.shape == (4, 7)
+        expected = strata_of_equal_tokens(approximation, units)
+        assert relative_error(block.dense().cpu(), expected) < EXACT, approximation
 
 
-def blocks(name, padding=None, **options):
-    """The Embedding's block and the one of the Linear, dense."""
-    model, other, batches, vectors = pair(name, padding)
-    options = {"labels": "exact", **options}
-    own = ek.estimate_curvature(model, batches, **options)["0"]
-    if name == "into BN":
-        # A BatchNorm is never merged into an Embedding, but a layer of its own.
-        options["coordinates"] = "raw"
-    return own, ek.estimate_curvature(other, vectors, **options)["0"].dense()
+@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_the_diagonal_is_made_of_each_examples_gradient(name, modes):
+    network = EMBEDDINGS[name]
+    model, (batch,) = network.make(), network.batches("bce", (5,))
+    block = estimate(model, [batch], "bce", approximation="diagonal", **modes)["0"]
+    of_example = LOSSES["bce"].of_example
+    units = units_of(model, "0", batch, of_example, **modes)
+    assert relative_error(block.values, diagonal_from_units(units)) < EXACT
+    exact = exact_block(model, "0", batch, of_example, **modes).diagonal()
+    error = relative_error(block.values.flatten(), exact)
+    interacting = modes["statistics"] == "batch" and "linear" not in name
+    if not interacting:
+        assert error < EXACT
 
 
-def within_tokens(dense):
-    """The part of a dense block between equal tokens."""
-    token = torch.arange(len(dense)) % VOCABULARY
-    return dense * (token[:, None] == token)
+@pytest.mark.parametrize("approximation", ALL)
+@pytest.mark.parametrize("name", ["token", "sequence with padding"])
+def test_it_is_a_linear_on_one_hot_inputs_between_equal_tokens(name, approximation):
+    network = EMBEDDINGS[name]
+    model, batches = network.make(), network.batches("cross_entropy", (5, 3))
+    linear = nn.Linear(7, 4, bias=False).double()
+    linear.weight.data.copy_(model[0].weight.T)
+    padding = model[0].padding_idx
+    hot = []
+    for x, y in batches:
+        a = F.one_hot(x, 7).double()
+        if padding is not None:
+            a[..., padding] = 0.0
+            linear.weight.data[:, padding] = model[0].weight.data[padding] = 0.0
+        hot.append((a, y))
+    as_linear = nn.Sequential(linear, *model[1:])
+    options = {"approximation": approximation, "coordinates": "merged"}
+    found = estimate(model, batches, "cross_entropy", **options)["0"]
+    # In merged coordinates the Linear would take up a BatchNorm that comes right after it.
+    expected = estimate(as_linear, hot, "cross_entropy", **options)["0"].dense()
+    assert relative_error(found.dense(), of_equal_tokens(expected)) < 1e-12
+    if approximation in ("xkfac", "xkfac-nested", "kfac-reduce") and name != "token":
+        assert relative_error(found.dense(), expected) > DIFFERENT
 
 
-@pytest.mark.parametrize("padding", [None, 2])
-@pytest.mark.parametrize("statistics", ["batch", "running"])
-@pytest.mark.parametrize("coordinates", ["raw", "merged"])
-@pytest.mark.parametrize("approximation", [*APPROXIMATIONS, "diagonal"])
-@pytest.mark.parametrize("name", NETS)
-def test_it_is_the_one_hot_linear_between_equal_tokens(
-    name, approximation, coordinates, statistics, padding
-):
-    block, dense = blocks(
-        name, padding, approximation=approximation, coordinates=coordinates, statistics=statistics
-    )
-    assert relative_error(block.dense(), within_tokens(dense)) < EXACT
+def test_padding_and_tokens_that_are_not_seen_weigh_nothing():
+    network = EMBEDDINGS["sequence with padding"]
+    model, batches = network.make(), network.batches("cross_entropy", (6,))
+    assert (batches[0][0] == 1).any()
+    assert not (batches[0][0] == 6).any()
+    for approximation in ALL:
+        diagonal = estimate(model, batches, "cross_entropy", approximation=approximation)[
+            "0"
+        ].diagonal()
+        seen = diagonal.ne(0.0).all(0).tolist()
+        assert [seen[1], seen[6]] == [False, False]
+        assert seen[0]
+        assert not diagonal[:, [1, 6]].any()
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_of_kfac_expand_nothing_is_neglected_and_of_the_strata_something_is(name):
-    block, dense = blocks(name, approximation="kfac-expand")
-    assert relative_error(block.dense(), dense) < EXACT
-    block, dense = blocks(name, approximation="xkfac")
-    assert relative_error(block.dense(), dense) > 0.01
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tokens_of_any_integers_and_axes(dtype):
+    network = EMBEDDINGS["linear pooled"]
+    model, ((x, y),) = network.make(), network.batches("cross_entropy", (6,))
+    expected = estimate(model, [(x, y)], "cross_entropy")["0"].dense()
+    found = estimate(model, [(x.to(dtype), y)], "cross_entropy")["0"].dense()
+    assert relative_error(found, expected) < 1e-14
+    # Two axes of positions.
+    folded = nn.Sequential(model[0], nn.Flatten(1, 2), *model[1:])
+    found = estimate(folded, [(x.reshape(6, 2, 2), y)], "cross_entropy")["0"].dense()
+    assert relative_error(found, expected) < 1e-14
 
 
+@pytest.mark.parametrize("approximation", ALL)
+def test_examples_and_positions_on_one_axis(approximation):
+    class Flat(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x.flatten())
+
+    network = EMBEDDINGS["linear token"]
+    model = network.make()
+    x = torch.randint(7, (3, 4), generator=torch.Generator().manual_seed(0))
+    y = torch.randint(3, (3, 4), generator=torch.Generator().manual_seed(1))
+    options = {"approximation": approximation}
+    flat = estimate(Flat(model), [(x, y.flatten())], "cross_entropy", **options)["network.0"]
+
+    class ClassesOnAxis1(nn.Module):
+        def forward(self, h):
+            return h.transpose(1, 2)
+
+    whole = nn.Sequential(*model, ClassesOnAxis1())
+    expected = estimate(whole, [(x, y)], "cross_entropy", **options)["0"]
+    assert relative_error(flat.dense(), expected.dense()) < 1e-12
+
+
+@pytest.mark.parametrize("approximation", ALL)
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_single_precision_is_close_to_double(name, approximation, device):
+    network = EMBEDDINGS[name]
+    model, batches = network.make(), network.batches("cross_entropy", (4, 3))
+    options = {"approximation": approximation, "coordinates": "merged"}
+    double = estimate(model, batches, "cross_entropy", **options)["0"]
+    found = estimate(model.float(), batches, "cross_entropy", device, **options)["0"]
+    assert found.dtype == torch.float32
+    assert relative_error(found.dense().cpu(), double.dense()) < 1e-5
+
+
+# --- known answers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-def test_before_a_linear_network_kfac_is_exact_for_squared_error_and_for_no_other(loss):
-    model, other, batches, vectors = pair("words")
-    linear = nn.Sequential(model[0], model[1], nn.Linear(4, 3).double())
-    reference = nn.Sequential(other[0], *linear[1:])
-    if loss == "mse":
-        batches, vectors = (
-            [(x, torch.randn(len(x), 3, dtype=torch.float64)) for x, _ in b]
-            for b in (batches, vectors)
-        )
-    block = ek.estimate_curvature(
-        linear, batches, loss=loss, approximation="kfac-expand", labels="exact"
-    )["0"]
-    exact = exact_block_of_loader(reference, "0", vectors, LOSSES[loss].of_example)
+def test_tokens_on_their_own_under_a_linear_net_are_exact(loss, approximation):
+    network = EMBEDDINGS["linear token"]
+    model, batches = network.make(), network.batches(loss, (6, 1, 3))
+    of_example = LOSSES[loss].of_example
+    exact = exact_block_of_loader(
+        model, "0", batches, of_example, coordinates="raw", statistics="running"
+    )
+    # Tokens that are seen apart make a block without products of different ones.
+    assert relative_error(of_equal_tokens(exact), exact) < 1e-14
+    options = {"approximation": approximation, "statistics": "running"}
+    block = estimate(model, batches, loss, **options)["0"]
     error = relative_error(block.dense(), exact)
-    assert error < EXACT if loss == "mse" else error > 0.01
+    # The variance between examples is n - n^2 / N over N - 1, their mean makes up for it.
+    assert error < EXACT if loss == "mse" else error > DIFFERENT
 
 
-def test_passes_merge_as_one_and_files_keep_every_bit(tmp_path):
-    model, _, batches, _ = pair("sentences")
-    options = {"labels": "exact", "approximation": "xkfac-nested"}
-    whole = ek.estimate_curvature(model, batches, **options)
-    first, second = (ek.estimate_curvature(model, [batch], **options) for batch in batches)
-    assert relative_error(first.merge(second)["0"].dense(), whole["0"].dense()) < EXACT
-    for storage, tolerance in (("full", 0.0), ("triangle", 0.0), ("half", 1e-3)):
-        whole.save(tmp_path / storage, storage=storage)
-        loaded = ek.Curvature.load(tmp_path / storage)
-        assert isinstance(loaded["0"], ek.ColumnwiseSum)
-        assert relative_error(loaded["0"].dense(), whole["0"].dense()) <= tolerance
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_squared_error_on_every_position_is_exact_for_expand(approximation):
+    network = EMBEDDINGS["linear sequence"]
+    model, batches = network.make(), network.batches("mse", (5, 1, 2))
+    of_example = LOSSES["mse"].of_example
+    exact = exact_block_of_loader(model, "0", batches, of_example, statistics="running")
+    options = {"approximation": approximation, "statistics": "running"}
+    error = relative_error(estimate(model, batches, "mse", **options)["0"].dense(), exact)
+    if approximation == "kfac-reduce":
+        assert error > DIFFERENT
+    else:
+        assert error < EXACT
 
 
-def test_mc_labels_average_to_the_exact_ones():
-    model, _, batches, _ = pair("sentences")
-    exact = ek.estimate_curvature(model, batches, labels="exact")["0"].dense()
-    drawn = ek.estimate_curvature(
-        model, batches, draws=4000, generator=torch.Generator().manual_seed(0)
-    )["0"].dense()
-    assert relative_error(drawn, exact) < 0.1
+@pytest.mark.parametrize("approximation", APPROXIMATIONS)
+def test_squared_error_of_a_mean_is_exact_for_reduce_between_equal_tokens(approximation):
+    network = EMBEDDINGS["linear pooled"]
+    model, batches = network.make(), network.batches("mse", (5, 1, 2))
+    of_example = LOSSES["mse"].of_example
+    exact = exact_block_of_loader(model, "0", batches, of_example, statistics="running")
+    options = {"approximation": approximation, "statistics": "running"}
+    dense = estimate(model, batches, "mse", **options)["0"].dense()
+    error = relative_error(dense, of_equal_tokens(exact))
+    if approximation in ("kfac-reduce", "xkfac-nested"):
+        assert error < EXACT
+    else:
+        assert error > DIFFERENT
+    assert relative_error(dense, exact) > DIFFERENT
 
 
-def test_the_penalty_on_it_is_the_dense_one():
-    model, _, batches, _ = pair("sentences")
-    curvature = ek.estimate_curvature(model, batches, labels="exact")
-    x = batches[0][0]
-    anchor = ek.merged_weights(model, example=x)
+@pytest.mark.parametrize("approximation", ALL)
+def test_merging_of_passes_and_order_of_examples(approximation):
+    for name in ("token", "sequence with padding"):
+        network = EMBEDDINGS[name]
+        model, batches = network.make(), network.batches("cross_entropy", (5, 3, 1, 2))
+        if approximation != "diagonal" and name == "token":
+            batches = [b for b in batches if len(b[0]) > 1]
+        options = {"approximation": approximation, "statistics": "running"}
+        whole, first, rest = (
+            estimate(model, part, "cross_entropy", **options)
+            for part in (batches, batches[:1], batches[1:])
+        )
+        merged = first.merge(rest)["0"]
+        assert relative_error(merged.dense(), whole["0"].dense()) < 1e-12
+        shuffled = [(x.flip(0), y.flip(0)) for x, y in batches]
+        found = estimate(model, shuffled, "cross_entropy", **options)["0"]
+        assert relative_error(found.dense(), whole["0"].dense()) < 1e-12
+
+
+# --- found, described, merged, penalised, stored, refused -------------------------------------
+
+
+@pytest.mark.parametrize("observed", [False, True], ids=["traced", "observed"])
+def test_a_batchnorm_after_it_is_a_layer_of_its_own(observed):
+    network = EMBEDDINGS["token before BatchNorm"]
+    model, ((x, _),) = network.make().eval(), network.batches("mse", (5,))
+    found = find_layers(model, example=x if observed else None)
+    assert [(layer.name, layer.batchnorm_name) for layer in found] == [
+        ("0", None),
+        ("1", "1"),
+        ("3", None),
+    ]
+    before = model(x)
+    weights = ek.merged_weights(model, example=x if observed else None)
+    assert torch.equal(weights["0"], model[0].weight.T)
+    ek.reparameterize(model, [x])
+    assert relative_error(model(x), before) < 1e-12
+    ek.merge_batchnorm(model, example=x)
+    assert relative_error(model(x), before) < 1e-12
+
+
+def test_it_is_described_with_the_memory_that_it_takes():
+    model = nn.Sequential(nn.Embedding(50_000, 8), nn.Linear(8, 2))
+    description = ek.describe(model, approximation="xkfac")
+    assert description.parameters[0].block == "Kronecker 8 x 50000, each token for itself"
+    assert description.factor_bytes["0"] == 2 * 4 * (50_000 + 64)
+
+
+@pytest.mark.parametrize("approximation", ALL)
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_penalty_is_the_quadratic_form_of_the_block(training, coordinates, approximation):
+    network = EMBEDDINGS["sequence with padding"]
+    model, batches = network.make(), network.batches("cross_entropy", (6,))
+    options = {"approximation": approximation, "coordinates": coordinates}
+    curvatures = [ek.estimate_curvature(model, batches, **options) for _ in range(2)]
+    anchor_of = ek.merged_weights if coordinates == "merged" else ek.raw_weights
+    anchor = anchor_of(model, example=batches[0][0])
+    penalty = ek.QuadraticPenalty(model, curvatures, anchor, damping=0.1, scale=2.0)
     with torch.no_grad():
-        model[0].weight.add_(0.3)
-    with ek.QuadraticPenalty(model.eval(), curvature, anchor, damping=0.1) as penalty:
-        value = penalty()
-        (gradient,) = torch.autograd.grad(value, model[0].weight)
-    D = torch.full((WIDTH * VOCABULARY,), 0.3, dtype=torch.float64)
-    expected = curvature["0"].dense() @ D + 0.1 * D
-    torch.testing.assert_close(value.detach(), 0.5 * D @ expected)
-    torch.testing.assert_close(gradient, expected.reshape(WIDTH, VOCABULARY).T)
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.train(training)(batches[0][0])
+    deviations = {name: D.detach() for name, D in penalty.deviations().items()}
+    expected = sum(
+        sum(c[name].quadratic(D) for c in curvatures) + 0.05 * D.square().sum().item()
+        for name, D in deviations.items()
+    )
+    value = penalty()
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+    value.backward()
+    if training and coordinates == "merged":
+        return  # the statistics of the BatchNorms after it depend on it, too
+    D = deviations["0"]
+    gradient = 2.0 * sum(c["0"].product(D) for c in curvatures) + 0.1 * D
+    assert relative_error(model[0].weight.grad.T, gradient) < 1e-10
+    assert penalty.max_stable_lr() > 0.0
 
 
-def test_a_learner_trains_and_consolidates_it():
-    model, _, batches, _ = pair("sentences")
-    learner = ek.ContinualLearner(model, damping=0.01)
-    for _ in range(2):
-        learner.fit(batches, epochs=2, lr=0.01)
-        learner.consolidate(batches)
-    assert learner.task == 2
-
-
-def test_no_matrix_over_the_vocabulary_is_ever_made():
-    """With 300,000 tokens one of these alone would be 360 GB."""
-    model = nn.Sequential(nn.Embedding(300_000, 4), nn.Linear(4, 2))
-    tokens = torch.randint(300_000, (64,), generator=torch.Generator().manual_seed(0))
-    curvature = ek.estimate_curvature(model, [(tokens, tokens % 2)])
-    block = curvature["0"]
-    assert block.shape == (4, 300_000)
-    V = torch.ones(block.shape)
-    assert block.quadratic(V) == pytest.approx(float((V * block.product(V)).sum()), rel=1e-5)
-    seen = block.product(V).any(0)
-    assert set(seen.nonzero().flatten().tolist()) <= set(tokens.tolist())
-    assert block.top_eigenvalue() > 0.0
-    assert float((block.solve(block.product(V) + V, damping=1.0) - V).abs().max()) < 1e-4
-
-
-def test_describe_and_memory():
-    description = ek.describe(pair("words")[0])
-    by_name = {p.name: p for p in description.parameters}
-    assert by_name["0.weight"].block == f"Kronecker {WIDTH} x {VOCABULARY}, each token for itself"
-    # Three strata of float64.
-    assert description.factor_bytes["0"] == 3 * 8 * (VOCABULARY + WIDTH**2)
-
-
-class Tied(nn.Module):
-    """A decoder that is the Embedding's transpose."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Embedding(VOCABULARY, WIDTH)
-
-    def forward(self, x):
-        return F.linear(self.encoder(x).tanh(), self.encoder.weight)
+@pytest.mark.parametrize("approximation", ALL)
+@pytest.mark.parametrize("storage", ["full", "triangle", "half"])
+def test_files_keep_it(storage, approximation, tmp_path):
+    network = EMBEDDINGS["sequence with padding"]
+    model, batches = network.make(), network.batches("cross_entropy", (6,))
+    curvature = estimate(model, batches, "cross_entropy", approximation=approximation)
+    curvature.save(tmp_path / "file", storage=storage)
+    loaded = ek.Curvature.load(tmp_path / "file")
+    assert type(loaded["0"]) is type(curvature["0"])
+    error = relative_error(loaded["0"].dense(), curvature["0"].dense())
+    assert error < (1e-3 if storage == "half" else 1e-15)
+    again = loaded.merge(curvature)
+    assert relative_error(again["0"].dense(), curvature["0"].dense()) < 1e-3
 
 
 REFUSED = {
-    "max_norm": lambda: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0)),
-    "scale_grad_by_freq": lambda: nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True)),
-    "sparse": lambda: nn.Sequential(nn.Embedding(5, 3, sparse=True)),
-    "EmbeddingBag": lambda: nn.Sequential(nn.EmbeddingBag(5, 3)),
-    "encoder": Tied,
+    "max_norm": {"max_norm": 1.0},
+    "sparse": {"sparse": True},
+    "scale_grad_by_freq": {"scale_grad_by_freq": True},
 }
 
 
-@pytest.mark.parametrize("word", REFUSED)
-def test_what_is_no_plain_embedding_is_refused_by_name(word):
-    x = torch.tensor([[0, 1], [2, 3]])
-    with pytest.raises(UnsupportedLayerError, match=word):
-        ek.estimate_curvature(REFUSED[word](), [(x, torch.tensor([0, 1]))])
+@pytest.mark.parametrize("option", REFUSED)
+def test_an_embedding_that_is_not_plain_is_refused_before_it_is_run(option):
+    model = nn.Sequential(nn.Embedding(7, 4, **REFUSED[option]), nn.Linear(4, 3))
+    before = copy.deepcopy(model.state_dict())
+    x = torch.arange(6)
+    batches = [(x, x % 3)]
+    calls = {
+        "find": lambda: find_layers(model, example=x),
+        "named": lambda: find_layers(model, layers=["0"], example=x),
+        "merged": lambda: ek.merged_weights(model),
+        "estimate": lambda: ek.estimate_curvature(model, batches),
+    }
+    for call in calls.values():
+        with pytest.raises(UnsupportedLayerError, match=f"'0.*plain Embedding, got {option}="):
+            call()
+    assert torch.equal(before["0.weight"], model[0].weight)
+    assert option in ek.describe(model).parameters[0].block
 
 
-# --- the block's algebra, against the dense matrix ------------------------------------------------
+def test_an_embedding_called_otherwise_than_it_promises_is_refused():
+    class Renormed(nn.Embedding):
+        def forward(self, x):
+            return F.embedding(x, self.weight, max_norm=1.0)
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(7, 4)
+
+        def forward(self, x):
+            return self.embedding(x) @ self.embedding.weight.T
+
+    x = torch.arange(6)
+    for example in (None, x):
+        with pytest.raises(UnsupportedLayerError, match="'0': .*max_norm"):
+            find_layers(nn.Sequential(Renormed(7, 4)), example=example)
+        with pytest.raises(UnsupportedLayerError, match="'embedding': .*weight.*'T'"):
+            find_layers(Tied(), example=example)
+    with pytest.raises(UnsupportedLayerError, match="EmbeddingBag has no"):
+        find_layers(nn.Sequential(nn.EmbeddingBag(7, 4)))
 
 
-def random_block(terms, seed, D=3, K=6):
-    generator = torch.Generator().manual_seed(seed)
-    pairs = []
-    for _ in range(terms):
-        root = torch.randn(D, D, generator=generator, dtype=torch.float64)
-        a = torch.rand(K, generator=generator, dtype=torch.float64)
-        a[0] = 0.0  # a token that was never seen
-        pairs.append((a, root @ root.T))
-    return ek.ColumnwiseSum(pairs)
+def test_a_large_vocabulary_makes_neither_one_hot_inputs_nor_a_square_matrix():
+    tokens, width = 200_000, 4
+    network = TokenNetwork(
+        lambda: nn.Sequential(nn.Embedding(tokens, width), MeanOverPositions(), nn.Linear(4, 3)),
+        (16,),
+        (3,),
+        tokens,
+    )
+    model, batches = network.make(), network.batches("cross_entropy", (64,))
+    largest = 0
 
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for leaf in torch.utils._pytree.tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    largest = max(largest, leaf.numel())
+            return out
 
-@settings(deadline=None, max_examples=30)
-@given(terms=st.integers(1, 3), seed=st.integers(0, 1000), damping=st.sampled_from([0.1, 2.0]))
-def test_its_algebra_is_that_of_the_dense_matrix(terms, seed, damping):
-    block, other = random_block(terms, seed), random_block(2, seed + 1)
-    dense = sum(torch.kron(G, torch.diag(a)) for a, G in block.terms)
-    damped = dense + damping * torch.eye(len(dense))
-    V = torch.randn(2, *block.shape, generator=torch.Generator().manual_seed(seed)).double()
-    rows = V.flatten(1)
-    torch.testing.assert_close(block.dense(), dense)
-    torch.testing.assert_close(block.product(V).flatten(1), rows @ dense)
-    assert block.quadratic(V) == pytest.approx(float((rows @ dense * rows).sum()))
-    assert block.trace() == pytest.approx(float(dense.trace()))
-    assert block.norm() == pytest.approx(float(dense.norm()))
-    assert block.inner(other) == pytest.approx(float((dense * other.dense()).sum()))
-    torch.testing.assert_close(block.diagonal().flatten(), dense.diagonal())
-    torch.testing.assert_close((block + other).dense(), dense + other.dense())
-    torch.testing.assert_close((0.5 * block).dense(), 0.5 * dense)
-    top = float(torch.linalg.eigvalsh(dense)[-1])
-    assert block.top_eigenvalue(damping) == pytest.approx(top + damping, rel=1e-3)
-    solved = block.solve(V, damping).flatten(1)
-    torch.testing.assert_close(solved, torch.linalg.solve(damped, rows.T).T)
-    assert block.logdet(damping) == pytest.approx(float(torch.logdet(damped)))
-
-
-@pytest.mark.parametrize("terms", [1, 2])
-def test_samples_have_the_inverse_as_covariance(terms):
-    block = random_block(terms, seed=3)
-    samples = block.sample(40_000, damping=0.5, generator=torch.Generator().manual_seed(0))
-    rows = samples.flatten(1)
-    expected = torch.linalg.inv(block.dense() + 0.5 * torch.eye(18))
-    assert relative_error(rows.T @ rows / len(rows), expected) < 0.05
-
-
-def test_a_singular_block_is_a_numerical_error():
-    for terms in (1, 2):
-        block = random_block(terms, seed=0)
-        with pytest.raises(NumericalError, match="singular"):
-            block.solve(torch.ones(block.shape, dtype=torch.float64))
-
-
-def test_compressing_finds_the_nearest_sums():
-    block = random_block(3, seed=1)
-    errors = [relative_error(block.compress(n).dense(), block.dense()) for n in (1, 2, 3)]
-    assert all(a > b for a, b in itertools.pairwise(errors))
-    assert errors[-1] == 0.0
-    # Rows of (a, vec G): the nearest sum of n is the truncated singular value decomposition.
-    matrix = sum(torch.outer(a, G.flatten()) for a, G in block.terms)
-    sizes = torch.linalg.svdvals(matrix)
-    assert errors[0] == pytest.approx(float(sizes[1:].norm() / sizes.norm()), rel=1e-8)
+    with Watch():
+        curvature = estimate(model, batches, "cross_entropy", approximation="xkfac-nested")
+        diagonal = estimate(model, batches, "cross_entropy", approximation="diagonal")
+        block = curvature["0"]
+        V = torch.randn(width, tokens, dtype=torch.float64)
+        block.product(V)
+        block.top_eigenvalue()
+        block.solve(V, damping=0.1)
+        block.logdet(0.1)
+    # Its own weights have four numbers for each token; a one-hot batch would have 1,024.
+    assert largest <= 4 * width * tokens
+    assert diagonal["0"].shape == block.shape == (width, tokens)
+    with pytest.raises(OptionError):
+        block.compress(0)

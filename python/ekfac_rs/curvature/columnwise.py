@@ -27,9 +27,10 @@ class ColumnwiseSum(Block):
 
     A `KroneckerSum` of which only the diagonals of the input factors are kept. An Embedding has
     such a block: its inputs are one-hot, a column is a token, and there are too many of them for a
-    matrix. What is neglected are products between the gradients of different tokens. Within
-    examples and between them these are not zero, not even under K-FAC's own assumptions (the
-    covariance of a one-hot unit is ``diag(p) - p p^T``); in "kfac-expand" there are none.
+    matrix. Every stratum is that of a Linear on one-hot inputs, between equal tokens alone:
+    products between the gradients of different tokens are neglected. "kfac-expand" has none of
+    these; in the other approximations they are not zero (the covariance of a one-hot unit is
+    ``diag(p) - p p^T``).
 
     Parameters
     ----------
@@ -404,7 +405,7 @@ class ColumnwiseSum(Block):
 
 
 # Columns whose top eigenvalues are computed at a time.
-_CANDIDATES = 16
+_CANDIDATES = 4
 
 
 def _product(terms: Terms, V: Tensor) -> Tensor:

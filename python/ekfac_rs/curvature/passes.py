@@ -297,7 +297,7 @@ class _Rows(NamedTuple):
         return units.reshape(self.examples, -1, units.shape[-1])
 
     def _shared(self, x: Tensor) -> bool:
-        return self.of_outputs != self.examples and x.dim() == 2 and len(x) == self.of_outputs
+        return self.of_outputs != self.examples and x.dim() <= 2 and len(x) == self.of_outputs
 
 
 Accumulators = Mapping[str, Accumulator]

@@ -16,7 +16,7 @@ _NOT_PLAIN = ("max_norm", "scale_grad_by_freq", "sparse")
 
 @dataclass(frozen=True)
 class Tokens(Units):
-    """Units that are one-hot: ``values``, ``[N]`` or ``[N, ...]``, say which of ``count`` inputs.
+    """Units that are one-hot: ``values``, ``[N, 1]`` or ``[N, T, 1]``, say which of ``count``.
 
     The unit of the padding token, if there is one, is zero: its embedding gets no gradient.
     """
@@ -122,7 +122,9 @@ class EmbeddingLayer(AffineLayer):
 
     def units(self, call: AffineCall) -> Units:
         count, padding = len(call.arguments["weight"]), call.arguments.get("padding_idx")
-        return Tokens(call.input, count, None if padding is None else padding % count)
+        return Tokens(
+            flat_units(call.input[..., None]), count, None if padding is None else padding % count
+        )
 
     def gradients(self, g: Tensor) -> Tensor:
         return flat_units(g)
