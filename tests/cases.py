@@ -130,7 +130,7 @@ LOSSES = {
 }
 
 
-class OverPositions(nn.Module):
+class OverLocations(nn.Module):
     """Applies a BatchNorm over the last axis of ``[N, T, features]``."""
 
     def __init__(self, features: int) -> None:
@@ -159,14 +159,14 @@ class ClassesFirst(nn.Module):
         return x.transpose(1, 2)
 
 
-class MeanOverPositions(nn.Module):
+class MeanOverSequence(nn.Module):
     """Mean pooling over T of ``[N, T, features]``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
 
 
-class SumOverPositions(nn.Module):
+class SumOverSequence(nn.Module):
     """Sum pooling over T of ``[N, T, features]``."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,27 +241,27 @@ def _linear_residual() -> nn.Sequential:
     )
 
 
-def _positions_linear() -> nn.Sequential:
+def _locations_linear() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), ClassesFirst())
 
 
-def _positions_pooled_linear() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), MeanOverPositions())
+def _locations_pooled_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), MeanOverSequence())
 
 
-def _positions_summed_linear() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), SumOverPositions())
+def _locations_summed_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3), SumOverSequence())
 
 
-def _positions_bn() -> nn.Sequential:
+def _locations_bn() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 4),
-        OverPositions(4),
+        OverLocations(4),
         nn.ReLU(),
         nn.Linear(4, 3),
-        OverPositions(3),
+        OverLocations(3),
         nn.ReLU(),
-        MeanOverPositions(),
+        MeanOverSequence(),
         nn.Linear(3, 3),
     )
 
@@ -273,10 +273,10 @@ NETWORKS = {
     "linear-stack": Network(_linear_stack, (4,), (3,)),
     "linear-stack-bn": Network(_linear_stack_bn, (4,), (3,)),
     "linear-residual": Network(_linear_residual, (4,), (3,)),
-    "positions-linear": Network(_positions_linear, (3, 4), (3, 3)),
-    "positions-pooled-linear": Network(_positions_pooled_linear, (3, 4), (3,)),
-    "positions-summed-linear": Network(_positions_summed_linear, (3, 4), (3,)),
-    "positions-bn": Network(_positions_bn, (3, 4), (3,)),
+    "locations-linear": Network(_locations_linear, (3, 4), (3, 3)),
+    "locations-pooled-linear": Network(_locations_pooled_linear, (3, 4), (3,)),
+    "locations-summed-linear": Network(_locations_summed_linear, (3, 4), (3,)),
+    "locations-bn": Network(_locations_bn, (3, 4), (3,)),
 }
 
 
@@ -286,15 +286,15 @@ def _embedding() -> nn.Sequential:
     )
 
 
-def _embedding_positions() -> nn.Sequential:
+def _embedding_locations() -> nn.Sequential:
     return nn.Sequential(
         nn.Embedding(7, 4, padding_idx=1),
-        OverPositions(4),
+        OverLocations(4),
         nn.Tanh(),
         nn.Linear(4, 3),
-        OverPositions(3),
+        OverLocations(3),
         nn.ReLU(),
-        MeanOverPositions(),
+        MeanOverSequence(),
         nn.Linear(3, 3),
     )
 
@@ -307,20 +307,20 @@ def _embedding_linear() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
 
 
-def _embedding_linear_positions() -> nn.Sequential:
+def _embedding_linear_locations() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), ClassesFirst())
 
 
 def _embedding_pooled() -> nn.Sequential:
-    return nn.Sequential(nn.Embedding(7, 4), MeanOverPositions(), nn.Linear(4, 3))
+    return nn.Sequential(nn.Embedding(7, 4), MeanOverSequence(), nn.Linear(4, 3))
 
 
 EMBEDDINGS = {
     "token": TokenNetwork(_embedding, (), (3,)),
     "token before BatchNorm": TokenNetwork(_embedding_before_batchnorm, (), (3,)),
-    "sequence with padding": TokenNetwork(_embedding_positions, (5,), (3,)),
+    "sequence with padding": TokenNetwork(_embedding_locations, (5,), (3,)),
     "linear token": TokenNetwork(_embedding_linear, (), (3,)),
-    "linear sequence": TokenNetwork(_embedding_linear_positions, (4,), (3, 4)),
+    "linear sequence": TokenNetwork(_embedding_linear_locations, (4,), (3, 4)),
     "linear pooled": TokenNetwork(_embedding_pooled, (4,), (3,)),
 }
 

@@ -64,7 +64,7 @@ def within_groups(matrix: Tensor, groups: int) -> Tensor:
 
 
 def example_loss(kind: str, reduction: str = "mean") -> ExampleLoss:
-    """The loss of one example, reduced over its outputs or positions."""
+    """The loss of one example, reduced over its outputs or locations."""
     functions = {
         "cross_entropy": lambda z, y: F.cross_entropy(z[None], y[None], reduction=reduction),
         "mse": lambda z, y: F.mse_loss(z, y, reduction=reduction),

@@ -220,7 +220,7 @@ def test_a_limit_leaves_no_example_alone(limit, seen):
     assert sum(b.examples for b in loader.batches(limit)) == limit
 
 
-# --- examples and positions on one axis -----------------------------------------------------------
+# --- examples and locations on one axis -----------------------------------------------------------
 
 
 class Flat(nn.Module):
@@ -253,7 +253,7 @@ def probabilities(y):
 
 @pytest.mark.parametrize("approximation", [*APPROXIMATIONS, "diagonal"])
 @pytest.mark.parametrize("labels", ["exact", "empirical"])
-def test_outputs_may_have_examples_and_positions_on_one_axis(labels, approximation):
+def test_outputs_may_have_examples_and_locations_on_one_axis(labels, approximation):
     plain, *flat = language_models()
     options = {"labels": labels, "approximation": approximation}
     pairs = sequences()

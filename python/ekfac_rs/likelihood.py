@@ -33,7 +33,7 @@ class Likelihood(ABC):
     Parameters
     ----------
     reduction : {"mean", "sum"}
-        How a single example's loss is made of its outputs or positions. Over examples the loss is
+        How a single example's loss is made of its outputs or locations. Over examples the loss is
         always a mean.
 
     Attributes
@@ -61,7 +61,7 @@ class Likelihood(ABC):
         Parameters
         ----------
         outputs : Tensor of shape (N, ...) or (N * T, C)
-            In the second form examples and positions share an axis, the positions of one example
+            In the second form examples and locations share an axis, the locations of one example
             one after another.
         targets : Tensor
             As the loss takes them for such outputs; for (N * T, C) also with N and T apart.
@@ -95,11 +95,11 @@ class Likelihood(ABC):
         return outputs, self._cast(outputs, targets)
 
     def _by_example(self, outputs: Tensor, targets: Tensor, examples: int) -> tuple[Tensor, Tensor]:
-        """Split the axis that examples and positions share; positions become axis 1."""
+        """Split the axis that examples and locations share; locations become axis 1."""
         if outputs.dim() != 2:
             raise ShapeError(
                 f"model: expected outputs with {examples} examples on axis 0, or [N * T, C] with "
-                f"the positions of {examples} examples, got {tuple(outputs.shape)}"
+                f"the locations of {examples} examples, got {tuple(outputs.shape)}"
             )
         if targets.dim() and len(targets) == len(outputs):
             targets = targets.reshape(examples, -1, *targets.shape[1:])
@@ -210,8 +210,8 @@ class CrossEntropy(Likelihood):
     Parameters
     ----------
     reduction : {"mean", "sum"}
-        Over the positions of one example. "mean" divides, as torch does, by the number of
-        positions of the mini-batch that are not ignored; with probabilities by that of all.
+        Over the locations of one example. "mean" divides, as torch does, by the number of
+        locations of the mini-batch that are not ignored; with probabilities by that of all.
     ignore_index : int
         Class index of targets that count for nothing.
     """
@@ -302,8 +302,8 @@ class CrossEntropy(Likelihood):
             terms = targets * outputs.log_softmax(dim=1)
             # Not 0 * -inf, which is NaN, where a class is masked.
             total = -torch.where(targets > 0, terms, 0.0).sum()
-            positions = outputs.numel() // outputs.shape[1]
-            return total / (positions if self.reduction == "mean" else outputs.shape[0])
+            locations = outputs.numel() // outputs.shape[1]
+            return total / (locations if self.reduction == "mean" else outputs.shape[0])
         total = F.cross_entropy(
             outputs, targets, ignore_index=self.ignore_index, reduction=self.reduction
         )
@@ -349,14 +349,14 @@ class CrossEntropy(Likelihood):
         return targets.masked_fill(~self._counted(targets), 0)
 
     def root_column(self, outputs: Tensor, column: int) -> Tensor:
-        # Column (class k, position t) of sqrt(diag p - p p^T) = (I - p 1^T) diag sqrt(p).
+        # Column (class k, location t) of sqrt(diag p - p p^T) = (I - p 1^T) diag sqrt(p).
         probabilities = outputs.softmax(dim=1)
         flat = probabilities.flatten(2) if outputs.dim() > 2 else probabilities[:, :, None]
-        k, position = divmod(column, flat.shape[2])
+        k, location = divmod(column, flat.shape[2])
         result = torch.zeros_like(flat)
-        root = flat[:, k, position].sqrt()
-        result[:, :, position] = -flat[:, :, position] * root[:, None]
-        result[:, k, position] += root
+        root = flat[:, k, location].sqrt()
+        result[:, :, location] = -flat[:, :, location] * root[:, None]
+        result[:, k, location] += root
         return result.reshape(outputs.shape)
 
     @staticmethod

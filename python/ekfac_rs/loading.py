@@ -139,7 +139,7 @@ class Batch:
     ----------
     inputs : Inputs
     targets : Tensor
-        Of each example, or of each position of each example, one after another.
+        Of each example, or of each location of each example, one after another.
     examples : int
         N, counted in the inputs.
     """
@@ -290,7 +290,7 @@ class Loader:
     def _batch(self, raw: Any) -> Batch:
         targets, inputs = self._targets(raw), self._inputs(raw)
         examples, rows = inputs.examples, len(targets) if targets.dim() else 1
-        # Several positions of an example may have a row each.
+        # Several locations of an example may have a row each.
         if rows != examples and (examples == 0 or rows % examples or rows == 0):
             raise LabelError(f"loader: expected as many targets as inputs, got {rows}, {examples}")
         return Batch(inputs, targets, examples)

@@ -195,14 +195,14 @@ def test_raw_weights_leave_batchnorm_out():
     )
 
 
-# --- a BatchNorm after a Linear: over its outputs in [N, D], over positions in [N, T, D] ----------
+# --- a BatchNorm after a Linear: over its outputs in [N, D], over locations in [N, T, D] ----------
 
 
-def linear_and_batchnorm(positions):
-    """A BatchNorm as wide as its Linear and as there are positions, and inputs of either kind."""
+def linear_and_batchnorm(locations):
+    """A BatchNorm as wide as its Linear and as there are locations, and inputs of either kind."""
     generator = torch.Generator().manual_seed(0)
     model = mlp(4, 3, 3)[:3]
-    shape = (24, 3, 4) if positions else (24, 4)
+    shape = (24, 3, 4) if locations else (24, 4)
     return model, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -210,22 +210,22 @@ def hooks(model):
     return [hook for m in model.modules() for hook in m._forward_pre_hooks.values()]
 
 
-@pytest.mark.parametrize("positions", [False, True])
-def test_with_an_example_the_function_stays_over_features_and_over_positions(positions):
-    model, x = linear_and_batchnorm(positions)
+@pytest.mark.parametrize("locations", [False, True])
+def test_with_an_example_the_function_stays_over_features_and_over_locations(locations):
+    model, x = linear_and_batchnorm(locations)
     before = eval_outputs(model, x)
     curvature = ek.estimate_curvature(model, [(x, torch.zeros_like(before))], loss="mse")
     anchor = ek.merged_weights(model, example=x)
     assert anchor.batchnorms == curvature.batchnorms
-    assert anchor.batchnorms == ({"0": None, "1": "1"} if positions else {"0": "1"})
+    assert anchor.batchnorms == ({"0": None, "1": "1"} if locations else {"0": "1"})
     ek.merge_batchnorm(model, example=x)
     assert relative_change(eval_outputs(model, x), before) < 1e-12
     ek.reparameterize(model, [x])
     assert relative_change(eval_outputs(model, x), before) < 1e-12
 
 
-def test_without_an_example_merging_a_batchnorm_over_positions_is_refused_at_first_use():
-    model, x = linear_and_batchnorm(positions=True)
+def test_without_an_example_merging_a_batchnorm_over_locations_is_refused_at_first_use():
+    model, x = linear_and_batchnorm(locations=True)
     state, before = copy.deepcopy(model.state_dict()), eval_outputs(model, x)
     ek.merge_batchnorm(model)
     message = "'1'.*matrix.*merged wrongly.*example="

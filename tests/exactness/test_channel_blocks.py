@@ -14,9 +14,9 @@ from cases import (
     LOSSES,
     ClassesFirst,
     MeanOverLocations,
-    MeanOverPositions,
+    MeanOverSequence,
     Network,
-    OverPositions,
+    OverLocations,
     dense_block,
     errors_to_exact,
     estimate,
@@ -116,13 +116,13 @@ BATCHNORMS = {
     "pre-activation": Case(lambda: [PreActivation(), nn.Tanh()], (2, 2, 2), "0.norm"),
     "two consumers": Case(lambda: [TwoConsumers(), nn.Tanh()], (2, 2, 2), "0.norm"),
     "behind a transposition": Case(
-        lambda: [nn.Linear(3, 2), OverPositions(2), nn.Tanh()], (4, 3), "1.norm"
+        lambda: [nn.Linear(3, 2), OverLocations(2), nn.Tanh()], (4, 3), "1.norm"
     ),
 }
 
 OTHERS = {
     "LayerNorm of features": Case(lambda: [nn.LayerNorm(4), nn.Tanh()], (4,), "0"),
-    "LayerNorm at positions": Case(
+    "LayerNorm at locations": Case(
         lambda: [nn.Linear(4, 3), nn.LayerNorm(3), nn.Tanh()], (3, 4), "1"
     ),
     "LayerNorm of images": Case(
@@ -353,12 +353,12 @@ POOLED = {
     ),
     "LayerNorm": linear(
         lambda: nn.LayerNorm(3),
-        MeanOverPositions,
+        MeanOverSequence,
         lambda: nn.Linear(3, 2),
         shape=(4, 3),
         output_shape=(2,),
     ),
-    "RMSNorm": linear(lambda: nn.RMSNorm(3), MeanOverPositions, shape=(4, 3), output_shape=(3,)),
+    "RMSNorm": linear(lambda: nn.RMSNorm(3), MeanOverSequence, shape=(4, 3), output_shape=(3,)),
     "GroupNorm": linear(
         lambda: nn.GroupNorm(2, 4), MeanOverLocations, shape=(4, 3), output_shape=(4,)
     ),

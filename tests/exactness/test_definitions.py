@@ -50,7 +50,7 @@ def test_factors_are_the_strata_of_the_analysis_of_variance(
     network = NETWORKS[name]
     model, batches = network.make(), network.batches(loss, (5, 3))
     modes = {"coordinates": coordinates, "statistics": statistics}
-    if name == "positions-bn" and coordinates == "merged":
+    if name == "locations-bn" and coordinates == "merged":
         pytest.skip("this BatchNorm normalises a transposed tensor: it is not merged")
     curvatures = {
         approximation: estimate(model, batches, loss, device, approximation=approximation, **modes)
@@ -84,7 +84,7 @@ def test_pair_form_equals_strata_form(name, coordinates):
 
 
 def test_pair_form_equals_strata_form_with_shared_weights():
-    network = NETWORKS["positions-bn"]
+    network = NETWORKS["locations-bn"]
     model, batches = network.make(), network.batches("bce", (4,))
     curvature = estimate(model, batches, "bce", approximation="xkfac")
     for layer, block in curvature.items():
@@ -128,7 +128,7 @@ def test_xkfac_is_the_average_of_the_exact_block_over_all_relabelings(coordinate
 def test_shared_weights_average_over_the_relabelings_their_units_allow(
     approximation, examples, locations
 ):
-    network = NETWORKS["positions-bn"]
+    network = NETWORKS["locations-bn"]
     model = network.make()
     ((x, y),) = network.batches("mse", (examples,))
     batch = x[:, :locations], y
@@ -150,7 +150,7 @@ def test_shared_weights_average_over_the_relabelings_their_units_allow(
 
 @pytest.mark.parametrize(
     ("name", "approximation", "size"),
-    [("mlp-bn", "xkfac", 16), ("positions-bn", "xkfac", 6), ("positions-bn", "xkfac-nested", 6)],
+    [("mlp-bn", "xkfac", 16), ("locations-bn", "xkfac", 6), ("locations-bn", "xkfac-nested", 6)],
 )
 def test_independent_random_relabelings_of_both_sides_average_to_it(
     name, approximation, size, generator
@@ -205,8 +205,8 @@ def test_with_interaction_xkfac_is_not_kfac():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_ignored_positions_count_for_nothing(reduction):
-    network = NETWORKS["positions-linear"]
+def test_ignored_locations_count_for_nothing(reduction):
+    network = NETWORKS["locations-linear"]
     model = network.make()
     ((x, y),) = network.batches("cross_entropy", (4,))
     y[0, 1] = y[2, 0] = y[2, 2] = -100

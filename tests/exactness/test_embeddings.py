@@ -13,7 +13,7 @@ from cases import (
     COORDINATES,
     EMBEDDINGS,
     LOSSES,
-    MeanOverPositions,
+    MeanOverSequence,
     TokenNetwork,
     estimate,
 )
@@ -130,14 +130,14 @@ def test_tokens_of_any_integers_and_axes(dtype):
     expected = estimate(model, [(x, y)], "cross_entropy")["0"].dense()
     found = estimate(model, [(x.to(dtype), y)], "cross_entropy")["0"].dense()
     assert relative_error(found, expected) < 1e-14
-    # Two axes of positions.
+    # Two axes of locations.
     folded = nn.Sequential(model[0], nn.Flatten(1, 2), *model[1:])
     found = estimate(folded, [(x.reshape(6, 2, 2), y)], "cross_entropy")["0"].dense()
     assert relative_error(found, expected) < 1e-14
 
 
 @pytest.mark.parametrize("approximation", ALL)
-def test_examples_and_positions_on_one_axis(approximation):
+def test_examples_and_locations_on_one_axis(approximation):
     class Flat(nn.Module):
         def __init__(self, network):
             super().__init__()
@@ -196,7 +196,7 @@ def test_tokens_on_their_own_under_a_linear_net_are_exact(loss, approximation):
 
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
-def test_squared_error_on_every_position_is_exact_for_expand(approximation):
+def test_squared_error_on_every_location_is_exact_for_expand(approximation):
     network = EMBEDDINGS["linear sequence"]
     model, batches = network.make(), network.batches("mse", (5, 1, 2))
     of_example = LOSSES["mse"].of_example
@@ -371,7 +371,7 @@ def test_an_embedding_called_otherwise_than_it_promises_is_refused():
 def test_a_large_vocabulary_makes_neither_one_hot_inputs_nor_a_square_matrix():
     tokens, width = 200_000, 4
     network = TokenNetwork(
-        lambda: nn.Sequential(nn.Embedding(tokens, width), MeanOverPositions(), nn.Linear(4, 3)),
+        lambda: nn.Sequential(nn.Embedding(tokens, width), MeanOverSequence(), nn.Linear(4, 3)),
         (16,),
         (3,),
         tokens,

@@ -20,7 +20,7 @@ def close(first, second, tolerance: float = EXACT) -> bool:
 
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
-@pytest.mark.parametrize("name", ["mlp-bn", "positions-bn"])
+@pytest.mark.parametrize("name", ["mlp-bn", "locations-bn"])
 def test_order_of_examples(name, approximation, statistics):
     network = NETWORKS[name]
     model, ((x, y),) = network.make(), network.batches("cross_entropy", (6,))
@@ -32,7 +32,7 @@ def test_order_of_examples(name, approximation, statistics):
 
 @pytest.mark.parametrize("approximation", APPROXIMATIONS)
 def test_order_of_locations(approximation):
-    network = NETWORKS["positions-bn"]
+    network = NETWORKS["locations-bn"]
     model, ((x, y),) = network.make(), network.batches("cross_entropy", (6,))
     plain = estimate(model, [(x, y)], "cross_entropy", approximation=approximation)
     moved = estimate(model, [(x.flip(1), y)], "cross_entropy", approximation=approximation)
@@ -73,10 +73,10 @@ def test_splitting_a_batch_that_interacts_does_change_it():
     ("name", "sizes"),
     [
         ("mlp-bn", (6, 3, 4)),
-        ("positions-bn", (6, 3, 4)),
+        ("locations-bn", (6, 3, 4)),
         ("mlp", (1, 4, 8)),
         ("mlp", (8, 1, 4)),
-        ("positions-linear", (1, 4, 8)),
+        ("locations-linear", (1, 4, 8)),
     ],
 )
 def test_merging_disjoint_passes_is_one_pass_over_both(name, sizes, approximation):
@@ -210,7 +210,7 @@ def _strided(x: Tensor) -> Tensor:
     return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
 
 
-@pytest.mark.parametrize("name", ["mlp-bn", "positions-bn"])
+@pytest.mark.parametrize("name", ["mlp-bn", "locations-bn"])
 def test_memory_layout_of_the_inputs(name):
     network = NETWORKS[name]
     model, ((x, y),) = network.make(), network.batches("mse", (6,))

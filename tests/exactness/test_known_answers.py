@@ -152,7 +152,7 @@ def test_deep_linear_with_train_mode_batchnorm_is_not_exact_before_it():
 
 @pytest.mark.parametrize("approximation", ["kfac-expand", "xkfac"])
 @pytest.mark.parametrize("statistics", ["batch", "running"])
-@pytest.mark.parametrize("name", ["mlp", "mlp-bn", "positions-bn"])
+@pytest.mark.parametrize("name", ["mlp", "mlp-bn", "locations-bn"])
 def test_last_layer_with_squared_error_is_exact_on_any_features(name, statistics, approximation):
     network = NETWORKS[name]
     options = {"approximation": approximation, "statistics": statistics}
@@ -189,9 +189,9 @@ def test_one_linear_layer_with_squared_error_has_the_exact_inverse():
 # --- weight sharing -----------------------------------------------------------------------
 
 SHARING = {
-    "positions-linear": {"kfac-expand", "xkfac", "xkfac-nested"},
-    "positions-pooled-linear": {"kfac-reduce", "xkfac-nested"},
-    "positions-summed-linear": {"kfac-reduce", "xkfac-nested"},
+    "locations-linear": {"kfac-expand", "xkfac", "xkfac-nested"},
+    "locations-pooled-linear": {"kfac-reduce", "xkfac-nested"},
+    "locations-summed-linear": {"kfac-reduce", "xkfac-nested"},
 }
 
 
@@ -323,7 +323,7 @@ def test_merged_coordinates_give_scale_and_shift_real_curvature():
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce"])
-@pytest.mark.parametrize("name", ["mlp", "mlp-bn", "positions-linear", "positions-pooled-linear"])
+@pytest.mark.parametrize("name", ["mlp", "mlp-bn", "locations-linear", "locations-pooled-linear"])
 def test_diagonal_without_interaction_is_that_of_the_exact_block(name, loss, coordinates):
     network = NETWORKS[name]
     model, batches = network.make(), network.batches(loss, (5, 3))

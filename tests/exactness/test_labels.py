@@ -37,8 +37,8 @@ def columns_without_signs(units: Units) -> Units:
         ("mlp-bn", "kfac-expand", "batch"),
         ("mlp-bn", "xkfac", "batch"),
         ("mlp-bn", "xkfac", "running"),
-        ("positions-bn", "kfac-expand", "batch"),
-        ("positions-bn", "xkfac-nested", "batch"),
+        ("locations-bn", "kfac-expand", "batch"),
+        ("locations-bn", "xkfac-nested", "batch"),
     ],
 )
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
@@ -59,7 +59,7 @@ def test_type2_is_unbiased_by_its_random_signs(name, loss, approximation, statis
     assert (naive - expected).norm().item() > 5 * noise
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp-bn", "positions-linear"])
+@pytest.mark.parametrize("name", ["mlp", "mlp-bn", "locations-linear"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_without_interaction_type2_is_exact_for_one_stratum(name, loss, generator):
     network = NETWORKS[name]
@@ -75,7 +75,7 @@ def test_without_interaction_type2_is_exact_for_one_stratum(name, loss, generato
     ("name", "loss"),
     [
         *itertools.product(["mlp-bn"], LOSSES),
-        *itertools.product(["positions-linear"], ["cross_entropy", "mse"]),
+        *itertools.product(["locations-linear"], ["cross_entropy", "mse"]),
     ],
 )
 @pytest.mark.parametrize("draws", [1, 3])

@@ -39,7 +39,7 @@ def with_ignored(*shape, classes=4):
 # A likelihood's settings, torch's loss over the mini-batch, outputs and targets.
 TARGETS = {
     "weighted probabilities": (CrossEntropy, F.cross_entropy, random(5, 4), soft(5, 4)),
-    "weighted probabilities of positions": (
+    "weighted probabilities of locations": (
         CrossEntropy,
         F.cross_entropy,
         random(5, 4, 3),
@@ -52,10 +52,10 @@ TARGETS = {
         0.9 * F.one_hot(torch.arange(5) % 4, 4).double() + 0.025,
     ),
     "ignored labels": (CrossEntropy, F.cross_entropy, random(5, 4), with_ignored(5)),
-    "ignored positions": (CrossEntropy, F.cross_entropy, random(5, 4, 3), with_ignored(5, 3)),
+    "ignored locations": (CrossEntropy, F.cross_entropy, random(5, 4, 3), with_ignored(5, 3)),
     "one class": (CrossEntropy, F.cross_entropy, random(5, 1, 3), with_ignored(5, 3, classes=1)),
     "mse": (MSE, F.mse_loss, random(5, 4), random(5, 4, seed=1)),
-    "mse of positions": (MSE, F.mse_loss, random(5, 4, 3), random(5, 4, 3, seed=1)),
+    "mse of locations": (MSE, F.mse_loss, random(5, 4, 3), random(5, 4, 3, seed=1)),
     "bce": (BCE, F.binary_cross_entropy_with_logits, random(5, 4), soft(5, 4)[:, :] / 3),
     "bce of one output": (
         BCE,
@@ -283,7 +283,7 @@ REFUSED = {
     "integer outputs": (MSE(), torch.ones(4, 3).long(), random(4, 3), DtypeError, "int64"),
     "no outputs": (MSE(), random(4, 0), random(4, 0), ShapeError, r"\(4, 0\)"),
     "no classes": (CrossEntropy(), random(4, 0), torch.zeros(4).long(), ShapeError, r"\(4, 0\)"),
-    "no positions": (
+    "no locations": (
         CrossEntropy(),
         random(4, 3, 0),
         torch.zeros(4, 0).long(),

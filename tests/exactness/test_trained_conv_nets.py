@@ -192,10 +192,10 @@ class Row:
 
 def interacts(model: nn.Sequential, layer: str, coordinates: str) -> bool:
     """Whether a ReLU comes before the layer and a BN acts on what its coordinates describe."""
-    position = [name for name, _ in model.named_children()].index(layer)
+    location = [name for name, _ in model.named_children()].index(layer)
     # In merged coordinates the BN right after the layer is part of the affine map.
-    after = position + (2 if coordinates == "merged" else 1)
-    return position > 0 and any(isinstance(module, nn.BatchNorm2d) for module in model[after:])
+    after = location + (2 if coordinates == "merged" else 1)
+    return location > 0 and any(isinstance(module, nn.BatchNorm2d) for module in model[after:])
 
 
 def compare(

@@ -117,10 +117,10 @@ def train(model: nn.Module, draw: Draw, generator: torch.Generator) -> None:
 
 def interacts(model: nn.Sequential, layer: str, coordinates: str) -> bool:
     """Whether a ReLU feeds the layer and a BN acts on the output its coordinates describe."""
-    position = [name for name, _ in model.named_children()].index(layer)
-    fed = position > 0 and isinstance(model[position - 1], nn.ReLU)
+    location = [name for name, _ in model.named_children()].index(layer)
+    fed = location > 0 and isinstance(model[location - 1], nn.ReLU)
     # In merged coordinates the BN right after the layer is part of the affine map.
-    after = position + (2 if coordinates == "merged" else 1)
+    after = location + (2 if coordinates == "merged" else 1)
     return fed and any(isinstance(module, nn.BatchNorm1d) for module in model[after:])
 
 

@@ -248,9 +248,9 @@ def test_a_flipped_header_byte_never_gives_a_wrong_curvature(saved, tmp_path):
     path.write_bytes(saved)
     original = ek.Curvature.load(path)
     (length,) = struct.unpack("<Q", saved[:8])
-    for position in range(0, 8 + length, 37):
+    for location in range(0, 8 + length, 37):
         damaged = bytearray(saved)
-        damaged[position] ^= 1
+        damaged[location] ^= 1
         path.write_bytes(damaged)
         try:
             found = ek.Curvature.load(path)

@@ -171,7 +171,7 @@ def found_pairs(model, example):
     return {x.name: x.batchnorm_name for x in find_layers(model, example=example)}
 
 
-def test_an_example_tells_a_batchnorm_over_features_from_one_over_positions():
+def test_an_example_tells_a_batchnorm_over_features_from_one_over_locations():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     assert found_pairs(model, torch.randn(6, 4)) == {"0": "1"}
     assert found_pairs(model, torch.randn(6, 3, 4)) == {"0": None, "1": "1"}
@@ -187,7 +187,7 @@ OVER_POSITIONS = {
 
 @pytest.mark.parametrize("observed", [False, True], ids=["traced", "observed"])
 @pytest.mark.parametrize("case", OVER_POSITIONS)
-def test_a_batchnorm_that_must_be_over_positions_is_never_paired(case, observed):
+def test_a_batchnorm_that_must_be_over_locations_is_never_paired(case, observed):
     batchnorm, shape = OVER_POSITIONS[case]
     model = nn.Sequential(nn.Linear(4, 3), batchnorm)
     x = torch.randn(shape)

@@ -276,8 +276,8 @@ def test_a_task_that_does_not_fit_is_not_adopted():
 # --- an example of the task shows what each BatchNorm is over ------------------------------------
 
 
-def positions_model(affine):
-    """A BatchNorm over positions that is as wide as the Linear before it, then one over outputs."""
+def locations_model(affine):
+    """A BatchNorm over locations that is as wide as the Linear before it, then one over outputs."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(4, 3),
@@ -292,7 +292,7 @@ def positions_model(affine):
     return random_batchnorms(model, torch.Generator().manual_seed(0))
 
 
-def positions_tasks(tasks=2):
+def locations_tasks(tasks=2):
     generator = torch.Generator().manual_seed(1)
     return [
         [
@@ -324,9 +324,9 @@ def change_by_consolidation(learner, loader, x):
     [{}, {"freeze_bn_after": 0.5}, {"freeze_bn_after": 0.0, "statistics": "running"}],
     ids=["throughout", "frozen halfway", "frozen"],
 )
-def test_consolidation_keeps_the_function_with_a_batchnorm_over_positions(affine, options):
-    loaders = positions_tasks()
-    learner = ek.ContinualLearner(positions_model(affine), damping=0.01, **options)
+def test_consolidation_keeps_the_function_with_a_batchnorm_over_locations(affine, options):
+    loaders = locations_tasks()
+    learner = ek.ContinualLearner(locations_model(affine), damping=0.01, **options)
     for loader in loaders:
         learner.fit(loader, epochs=2)
         assert change_by_consolidation(learner, loader, loader[0][0]) < 1e-5
@@ -339,8 +339,8 @@ def test_consolidation_keeps_the_function_with_a_batchnorm_over_positions(affine
 @pytest.mark.parametrize("approximation", ["xkfac", None])
 @pytest.mark.parametrize("once", [False, True], ids=["list", "iterator"])
 def test_a_task_that_was_not_fitted_shows_its_own_example(approximation, once):
-    (loader,) = positions_tasks(tasks=1)
-    model = positions_model(affine=True)
+    (loader,) = locations_tasks(tasks=1)
+    model = locations_model(affine=True)
     learner = ek.ContinualLearner(model, approximation=approximation, damping=0.1)
     given = iter(loader) if once else loader
     assert change_by_consolidation(learner, given, loader[0][0]) < 1e-5
@@ -349,7 +349,7 @@ def test_a_task_that_was_not_fitted_shows_its_own_example(approximation, once):
 
 
 def test_consolidating_an_unseen_task_without_batches_is_refused():
-    learner = ek.ContinualLearner(positions_model(affine=True), approximation=None, damping=0.1)
+    learner = ek.ContinualLearner(locations_model(affine=True), approximation=None, damping=0.1)
     with pytest.raises(EmptyLoaderError, match="at least one batch"):
         learner.consolidate([])
     assert learner.task == 0
@@ -366,8 +366,8 @@ class Counted(list):
 
 
 def test_looking_at_an_example_takes_no_pass_of_the_loader():
-    first, second = (Counted(loader) for loader in positions_tasks())
-    learner = ek.ContinualLearner(positions_model(affine=True), damping=0.01)
+    first, second = (Counted(loader) for loader in locations_tasks())
+    learner = ek.ContinualLearner(locations_model(affine=True), damping=0.01)
     learner.fit(first, epochs=2)
     assert first.passes == 2
     learner.consolidate(first)

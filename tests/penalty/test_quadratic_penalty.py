@@ -353,8 +353,8 @@ def test_the_last_curvature_must_be_taken_at_the_anchor():
 # --- the anchor's BatchNorms are the penalty's ---------------------------------------------------
 
 
-def over_positions(affine):
-    """A BatchNorm over as many positions as its Linear has outputs, inputs and a curvature."""
+def over_locations(affine):
+    """A BatchNorm over as many locations as its Linear has outputs, inputs and a curvature."""
     model = mlp(4, 3, 3, affine=affine)[:3]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, 3, 4, generator=generator, dtype=torch.float64)
@@ -363,7 +363,7 @@ def over_positions(affine):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_an_anchor_merged_with_a_batchnorm_the_curvature_does_not_merge_is_refused(affine):
-    model, x, curvature = over_positions(affine)
+    model, x, curvature = over_locations(affine)
     message = "'0': expected .* no BatchNorm merged .* got .* BatchNorm '1'.*example="
     with pytest.raises(IncompatibleError, match=message):
         ek.QuadraticPenalty(model, curvature, ek.merged_weights(model))

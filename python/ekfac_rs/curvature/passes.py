@@ -78,7 +78,7 @@ def estimate_curvature(
         tuple or a mapping of the model's arguments; a mapping as mini-batch holds the model's
         keyword arguments, and the targets under "labels". Factors are means over mini-batches,
         weighted by their examples. Outputs and inputs of layers that are matrices may have
-        examples and positions on one axis, ``[N * T, C]``, those of an example one after another.
+        examples and locations on one axis, ``[N * T, C]``, those of an example one after another.
     loss : {"cross_entropy", "mse", "bce"} or Likelihood
         The mean over examples of the per-example loss (see `ekfac_rs.likelihood`).
     approximation : {"xkfac-nested", "xkfac", "kfac-expand", "kfac-reduce", "diagonal"}
@@ -277,7 +277,7 @@ class _Pass:
 class _Rows(NamedTuple):
     """How many examples a mini-batch has, and how many rows the model's outputs.
 
-    They differ where examples and positions share an axis.
+    They differ where examples and locations share an axis.
     """
 
     examples: int
