@@ -256,12 +256,14 @@ class _Pass:
         self._loss += batch.examples * float(loss)
 
     def curvature(self, *, uncovered: tuple[str, ...]) -> Curvature:
-        """Mean of all that was taken."""
+        """Mean of all that was taken; the sums it is made of go."""
+        counts = {name: a.gradient_examples for name, a in self._accumulators.items()}
         return Curvature(
-            blocks={name: a.block() for name, a in self._accumulators.items()},
+            # Layer by layer, so that sums and means are not all there at once.
+            blocks={name: self._accumulators.pop(name).block() for name in counts},
             settings=self._settings,
             examples=self._examples,
-            gradient_examples={n: a.gradient_examples for n, a in self._accumulators.items()},
+            gradient_examples=counts,
             batches=self._batches,
             loss=self._loss / self._examples,
             batchnorms={layer.name: layer.batchnorm_name for layer in self._layers},
