@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ekfac_rs.errors import UnsupportedLayerError
 
@@ -49,7 +50,8 @@ def bare_model(model: nn.Module) -> nn.Module:
                 f"device, got a {wrappers.pop()}: pass the one inside (its .module)"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
+        # A lazy one has no memory yet, and is refused as such.
+        if not is_lazy(tensor) and tensor.is_inference():
             raise UnsupportedLayerError(
                 f"model: expected tensors that autograd can follow, got {plain_name(name)!r} made "
                 "under torch.inference_mode(): make the model, or copy it, outside"

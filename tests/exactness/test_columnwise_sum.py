@@ -143,6 +143,10 @@ def test_compression_is_the_nearest_as_of_a_kronecker_sum(terms, fewer):
     found = H.compress(fewer)
     assert len(found.terms) == fewer
     assert relative_error(found.dense(), full.dense()) < 1e-8
+    # Rows of (a, vec G): the nearest sum is the truncated singular value decomposition.
+    sizes = torch.linalg.svdvals(sum(torch.outer(a, G.flatten()) for a, G in H.terms))
+    error = float(sizes[fewer:].norm() / sizes.norm())
+    assert math.isclose(relative_error(found.dense(), H.dense()), error, rel_tol=1e-8)
     assert H.compress(terms) is H
     first = found.terms[0]
     assert (first[0] >= -1e-12).all()

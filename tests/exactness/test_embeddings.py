@@ -368,6 +368,27 @@ def test_an_embedding_called_otherwise_than_it_promises_is_refused():
         find_layers(nn.Sequential(nn.EmbeddingBag(7, 4)))
 
 
+def test_drawn_labels_average_to_the_exact_ones():
+    network = EMBEDDINGS["sequence with padding"]
+    model, batches = network.make(), network.batches("cross_entropy", (6,))
+    exact = estimate(model, batches, "cross_entropy")["0"].dense()
+    options = {"labels": "mc", "draws": 4000, "generator": torch.Generator().manual_seed(0)}
+    drawn = estimate(model, batches, "cross_entropy", **options)["0"].dense()
+    assert relative_error(drawn, exact) < 0.1
+
+
+def test_a_learner_trains_and_consolidates_it():
+    network = EMBEDDINGS["sequence with padding"]
+    model, batches = network.make(), network.batches("cross_entropy", (6, 4))
+    before = model[0].weight.detach().clone()
+    learner = ek.ContinualLearner(model, damping=0.01)
+    for task in (1, 2):
+        learner.fit(batches, epochs=2, lr=0.01)
+        learner.consolidate(batches)
+        assert learner.task == task
+    assert not torch.equal(model[0].weight[0], before[0])
+
+
 def test_a_large_vocabulary_makes_neither_one_hot_inputs_nor_a_square_matrix():
     tokens, width = 200_000, 4
     network = TokenNetwork(

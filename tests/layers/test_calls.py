@@ -78,6 +78,29 @@ def written_to(h, layer):
     return h
 
 
+def written_to_in_place(h, layer):
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    return h
+
+
+def written_to_by_an_operator(h, layer):
+    with torch.no_grad():
+        weight = layer.weight
+        weight *= 2.0
+    return h
+
+
+def written_to_through_data(h, layer):
+    layer.weight.data.mul_(2.0)
+    return h
+
+
+def initialised(h, layer):
+    nn.init.zeros_(layer.weight)
+    return h
+
+
 def shape_alone(h, layer):
     return h * layer.weight.shape[0] + layer.weight.size(1)
 
@@ -258,10 +281,25 @@ def test_a_weight_used_besides_its_own_call_is_refused_by_name(besides, example)
     assert "first.weight" in survey_layers(model, example=example)[1]
 
 
-@pytest.mark.parametrize("besides", [written_to])
-def test_a_weight_written_to_during_a_pass_is_refused(besides):
-    with pytest.raises(UnsupportedLayerError, match="'first': .*'__setitem__'"):
-        find_layers(encoder(besides)(), example=X)
+WRITTEN_TO = {
+    written_to: "__setitem__",
+    written_to_in_place: "mul_",
+    written_to_by_an_operator: "__i?mul__|mul_",
+    written_to_through_data: "data",
+    initialised: "normal_|zero_",
+}
+
+
+@pytest.mark.parametrize("besides", WRITTEN_TO)
+def test_a_weight_written_to_during_a_pass_is_refused_and_stays(besides):
+    model = encoder(besides)()
+    before = copy.deepcopy(model.state_dict())
+    message = f"'first': .*'({WRITTEN_TO[besides]})'"
+    with pytest.raises(UnsupportedLayerError, match=message):
+        find_layers(model, example=X)
+    with pytest.raises(UnsupportedLayerError, match=message):
+        ek.estimate_curvature(model, [(X, torch.zeros(6, dtype=torch.long))])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("besides", [shape_alone, dtype_and_device])
@@ -300,8 +338,10 @@ def test_a_trace_in_train_mode_counts_no_batch():
 
 def test_statistics_kept_by_hand_are_refused_before_they_move():
     model = convolutional(norm=KeptByHand).train()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(UnsupportedLayerError, match="'1': .*its running_mean.*'lerp_'"):
-        find_layers(model, example=IMAGES)
+        ek.estimate_curvature(model, [(IMAGES, torch.arange(3))])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 def test_a_batchnorm_without_weight_that_no_trace_can_know_asks_for_an_example():

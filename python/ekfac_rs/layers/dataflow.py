@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ekfac_rs.errors import UnsupportedLayerError
 from ekfac_rs.layers.base import AffineCall, Arguments, Function
@@ -64,6 +64,17 @@ class _Stored:
         if module is None or name != "weight" or function not in _kind(module).functions:
             return None
         return AffineCall(module, function, arguments, self.kept[module])
+
+    def stood_in_for(
+        self, args: tuple[Any, ...], kwargs: Arguments
+    ) -> tuple[tuple[Any, ...], Arguments]:
+        """Return arguments with copies of stored tensors: nothing refused may write to these."""
+        if not any(self.misused(tree_leaves((args, kwargs)))):
+            return args, kwargs
+        copied: tuple[tuple[Any, ...], Arguments] = tree_map_only(
+            Tensor, lambda x: x.clone() if id(x) in self.place else x, (args, kwargs)
+        )
+        return copied
 
     def misused(self, values: Iterable[Any]) -> Iterator[tuple[nn.Module, str]]:
         """Modules and names of the tensors among the values that a module keeps."""
@@ -143,11 +154,13 @@ class AffineCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         seen = self.before(leaves)
-        result = func(*args, **kwargs)
         call, names = None, argument_names(func)
         if names is not None:
             arguments = dict(zip(names, args, strict=False)) | kwargs
             call = self._stored.call(func, arguments, self._active[-1] if self._active else None)
+        if call is None and _name_of(func) not in _NAMES_OF_FACTS:
+            args, kwargs = self._stored.stood_in_for(args, kwargs)
+        result = func(*args, **kwargs)
         if call is not None:
             leaves = tree_leaves(_others(call))
             problem = _kind(call.module).why_refused(call)
