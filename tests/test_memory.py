@@ -1,37 +1,28 @@
 """Ten thousand passes and steps later the process is no larger, and holds no more objects."""
 
 import gc
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import ekfac_rs as ek
+from memory import needs_proc, resident
 from nets import classification_loader
 
 PASSES = 10_000
-STATM = Path("/proc/self/statm")
 
-pytestmark = pytest.mark.skipif(not STATM.exists(), reason="the size of a process is read in /proc")
-
-
-def resident() -> int:
-    """Bytes of memory that this process has."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+pytestmark = needs_proc
 
 
 def growth(work: Callable[[], None]) -> tuple[int, int]:
     """Bytes and Python objects that many repetitions leave behind."""
     for _ in range(PASSES // 10):
         work()
-    gc.collect()
     before = resident(), len(gc.get_objects())
     for _ in range(PASSES):
         work()
-    gc.collect()
     return resident() - before[0], len(gc.get_objects()) - before[1]
 
 

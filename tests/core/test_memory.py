@@ -1,9 +1,6 @@
 """Thousands of calls use no more memory than the first ones."""
 
-import gc
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +8,11 @@ import torch
 import ekfac_rs as ek
 from ekfac_rs import _core
 from ekfac_rs._tensors import borrow
+from memory import needs_proc, resident
 
-STATISTICS = Path("/proc/self/statm")
-pytestmark = pytest.mark.skipif(not STATISTICS.exists(), reason="only systems with /proc")
+pytestmark = needs_proc
 
 CALLS = 3000
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory."""
-    gc.collect()
-    return int(STATISTICS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def cases() -> dict[str, Callable[[], object]]:
