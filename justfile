@@ -40,7 +40,7 @@ test-rust:
 # Tests of the Python package, files side by side; those that need data find it through EKFAC_DATA
 # or ../shared/data
 test-python *args: dev
-    {{python}} -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile {{args}}
+    {{python}} -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder {{args}}
 
 # Tests of the Python package that need an NVIDIA GPU
 test-gpu *args: dev

@@ -25,6 +25,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+# Files that take longest: begun first, they do not run alone at the end.
+LONG = ("gpu/test_emulated.py", "experiments/test_finegrained.py", "exactness/test_convolutions.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first; the order within a file stays."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A seeded source of random numbers on the CPU."""

@@ -40,12 +40,17 @@ def use() -> None:
     """Send every tensor of this process through the CUDA backend."""
     os.environ[EMULATED] = "1"
     _core.set_cuda_allocator(_allocate, _release)
-    for found in pkgutil.iter_modules(ekfac_rs.__path__, "ekfac_rs."):
-        if found.ispkg or found.name.endswith("_core"):
+    sent_there = set()
+    for found in pkgutil.walk_packages(ekfac_rs.__path__, "ekfac_rs."):
+        if found.name.endswith("_core") or "experiments" in found.name:
             continue
         module = importlib.import_module(found.name)
         if getattr(module, "borrow", None) is CPU.borrow:
             module.borrow = EMULATED_CUDA.borrow
+        if getattr(module, "borrow", None) is EMULATED_CUDA.borrow:
+            sent_there.add(found.name.removeprefix("ekfac_rs."))
+    # Or all that follows would pass on the CPU, and show nothing.
+    assert {"curvature.kronecker", "layers.base", "penalty"} <= sent_there
 
 
 def pytest_configure() -> None:
