@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ekfac_rs import _core
-from ekfac_rs.errors import DtypeError
+from ekfac_rs.errors import DtypeError, NonFiniteError
 
 _DTYPE_NAMES = {
     torch.float32: "float32",
@@ -60,10 +60,22 @@ def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
     ----------
     writes : sequence of (target, value)
         Values are rounded to the dtype of their targets.
+
+    Raises
+    ------
+    NonFiniteError
+        A value is NaN or infinite, or becomes so in the dtype of its target.
     """
+    rounded = [(target, value.to(target.dtype)) for target, value in writes]
+    for target, value in rounded:
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(
+                f"expected values that {target.dtype} can hold, got NaN or infinity of shape "
+                f"{tuple(value.shape)}: nothing was written"
+            )
     before = [(target, target.clone()) for target, _ in writes]
     try:
-        for target, value in writes:
+        for target, value in rounded:
             target.copy_(value)
     except BaseException:
         for target, value in before:

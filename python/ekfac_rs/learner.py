@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
 from ekfac_rs._modes import bare_model, own_modes
+from ekfac_rs._tensors import write_all
 from ekfac_rs.batchnorm import (
     WEIGHTS,
     Anchor,
@@ -23,6 +24,7 @@ from ekfac_rs.batchnorm import (
     raw_weights,
     reparameterize,
 )
+from ekfac_rs.batchnorm.statistics import kept_batchnorms, restored_on_failure
 from ekfac_rs.curvature import (
     APPROXIMATIONS,
     STATISTICS,
@@ -255,7 +257,8 @@ class ContinualLearner:
         Whatever `estimate_curvature`, `reparameterize` and `merged_weights` raise.
         """
         if self._protects:
-            curvature, anchor = self._consolidated(loader)
+            with restored_on_failure(self.model):
+                curvature, anchor = self._consolidated(loader)
             self.curvatures += [] if curvature is None else [curvature]
             self.anchor = anchor
         self._begin_task(self.task + 1)
@@ -364,15 +367,34 @@ class ContinualLearner:
         missing = {"model", "task", "anchor", "curvatures"} - set(state)
         if missing:
             raise IncompatibleError(f"state: expected a learner's state, got one without {missing}")
-        curvatures = [
-            Curvature.from_tensors(tensors, meta) for tensors, meta in state["curvatures"]
-        ]
+        try:
+            curvatures = [
+                Curvature.from_tensors(tensors, meta) for tensors, meta in state["curvatures"]
+            ]
+            anchor = None if state["anchor"] is None else Anchor(**state["anchor"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise IncompatibleError(f"state: expected a learner's state, got {error!r}") from error
         for curvature in curvatures:
             self._require_of_this_kind(curvature)
+        self._require_same_tensors(state["model"])
         self.model.load_state_dict(state["model"])
-        self.curvatures = curvatures
-        self.anchor = None if state["anchor"] is None else Anchor(**state["anchor"])
+        self.curvatures, self.anchor = curvatures, anchor
         self._begin_task(state["task"])
+
+    def _require_same_tensors(self, state: dict[str, Tensor]) -> None:
+        """Refuse a model's state before anything is written of it."""
+        own = self.model.state_dict()
+        names = own.keys() ^ state.keys()
+        if names:
+            raise IncompatibleError(
+                f"state: expected the tensors of this model, got others: {', '.join(sorted(names))}"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise IncompatibleError(
+                    f"state: expected {name!r} of shape {tuple(tensor.shape)}, got "
+                    f"{tuple(state[name].shape)}"
+                )
 
     @property
     def _protects(self) -> bool:
@@ -476,16 +498,21 @@ class _Phase:
         self.freeze_at = round(learner.freeze_bn_after * steps) if later else steps
         self.finite = _FiniteCheck(deferred=device_of(learner.model).type == "cuda")
         self.penalty: QuadraticPenalty | None = None
+        # What `reparameterize` may write before the first step is made.
+        self._before = kept_batchnorms(learner.model)
 
     def __enter__(self) -> Self:
         with ExitStack() as cleanup:
             cleanup.callback(_set_modes, _modes(self.learner.model))
-            self._begin(cleanup)
+            with restored_on_failure(self.learner.model):
+                self._begin(cleanup)
             self._cleanup = cleanup.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._cleanup.close()
+        if kind is not None and self.steps_done == 0:
+            write_all(self._before)
 
     def _begin(self, cleanup: ExitStack) -> None:
         learner = self.learner
@@ -542,17 +569,29 @@ class _Phase:
 
     def _freeze(self, example: Inputs) -> None:
         """From here on BatchNorms use their running statistics; nothing is folded."""
-        redundant: set[int] = set()
-        for layer in self.learner._layers_with_batchnorm(example):
-            if not layer.batchnorm.training:
-                continue  # its user froze it, and what is trained of it is theirs to say
-            layer.batchnorm.eval()
-            self.learner._froze_batchnorm = True
-            if layer.absorbs_scale:
-                # A frozen gamma and the bias before it only double the weights and the shift.
-                redundant.update(id(p) for p in (layer.batchnorm.weight, layer.bias()))
+        redundant = self._doubled(example) if self.penalty is not None else set()
+        for module in self.learner.model.modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                module.eval()
+                self.learner._froze_batchnorm = True
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in redundant]
+
+    def _doubled(self, example: Inputs) -> set[int]:
+        """Identities of what a frozen BatchNorm doubles: its gamma, and the bias before its own.
+
+        Of one that its user froze, what is trained of it is theirs to say.
+        """
+        doubled: set[int] = set()
+        for layer in self.learner._layers_with_batchnorm(example):
+            gamma, beta = layer.batchnorm.weight, layer.batchnorm.bias
+            if not layer.batchnorm.training or not layer.absorbs_scale:
+                continue
+            if layer.like.requires_grad:
+                doubled.add(id(gamma))
+            if beta is not None and beta.requires_grad:
+                doubled.add(id(layer.bias()))
+        return doubled
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:

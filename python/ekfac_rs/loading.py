@@ -201,6 +201,11 @@ class Loader:
         self._device = device
         self._input_fn = input_fn
         self._target_fn = target_fn
+        if isinstance(source, Tensor):
+            raise OptionError(
+                f"loader: expected an iterable of mini-batches, got a tensor of shape "
+                f"{tuple(source.shape)}: a list with it is one"
+            )
         # A pass whose first mini-batch was looked at already.
         self._begun: Iterator[Any] | None = None
         self._ended = False

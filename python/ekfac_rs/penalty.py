@@ -21,6 +21,7 @@ from ekfac_rs._checks import (
 from ekfac_rs._modes import bare_model, submodule
 from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.batchnorm import Anchor, moments_of
+from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of
 from ekfac_rs.curvature import Block, Curvature, DiagonalBlock, KroneckerSum, Signature
 from ekfac_rs.errors import (
     IncompatibleError,
@@ -113,7 +114,7 @@ class QuadraticPenalty:
         for layer in self._layers:
             if self.coordinates == "merged" and layer.batchnorm is not None:
                 self._batches[layer.name] = batch = _LastBatch(layer)
-                self._handles.append(layer.batchnorm.register_forward_pre_hook(batch))
+                self._handles.append(hook_inputs(layer.batchnorm, batch))
 
     def __enter__(self) -> Self:
         return self
@@ -217,7 +218,7 @@ class QuadraticPenalty:
         with torch.enable_grad():
             moments = self._input_moments.get(layer.name) if layer.batchnorm.training else None
             statistics = () if moments is None else moments.statistics(layer)
-            weight = layer.merged_weight(*statistics)
+            weight = layer.merged_weight(*statistics).to(self._anchor[layer.name].dtype)
         return top_eigenvalue_of_parameters(weight, parameters, hessian)
 
     def _require_unchanged(self, layer: AffineLayer) -> None:
@@ -276,15 +277,20 @@ class _LastBatch:
     def __init__(self, layer: AffineLayer) -> None:
         self._layer = layer
         self._values: Tensor | None = None
-        self._versions: tuple[int, ...] = ()
+        self._weights: tuple[tuple[int, int, int], ...] = ()
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    observes_only = True
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
         if module is not self._layer.batchnorm or not module.training:
             return
-        if not torch.is_grad_enabled() or _in_backward_pass():
+        if not torch.is_grad_enabled() or _in_backward_pass() or in_own_pass():
             return
-        self._layer.check_batchnorm_input(args[0])
-        self._values, self._versions = args[0], self._current_versions()
+        values = input_of(args, kwargs)
+        self._layer.check_batchnorm_input(values)
+        self._values, self._weights = values, self._current_weights()
 
     def __reduce__(self) -> tuple[type["_Deaf"], tuple[()]]:
         return _Deaf, ()
@@ -300,7 +306,7 @@ class _LastBatch:
                 "with gradients, before penalty(), got none: its batch statistics are part of the "
                 "weights"
             )
-        if self._versions != self._current_versions():
+        if self._weights != self._current_weights():
             raise ModelChangedError(
                 f"layer {self._layer.name!r}: expected the parameters of the last forward pass, "
                 "got changed ones: call the model again before penalty()"
@@ -308,14 +314,17 @@ class _LastBatch:
         # Half precision, as under autocast, would not hold a variance.
         return moments_of(self._values.to(accumulation_dtype(self._layer.like.dtype)))
 
-    def _current_versions(self) -> tuple[int, ...]:
-        return tuple(p._version for p in self._layer.parameters("merged"))
+    def _current_weights(self) -> tuple[tuple[int, int, int], ...]:
+        """Tell these very parameters, their memory and their contents from any others."""
+        return tuple((id(p), p.data_ptr(), p._version) for p in self._layer.parameters("merged"))
 
 
 class _Deaf:
     """A hook that does nothing: all that a copy of the model has of a penalty."""
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    observes_only = True
+
+    def __call__(self, *args: object) -> None:
         return None
 
 
@@ -436,31 +445,36 @@ class _InputMoments:
     """Mean and covariance of a layer's inputs, which tell how its BatchNorm's statistics move."""
 
     def __init__(self, block: KroneckerSum) -> None:
-        # Over all strata, the input factors add up to the second moment of [a, 1].
-        second = reduce(add, (A for A, _ in block.terms))
-        self._mean = second[..., :-1, -1]
-        self._covariance = second[..., :-1, :-1] - (
-            self._mean[..., :, None] * self._mean[..., None, :]
-        )
+        self._block = block
 
     def statistics(self, layer: AffineLayer) -> tuple[Tensor, Tensor]:
         """Return the running statistics as functions of the layer's weights.
 
         Values are the running ones: the data may have changed since the inputs were seen. A row's
-        multiples keep being normalised alike.
+        multiples keep being normalised alike. Where inputs hardly vary, as in dead channels,
+        their variance is rounding, and the statistics are constants.
         """
-        weight, bias = layer.weight().to(self._mean.dtype), layer.bias()
-        rows = weight if layer.groups == 1 else weight.reshape(layer.groups, -1, weight.shape[1])
-        mean = (rows @ self._mean[..., None]).flatten()
+        running_mean, running_variance = (s.double() for s in layer.running_statistics())
+        # Over all strata, the input factors add up to the second moment of [a, 1].
+        second = reduce(add, (A.to(running_mean) for A, _ in self._block.terms))
+        mean_a, moment_a = second[..., :-1, -1], second[..., :-1, :-1]
+        weight, bias = layer.weight().double(), layer.bias()
+        rows = weight.reshape(*mean_a.shape[:-1], -1, weight.shape[1])
+        mean = (rows @ mean_a[..., None]).flatten()
+        square = ((rows @ moment_a) * rows).sum(-1).flatten()
+        variance = square - mean.square()
+        rounding = _ROUNDING * torch.finfo(self._block.dtype).eps
+        known = variance.detach() > rounding * square.detach()
+        share = running_variance / torch.where(known, variance.detach(), 1.0)
         mean = mean if bias is None else mean + bias
-        variance = ((rows @ self._covariance) * rows).sum(-1).flatten()
-        running_mean, running_variance = layer.running_statistics()
-        share = running_variance / variance.detach().clamp_min(_TINY)
-        return mean + (running_mean - mean.detach()), variance * share
+        return (
+            mean + (running_mean - mean.detach()),
+            torch.where(known, variance * share, running_variance),
+        )
 
 
-# Where inputs do not vary at all, neither does the variance of what is made of them.
-_TINY = 1e-30
+# A variance below so many roundings of the second moment is nothing but rounding.
+_ROUNDING = 1e3
 
 
 def _input_moments(
@@ -468,7 +482,7 @@ def _input_moments(
 ) -> dict[str, _InputMoments]:
     """Moments of the inputs of every layer that takes up a BatchNorm's scale, where known."""
     return {
-        layer.name: _InputMoments(block.to(layer.like.device, accumulation_dtype(layer.like.dtype)))
+        layer.name: _InputMoments(block)
         for curvature in curvatures
         for layer in layers
         if layer.batchnorm is not None and layer.absorbs_scale

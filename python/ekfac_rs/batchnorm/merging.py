@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ekfac_rs._checks import require_finite
 from ekfac_rs._modes import bare_model, own_modes
 from ekfac_rs._tensors import accumulation_dtype, write_all
-from ekfac_rs.batchnorm.statistics import as_found
+from ekfac_rs.batchnorm.statistics import as_found, hook_inputs, input_of
 from ekfac_rs.errors import BatchNormError, UnsupportedLayerError
 from ekfac_rs.layers import AffineLayer, find_layers
 
@@ -192,7 +192,7 @@ def _guard(layer: AffineLayer, check_input: bool) -> None:
     hooks = layer.batchnorm._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _ExportGuard)]:
         del hooks[key]
-    layer.batchnorm.register_forward_pre_hook(_ExportGuard(layer, check_input))
+    hook_inputs(layer.batchnorm, _ExportGuard(layer, check_input))
 
 
 class _ExportGuard:
@@ -213,11 +213,15 @@ class _ExportGuard:
         mean, variance = layer.running_statistics()
         self._statistics = mean.clone(), variance.clone()
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    observes_only = True
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
         if not self._is_still_exported(module):
             return
         if self._check_input:
-            self._require_assumed_input(args[0])
+            self._require_assumed_input(input_of(args, kwargs))
         if module.training:
             raise BatchNormError(
                 f"layer {self._layer.batchnorm_name!r}: expected eval mode after merge_batchnorm, "

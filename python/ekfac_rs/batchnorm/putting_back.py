@@ -11,8 +11,16 @@ from ekfac_rs._checks import require_choice, require_count
 from ekfac_rs._modes import bare_model, own_modes
 from ekfac_rs._tensors import write_all
 from ekfac_rs.batchnorm.merging import Writes, moved_into_weights, view_of
-from ekfac_rs.batchnorm.statistics import Moments, as_found, device_of, frozen_batchnorms
-from ekfac_rs.errors import BatchNormError
+from ekfac_rs.batchnorm.statistics import (
+    Hook,
+    Moments,
+    as_found,
+    device_of,
+    frozen_batchnorms,
+    hook_inputs,
+    input_of,
+)
+from ekfac_rs.errors import BatchNormError, UnsupportedLayerError
 from ekfac_rs.layers import AffineLayer, find_layers
 from ekfac_rs.layers.dataflow import removed_afterwards
 from ekfac_rs.loading import Loader, Source
@@ -39,7 +47,9 @@ def reparameterize(
     ``gamma / sigma`` and the mean ``mu`` from before (method: section 4). On inputs like the
     loader's, train mode then computes the same function as eval mode.
 
-    A BatchNorm that its user keeps in eval mode (see `frozen_batchnorms`) stays as it is.
+    A BatchNorm that its user keeps in eval mode (see `frozen_batchnorms`) stays as it is, and so
+    does one that belongs to no layer with a trainable parameter. Of the others gamma and beta are
+    written also where they are not trained, or the function would change.
 
     Parameters
     ----------
@@ -90,10 +100,7 @@ def reparameterize(
         for layer in found:
             _require_affine(layer)
         moments = {layer.name: Moments() for layer in found}
-        handles = [
-            layer.batchnorm.register_forward_pre_hook(_recorder(moments[layer.name]))
-            for layer in found
-        ]
+        handles = [hook_inputs(layer.batchnorm, _recorder(moments[layer.name])) for layer in found]
         with removed_afterwards(handles):
             for inputs in tqdm(
                 source.inputs(max_examples),
@@ -104,6 +111,11 @@ def reparameterize(
                 inputs.call(model)
         writes: Writes = []
         for layer in found:
+            if not moments[layer.name].count:
+                raise UnsupportedLayerError(
+                    f"layer {layer.batchnorm_name!r}: expected the BatchNorm to be called as a "
+                    "module, got its function called on its behalf, whose input nothing sees"
+                )
             if weights == "merged" and layer.absorbs_scale:
                 writes += _put_back_merged(layer, moments[layer.name])
             else:
@@ -164,8 +176,8 @@ def _require_affine(layer: AffineLayer) -> None:
         )
 
 
-def _recorder(moments: Moments) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        moments.add(args[0].transpose(0, 1).flatten(1).T)
+def _recorder(moments: Moments) -> Hook:
+    def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        moments.add(input_of(args, kwargs).transpose(0, 1).flatten(1).T)
 
     return record

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ekfac_rs._modes import plain_name
+from ekfac_rs._tensors import write_all
 from ekfac_rs.errors import BatchNormError
 
 
@@ -22,9 +24,18 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+_passing: ContextVar[bool] = ContextVar("passing", default=False)
+
+
+def in_own_pass() -> bool:
+    """Whether a forward pass going on is the library's, as for a curvature, and not its user's."""
+    return _passing.get()
+
+
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
     """Restore train/eval flags, BatchNorm tracking and random states, whatever happens inside."""
+    outer = _passing.set(True)
     modes = {module: module.training for module in model.modules()}
     tracking = {m: m.track_running_stats for m in modes if isinstance(m, _BatchNorm)}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
@@ -39,6 +50,7 @@ def as_found(model: nn.Module) -> Iterator[None]:
                 batchnorm.track_running_stats = tracks
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+            _passing.reset(outer)
 
 
 def frozen_batchnorms(model: nn.Module) -> tuple[str, ...]:
@@ -82,13 +94,47 @@ def use_batch_statistics(model: nn.Module, frozen: tuple[str, ...]) -> list[Remo
         if isinstance(module, _BatchNorm) and plain not in frozen:
             module.training = True
             module.track_running_stats = False
-            handles.append(module.register_forward_pre_hook(_refuse_one_value(plain)))
+            handles.append(hook_inputs(module, _refuse_one_value(plain)))
     return handles
 
 
-def _refuse_one_value(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+Hook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]
+
+
+def hook_inputs(batchnorm: nn.Module, hook: Hook) -> RemovableHandle:
+    """Let a hook see what a BatchNorm is called with, by position or by keyword."""
+    return batchnorm.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def input_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """Return the input that a BatchNorm is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put every BatchNorm's parameters and statistics back if anything inside fails."""
+    before = kept_batchnorms(model)
+    try:
+        yield
+    except BaseException:
+        write_all(before)
+        raise
+
+
+def kept_batchnorms(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Parameters and statistics of every BatchNorm, each with a copy, for `write_all`."""
+    return [
+        (tensor, tensor.detach().clone())
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    ]
+
+
+def _refuse_one_value(name: str) -> Hook:
+    def check(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = input_of(args, kwargs)
         if x.numel() <= x.shape[1]:
             raise BatchNormError(
                 f"layer {name!r}: expected at least 2 values a channel under batch statistics, "

@@ -264,6 +264,12 @@ def _is_plain(module: nn.Module) -> bool:
     return "forward" not in vars(module) and type(module).forward in forwards
 
 
+def _has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward hooks that may change what it computes, or use it elsewhere."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(getattr(hook, "observes_only", False) for hook in hooks)
+
+
 def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
     """Find the data flow without running the model.
 
@@ -283,6 +289,11 @@ def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
             raise UnsupportedLayerError(
                 f"layer {name!r}: expected a {type(module).__name__} with a weight to know it by "
                 "in a symbolic trace, got none; pass example= with an input batch"
+            )
+        if _has_foreign_hooks(module):
+            raise UnsupportedLayerError(
+                f"layer {name!r}: expected a {type(module).__name__} without forward hooks, which "
+                "a symbolic trace does not see, got one with; pass example= with an input batch"
             )
     if model in watched:
         model = nn.Sequential(model)  # whose only layer may be looked at from outside
