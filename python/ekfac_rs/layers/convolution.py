@@ -82,7 +82,7 @@ class ConvTransposeLayer(_PatchLayer):
     That one sees the input with ``stride - 1`` zeros put between its locations, and the kernel
     backwards. So a unit is an output location, its inputs are the input locations that reach it,
     and the columns of ``W``, of shape (out_channels, K), are ordered as those of the equal
-    convolution: by input channel of the group, then by kernel location from the last to the first.
+    convolution: by input channel of the group, then by kernel position from the last to the first.
     """
 
     noun = "a transposed convolution"
