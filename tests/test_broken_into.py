@@ -251,6 +251,23 @@ def test_where_weights_are_frozen_gamma_is_all_the_scale_there_is():
     assert not torch.equal(learner.model[1].weight, gamma)
 
 
+def test_an_export_leaves_no_frozen_layer_out():
+    model = mlp(5, 7, 6, 3).eval()
+    for index in (0, 1):
+        model[index].requires_grad_(False)
+    x = loader()[0][0]
+    before = model(x)
+    ek.merge_batchnorm(model)
+    torch.testing.assert_close(model(x), before)
+    for index in (1, 4):
+        assert torch.equal(model[index].weight, torch.ones_like(model[index].weight))
+
+
+def test_describe_tells_a_diagonal_from_a_kronecker_product():
+    (first, *_) = ek.describe(mlp(5, 7, 3), approximation="diagonal").parameters
+    assert first.block == "diagonal 7 x 6, merged with 1"
+
+
 def test_a_tensor_is_no_loader():
     with pytest.raises(errors.OptionError, match="loader.*tensor"):
         ek.reparameterize(mlp(5, 7, 3), torch.randn(8, 5).double())

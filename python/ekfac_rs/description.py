@@ -45,8 +45,8 @@ class Description:
     parameters : tuple of DescribedParameter
         In the model's order.
     factor_bytes : dict of str to int
-        For each layer, the memory of all its factors: what a pass holds while it accumulates,
-        and a `Curvature` afterwards.
+        For each layer, the memory of all its factors: what a pass holds while it accumulates;
+        a `Curvature` has at most that.
     approximation : str
     """
 
@@ -131,7 +131,11 @@ def describe(
     for full_name, parameter in model.named_parameters():
         name = plain_name(full_name)
         layer = owners.get(id(parameter))
-        words = f"none: {reasons[name]}" if layer is None else _in_words(layer, coordinates)
+        words = (
+            f"none: {reasons[name]}"
+            if layer is None
+            else _in_words(layer, approximation, coordinates)
+        )
         if not parameter.requires_grad:
             words += " (frozen)"
         parameters.append(
@@ -150,8 +154,10 @@ def describe(
     )
 
 
-def _in_words(layer: AffineLayer, coordinates: str) -> str:
+def _in_words(layer: AffineLayer, approximation: str, coordinates: str) -> str:
     words = layer.in_words(coordinates)
+    if approximation == DIAGONAL:
+        words = "diagonal {} x {}".format(*layer.shape(coordinates))
     if coordinates == "merged" and layer.batchnorm_name not in (None, layer.name):
         words += f", merged with {layer.batchnorm_name}"
     return words

@@ -84,8 +84,8 @@ class ContinualLearner:
     freeze_bn_after : float
         Fraction of a task's steps, from the second task on, after which BatchNorms are in eval
         mode until the task's end: 1 trains with batch statistics throughout, 0 freezes them after
-        the first task (method: BN schedule). What doubles the weights then stays as it is: gamma,
-        and a bias before the BatchNorm.
+        the first task (method: merged weights). What doubles the weights then stays as it is:
+        gamma, and a bias before the BatchNorm.
     progress : bool
         Show tqdm bars.
 

@@ -45,7 +45,7 @@ class QuadraticPenalty:
     the block of layer l in curvature t and ``D_l`` the layer's current weights less the anchor, a
     matrix of shape (D, K). In merged coordinates the current weights are the merged view: with the
     statistics of the **current mini-batch** where the BatchNorm is in train mode (gradients flow
-    through them), and with its running statistics in eval mode (method: section 4). The current
+    through them), and with its running statistics in eval mode (method: penalty). The current
     mini-batch is that of the model's last forward pass with gradients: neither a pass under
     ``no_grad`` counts, nor one of a copy of the model, nor one that is made again during a
     backward pass (activation checkpointing).
@@ -77,6 +77,11 @@ class QuadraticPenalty:
         The model is not the curvatures', or the last of them was taken at other weights.
     ShapeError, DtypeError, DeviceError, OptionError, NonFiniteError
         An anchor or curvature does not fit its layer; damping or scale is negative.
+
+    References
+    ----------
+    Ritter, Botev, Barber, NeurIPS 2018: the tasks' curvatures add, around the latest anchor. Lee,
+    Hong, Joo, Kim, CVPR 2020: on merged weights.
 
     Examples
     --------

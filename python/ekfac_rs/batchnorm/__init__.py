@@ -1,4 +1,4 @@
-"""BatchNorm: merged into the weights before it, put back, and protected during passes."""
+"""BatchNorm: one map with the layer before it, given new statistics, protected in passes."""
 
 from ekfac_rs.batchnorm.merging import (
     Anchor,

@@ -43,7 +43,7 @@ def merged_weights(
     ----------
     model : torch.nn.Module
     layers : collection of str, optional
-        Names of the wanted layers. Default: all.
+        Names of the wanted layers. Default: all with a trainable parameter.
     example : optional
         An input batch, needed where the model's data flow cannot be traced symbolically, and
         where a BatchNorm follows a Linear on ``[N, T, K]`` with T the Linear's width: without
@@ -90,11 +90,11 @@ def merge_batchnorm(
 ) -> None:
     """Export a trained model for deployment: every BatchNorm moves into the layer before it.
 
-    In place, and the eval-mode function stays: the layer holds ``Wm`` (and a zero bias, if it
-    has one), and the BatchNorm is a shift by ``bm``: running mean 0, running variance
-    ``1 - eps``, gamma 1, beta ``bm``. One without a beta shifts through its running mean instead;
-    one that no layer feeds keeps its scale. The architecture and the keys of ``state_dict`` stay
-    as they were.
+    In place, frozen layers too, and the eval-mode function stays: the layer holds ``Wm`` (and a
+    zero bias, if it has one), and the BatchNorm is a shift by ``bm``: running mean 0, running
+    variance ``1 - eps``, gamma 1, beta ``bm``. One without a beta shifts through its running mean
+    instead; one that no layer feeds keeps its scale. The architecture and the keys of
+    ``state_dict`` stay as they were.
 
     Training does not go on from here: the BatchNorms would normalise without giving the scale
     back. A pass with one of them in train mode raises `BatchNormError`, until other weights are
@@ -107,7 +107,11 @@ def merge_batchnorm(
     Parameters, Raises
         As `merged_weights`. A failed call leaves the model as it was.
     """
-    found = [layer for layer in _find(model, layers, example) if layer.batchnorm is not None]
+    found = [
+        layer
+        for layer in _find(model, layers, example, trainable=False)
+        if layer.batchnorm is not None
+    ]
     merged = view_of(found)
     write_all([write for layer in found for write in _exported(layer, merged[layer.name])])
     for layer in found:
@@ -139,12 +143,18 @@ def view_of(layers: Iterable[AffineLayer]) -> Anchor:
 
 
 def _find(
-    model: nn.Module, layers: Collection[str] | None, example: Any, coordinates: str = "merged"
+    model: nn.Module,
+    layers: Collection[str] | None,
+    example: Any,
+    coordinates: str = "merged",
+    trainable: bool = True,
 ) -> list[AffineLayer]:
     model = bare_model(model)
     with as_found(model):
         model.eval()
-        return find_layers(model, coordinates=coordinates, layers=layers, example=example)
+        return find_layers(
+            model, coordinates=coordinates, layers=layers, example=example, trainable=trainable
+        )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""BatchNorm put back under the next task's statistics."""
+"""New statistics for BatchNorms under the same function."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -41,10 +41,10 @@ def reparameterize(
 ) -> None:
     """Take new statistics into every BatchNorm; the eval-mode function stays.
 
-    One pass of the loader's inputs in eval mode gives the mean ``m`` and variance ``v`` of what
-    each BatchNorm sees. They become its running statistics, and its parameters make up for it:
-    ``gamma <- gain sqrt(v + eps)`` and ``beta <- beta + gain (m - mu)``, with the gain
-    ``gamma / sigma`` and the mean ``mu`` from before (method: section 4). On inputs like the
+    One pass of the loader's inputs in eval mode gives the mean ``m`` and population variance ``v``
+    of what each BatchNorm sees. They become its running statistics, and its parameters make up
+    for it: ``gamma <- gain sqrt(v + eps)`` and ``beta <- beta + gain (m - mu)``, with the gain
+    ``gamma / sigma`` and the mean ``mu`` from before (method: merged weights). On inputs like the
     loader's, train mode then computes the same function as eval mode.
 
     A BatchNorm that its user keeps in eval mode (see `frozen_batchnorms`) stays as it is, and so

@@ -82,7 +82,7 @@ def estimate_curvature(
     loss : {"cross_entropy", "mse", "bce"} or Likelihood
         The mean over examples of the per-example loss (see `ekfac_rs.likelihood`).
     approximation : {"xkfac-nested", "xkfac", "kfac-expand", "kfac-reduce", "diagonal"}
-        Strata of the analysis of variance (method: section 2), or the plain diagonal. Where an
+        Strata of the analysis of variance (method: strata), or the plain diagonal. Where an
         example has one location, as for a Linear on ``[N, K]``, "xkfac-nested" is "xkfac".
         Before global average pooling in train mode "xkfac-nested" overestimates: its error was
         up to 9 times that of the better of expand and reduce, where "xkfac" stayed within 1.4
@@ -133,7 +133,7 @@ def estimate_curvature(
     UnsupportedLayerError, UnsupportedLossError
         The model or the loss has a part without known curvature; the message names it.
     BatchNormError
-        A mini-batch of one under "batch", a merged BatchNorm, or missing running statistics.
+        A mini-batch of one under "batch", an exported BatchNorm, or missing running statistics.
     EmptyLoaderError, LabelError, ShapeError, DtypeError, NonFiniteError
         The loader is empty; a mini-batch or its targets do not fit; a layer cannot work with the
         inputs' dtype; NaN or infinity in weights, inputs, targets or gradients.

@@ -26,6 +26,7 @@ def find_layers(
     coordinates: str = "merged",
     layers: Collection[str] | None = None,
     example: Any = None,
+    trainable: bool = True,
 ) -> list[AffineLayer]:
     """Find every affine layer and the BatchNorm it feeds.
 
@@ -43,6 +44,8 @@ def find_layers(
         are not known then: a Linear directly followed by a BatchNorm of its width is taken to be
         fed matrices ``[N, K]``. In ``[N, T, K]`` the BatchNorm's axis 1 would be T, not the
         Linear's outputs, and only an example can tell.
+    trainable : bool
+        By default only layers with a trainable parameter are meant; otherwise frozen ones, too.
 
     Returns
     -------
@@ -65,16 +68,17 @@ def find_layers(
     else:
         _require_names(layers, model)
     found, problems = _survey(model, watched, coordinates, example)
-    if layers is None:
-        found = [x for x in found if any(p.requires_grad for p in x.parameters(coordinates))]
-    else:
+    if layers is not None:
         _require_not_merged(layers, found)
         found = [x for x in found if x.name in layers]
+    elif trainable:
+        found = [x for x in found if any(p.requires_grad for p in x.parameters(coordinates))]
     for layer in found:
         if layer.name in problems:
             raise UnsupportedLayerError(f"layer {layer.name!r}: {problems[layer.name]}")
     if not found:
-        raise UnsupportedLayerError("model: expected at least one trainable layer, got none")
+        kind = "trainable layer" if trainable else "layer"
+        raise UnsupportedLayerError(f"model: expected at least one {kind}, got none")
     return found
 
 

@@ -73,7 +73,7 @@ class FeatureNormLayer(ChannelLayer):
 class BatchNormLayer(ChannelLayer):
     """A BatchNorm that no affine layer feeds: merged, a scale and a shift of each channel.
 
-    Its map is ``gamma / sigma x + beta - gamma mu / sigma`` (method: section 3): a layer whose
+    Its map is ``gamma / sigma x + beta - gamma mu / sigma`` (method: merged weights): a layer whose
     own weights are ones, merged with the BatchNorm that it is.
     """
 

@@ -34,7 +34,7 @@ pub fn flattened(x: &Array3<f64>) -> Array2<f64> {
     rows.into_owned()
 }
 
-/// Method, section 2: each stratum by its projector, divided as its role asks.
+/// Method, strata: each stratum by its projector, divided as its role asks.
 pub fn expected(x: ArrayView3<'_, f64>, options: GramOptions) -> Vec<Array2<f64>> {
     let x = if options.append_one {
         with_one(x)
