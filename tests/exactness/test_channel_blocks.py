@@ -304,8 +304,8 @@ def test_one_example_with_one_location_is_exact(name, loss, labels, approximatio
     assert errors[case.layer] > 1e-3
 
 
-EXPAND = {"kfac-expand", "xkfac", "xkfac-nested"}
-REDUCE = {"kfac-reduce", "xkfac-nested"}
+EXPAND = ("kfac-expand", "xkfac", "xkfac-nested")
+REDUCE = ("kfac-reduce", "xkfac-nested")
 
 
 def linear(*body: Callable[[], nn.Module], shape, output_shape) -> Network:

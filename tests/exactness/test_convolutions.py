@@ -348,8 +348,8 @@ LABELS = {
     "xkfac": ("exact",),
     "xkfac-nested": ("exact",),
 }
-EXPAND = {"kfac-expand", "xkfac", "xkfac-nested"}
-REDUCE = {"kfac-reduce", "xkfac-nested"}
+EXPAND = ("kfac-expand", "xkfac", "xkfac-nested")
+REDUCE = ("kfac-reduce", "xkfac-nested")
 # A strided or padded convolution alone has nothing that follows it, so all of these will do.
 SINGLE = [
     "1d stride, zeros, no bias",

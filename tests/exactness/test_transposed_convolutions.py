@@ -130,7 +130,7 @@ def _decoder() -> nn.Sequential:
 
 
 DECODER = Network(_decoder, (2, 3, 3), (3,))
-LAYERS = {"0", "3", "6"}
+LAYERS = ("0", "3", "6")
 
 
 def assert_definition(network, batches, loss, layers, device="cpu", **modes):
@@ -269,8 +269,8 @@ def test_single_precision_is_close_to_double(name, approximation, device):
 
 # --- known answers ------------------------------------------------------------------------
 
-EXPAND = {"kfac-expand", "xkfac", "xkfac-nested"}
-REDUCE = {"kfac-reduce", "xkfac-nested"}
+EXPAND = ("kfac-expand", "xkfac", "xkfac-nested")
+REDUCE = ("kfac-reduce", "xkfac-nested")
 PIXELS = Network(
     lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 2, stride=2, padding=1)), (2, 3, 2), (3, 4, 2)
 )
