@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -316,6 +317,13 @@ TABLE = {
         lambda: estimate().merge(estimate(approximation="kfac-expand")),
         errors.IncompatibleError,
         "approximation.*'xkfac-nested'.*'kfac-expand'",
+    ),
+    "merging IEEE with TF32": Row(
+        lambda: (lambda c: c.merge(replace(c, settings=replace(c.settings, precision="tf32"))))(
+            estimate()
+        ),
+        errors.IncompatibleError,
+        "precision.*'ieee'.*'tf32'",
     ),
     "merging passes at other weights": Row(
         lambda: estimate().merge(estimate(net=model(seed=1))), errors.IncompatibleError, "'0'"

@@ -177,6 +177,33 @@ def test_the_penalty_of_a_compiled_model(how):
     assert values[0] == pytest.approx(values[1], rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_learner_of_a_compiled_model(how):
+    def learn(model):
+        learner = ek.ContinualLearner(model, damping=0.1, labels="type2", generator=seeded())
+        for _ in range(2):
+            learner.fit(loader(), lr=0.01)
+            learner.consolidate(loader())
+        return learner.evaluate([loader()]), learner.anchor, list(model.state_dict().values())
+
+    torch.testing.assert_close(learn(COMPILED[how]()), learn(network()), rtol=1e-12, atol=1e-14)
+
+
+def test_a_compiled_model_is_compiled_again_afterwards():
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(1)
+        return graph.forward
+
+    model = torch.compile(nn.Sequential(nn.Linear(5, 3)).double(), backend=backend)
+    ek.estimate_curvature(model, loader())
+    assert calls == []
+    model(loader()[0][0])
+    assert calls == [1]
+
+
 def test_describe_uses_plain_names():
     names = [p.name for p in ek.describe(COMPILED["whole"]()).parameters]
     assert names == [name for name, _ in network().named_parameters()]
@@ -224,6 +251,74 @@ def test_weights_of_half_precision_that_moved_are_noticed(dtype):
         model[0].weight.mul_(1.05)
     with pytest.raises(ek.errors.ModelChangedError, match="'0'"):
         ek.QuadraticPenalty(model, found, ek.merged_weights(model))
+
+
+@pytest.mark.parametrize("coordinates", ["merged", "raw"])
+def test_a_learner_in_half_precision_learns_as_one_in_single(coordinates):
+    def learn(model, dtype):
+        options = {"coordinates": coordinates, "damping": 0.1, "labels": "type2"}
+        learner = ek.ContinualLearner(model, generator=seeded(), **options)
+        for seed in (0, 1):
+            history = learner.fit(loader(dtype, seed), epochs=4, lr=0.01)
+            learner.consolidate(loader(dtype, seed))
+        return learner, history
+
+    half, found = learn(network(torch.bfloat16), torch.bfloat16)
+    _, expected = learn(network(torch.bfloat16).float(), torch.float32)
+    assert all(p.dtype == torch.bfloat16 for p in half.model.parameters())
+    assert {weight.dtype for weight in half.anchor.values()} == {torch.float32}
+    assert {block.dtype for block in half.curvatures[1].values()} == {torch.float32}
+    for one, other in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
+        assert one["penalty"] == pytest.approx(other["penalty"], rel=0.2, abs=1e-3)
+
+
+def test_the_penalty_of_half_precision_in_train_mode_is_that_of_the_same_weights():
+    model, batches = network(torch.bfloat16), loader(torch.bfloat16)
+    found = ek.estimate_curvature(model, batches, labels="exact")
+    anchor = ek.merged_weights(model)
+    with torch.no_grad():
+        model[0].weight.add_(0.25)
+    wide = copy.deepcopy(model).float()
+    values, gradients = [], []
+    for own in (model, wide):
+        # The batch statistics of the BatchNorms are taken of inputs in the model's dtype.
+        with ek.QuadraticPenalty(own, found, anchor, damping=0.1) as penalty:
+            own.train()(batches[0][0].to(own[0].weight.dtype))
+            value = penalty()
+            value.backward()
+        values.append(value.item())
+        gradients.append(own[0].weight.grad.float())
+    assert values[0] == pytest.approx(values[1], rel=0.05)
+    assert relative_error(gradients[0], gradients[1]) < 0.05
+
+
+@pytest.mark.parametrize("approximation", ["kfac-reduce", "xkfac", "diagonal"])
+def test_autocast_rounds_the_model_and_nothing_else(approximation):
+    """Where the model itself is not rounded, nothing is."""
+
+    class Unrounded(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return self.inner(x)
+
+    def blocks():
+        model = Unrounded(network(torch.float32))
+        found = ek.estimate_curvature(
+            model, loader(torch.float32), labels="exact", approximation=approximation
+        )
+        return {name: block.dense() for name, block in found.items()} | ek.merged_weights(
+            model, example=loader(torch.float32)[0][0]
+        )
+
+    expected = blocks()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = blocks()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_autocast_leaves_factors_in_float32_and_near_the_exact_ones():

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from cases import APPROXIMATIONS, COORDINATES, NETWORKS, Network, dense_block, estimate
+from ekfac_rs.curvature import passes
+from ekfac_rs.curvature.accumulators import accumulator
 from oracle import relative_error
 
 EXACT = 1e-10
@@ -91,6 +93,23 @@ def test_merging_disjoint_passes_is_one_pass_over_both(name, sizes, approximatio
         assert merged.batches == both.batches == 3
         assert merged.loss == pytest.approx(both.loss, rel=1e-13)
     assert relative_error(dense_block(first["0"]), dense_block(both["0"])) > 1e-3
+
+
+@pytest.mark.parametrize("approximation", [*APPROXIMATIONS, "diagonal"])
+def test_a_block_is_read_without_being_used_up(approximation):
+    network = NETWORKS["mlp-bn"]
+    model, (first, second) = network.make(), network.batches("mse", (6, 4))
+    made = []
+
+    def keep(layer, settings):
+        made.append(accumulator(layer, settings))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "accumulator", keep)
+        found = estimate(model, [first, second], "mse", approximation=approximation)
+    for own, block in zip(made, found.values(), strict=True):
+        torch.testing.assert_close(own.block().dense(), block.dense(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["mse", "bce"])

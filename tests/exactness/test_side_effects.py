@@ -163,6 +163,23 @@ def test_a_pass_that_fails_inside_the_model_changes_nothing(batches):
     assert changes(before, snapshot(model)) == []
 
 
+@pytest.mark.parametrize("statistics", ["batch", "running"])
+def test_a_pass_whose_first_forward_fails_changes_nothing(statistics, batches):
+    model = uneven_model()
+    broken = BreaksInForward()
+    broken.calls = 1
+    model.append(broken)
+    before = snapshot(model)
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    with pytest.raises(RuntimeError, match="broken layer"):
+        ek.estimate_curvature(
+            model, batches, layers=["0", "6"], statistics=statistics, generator=generator
+        )
+    assert changes(before, snapshot(model)) == []
+    assert torch.equal(generator.get_state(), state)
+
+
 def test_a_pass_that_finds_bad_labels_changes_nothing(batches):
     model = uneven_model()
     before = snapshot(model)

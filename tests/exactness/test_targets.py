@@ -367,3 +367,16 @@ def test_real_targets_of_another_dtype_are_taken(dtype, loss):
     found = ek.estimate_curvature(model, [(x, t.to(dtype))], **options)
     assert found.loss == expected.loss
     assert all(torch.equal(found[n].dense(), expected[n].dense()) for n in expected)
+
+
+def test_uint8_masks_may_ignore_255():
+    model, x, y = NETWORKS["mlp"].make(), random(6, 4), torch.arange(6) % 3
+    y[2] = -100
+    options = {"labels": "exact", "approximation": "xkfac"}
+    expected = ek.estimate_curvature(model, [(x, y)], **options)
+    mask = torch.where(y < 0, 255, y).to(torch.uint8)
+    found = ek.estimate_curvature(
+        model, [(x, mask)], loss=CrossEntropy(ignore_index=255), **options
+    )
+    assert found.loss == expected.loss
+    assert all(torch.equal(found[n].dense(), expected[n].dense()) for n in expected)
