@@ -293,21 +293,49 @@ def test_the_penalty_of_half_precision_in_train_mode_is_that_of_the_same_weights
     assert relative_error(gradients[0], gradients[1]) < 0.05
 
 
+class InAutocast(nn.Module):
+    """Runs a network with or without autocast, whatever there is around it."""
+
+    def __init__(self, inner, enabled):
+        super().__init__()
+        self.inner, self.enabled = inner, enabled
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.inner(x)
+
+
+def test_autocast_around_a_learner_is_autocast_around_its_model():
+    """Weights are rounded anew after every step, and with gradients after passes without."""
+
+    def learn(model):
+        learner = ek.ContinualLearner(model, damping=0.1, labels="type2", generator=seeded())
+        batches = loader(torch.float32)
+        history = []
+        for _ in range(2):
+            history += learner.fit(batches, epochs=3, lr=0.05)
+            history += learner.evaluate([batches])
+            learner.consolidate(batches)
+        return history, list(model.state_dict().values())
+
+    expected = learn(InAutocast(network(torch.float32), enabled=True))
+    plain = learn(network(torch.float32))
+    model = network(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = learn(model)
+        assert torch.is_autocast_cache_enabled()
+        x = loader(torch.float32)[0][0]
+        inside = model.eval()(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert found[0] != plain[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x), inside, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("approximation", ["kfac-reduce", "xkfac", "diagonal"])
 def test_autocast_rounds_the_model_and_nothing_else(approximation):
-    """Where the model itself is not rounded, nothing is."""
-
-    class Unrounded(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            with torch.autocast("cpu", enabled=False):
-                return self.inner(x)
-
     def blocks():
-        model = Unrounded(network(torch.float32))
+        model = InAutocast(network(torch.float32), enabled=False)
         found = ek.estimate_curvature(
             model, loader(torch.float32), labels="exact", approximation=approximation
         )

@@ -19,9 +19,16 @@ _PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Gradients on, inference mode off, compiled modules run eagerly: those compute unobserved."""
+    """Gradients on, inference mode off, compiled modules run eagerly: those compute unobserved.
+
+    Under autocast weights are rounded anew in every pass. Torch keeps rounded ones until the
+    caller's autocast ends, past every step that changes them, and from passes without gradients.
+    """
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
+        modes.callback(torch.clear_autocast_cache)
+        modes.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         if "torch._dynamo" in sys.modules:  # or nothing can have been compiled
             modes.enter_context(torch.compiler.set_stance("force_eager"))
         yield
