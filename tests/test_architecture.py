@@ -22,7 +22,7 @@ FLOORS = {
         *("curvature.diagonal", "curvature.files", "curvature.curvature", "curvature.accumulators"),
     ),
     "passes": ("curvature.passes", "curvature"),
-    "on top": ("penalty", "stable", "metrics", "description"),
+    "on top": ("penalty", "stability", "metrics", "description"),
     "learner": ("learner",),
     "library": ("",),
     "laboratory": ("experiments",),

@@ -5,7 +5,14 @@ import torch as _torch  # noqa: F401  first: it makes the CUDA libraries visible
 from ekfac_rs import errors, likelihood, metrics
 from ekfac_rs._core import build_info, num_threads, set_num_threads
 from ekfac_rs._cuda import cuda_info
-from ekfac_rs.batchnorm import Anchor, merge_batchnorm, merged_weights, raw_weights, reparameterize
+from ekfac_rs.batchnorm import (
+    Anchor,
+    merge_batchnorm,
+    merged_weights,
+    raw_weights,
+    reparameterize,
+    weight_norms,
+)
 from ekfac_rs.curvature import (
     ColumnwiseSum,
     Curvature,
@@ -49,4 +56,5 @@ __all__ = [
     "raw_weights",
     "reparameterize",
     "set_num_threads",
+    "weight_norms",
 ]

@@ -23,6 +23,7 @@ from ekfac_rs.batchnorm import (
     merged_weights,
     raw_weights,
     reparameterize,
+    weight_norms,
 )
 from ekfac_rs.batchnorm.statistics import kept_batchnorms, restored_on_failure
 from ekfac_rs.curvature import (
@@ -42,6 +43,8 @@ from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
 from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
 from ekfac_rs.penalty import QuadraticPenalty
+
+STEPS = ("stable", "explicit")
 
 
 class ContinualLearner:
@@ -73,10 +76,15 @@ class ContinualLearner:
         Those under which factors are taken.
     labels, draws, max_examples, generator
         As in `estimate_curvature`.
-    weights : {"kept", "merged"}
-        What `reparameterize` does with the weights when a task begins.
+    weights : {"kept", "first", "merged"}
+        What `reparameterize` does with the weights when a task begins; "first" brings rows back to
+        the norms that they had when the learner was made.
     scale, damping : float
         Of the penalty.
+    step : {"stable", "explicit"}
+        "stable" multiplies gradients as `QuadraticPenalty.precondition` does, so that training
+        does not diverge on the penalty. "explicit" leaves them alone and warns where the learning
+        rate is too high for that (`QuadraticPenalty.check_lr`).
     momentum : float
         Of SGD.
     input_fn, target_fn, output_fn : callable, optional
@@ -122,6 +130,7 @@ class ContinualLearner:
         weights: str = "kept",
         scale: float = 1.0,
         damping: float = 0.0,
+        step: str = "stable",
         momentum: float = 0.9,
         freeze_bn_after: float = 1.0,
         max_examples: int | None = None,
@@ -137,6 +146,7 @@ class ContinualLearner:
         require_choice("statistics", statistics, STATISTICS)
         require_choice("labels", labels, LABELS)
         require_choice("weights", weights, WEIGHTS)
+        require_choice("step", step, STEPS)
         require_count("draws", draws)
         require_nonnegative("scale", scale)
         require_nonnegative("damping", damping)
@@ -152,6 +162,7 @@ class ContinualLearner:
         self.weights = weights
         self.scale = scale
         self.damping = damping
+        self.step = step
         self.momentum = momentum
         self.freeze_bn_after = freeze_bn_after
         self.max_examples = max_examples
@@ -163,6 +174,8 @@ class ContinualLearner:
         self.task = 0
         self.curvatures: list[Curvature] = []
         self.anchor: Anchor | None = None
+        # For weights="first": those that the learner was given.
+        self._norms = weight_norms(self.model)
         # Of the task since the last consolidation, once seen: without one nothing tells whether
         # a BatchNorm after a Linear is over its outputs.
         self._example: Inputs | None = None
@@ -353,6 +366,7 @@ class ContinualLearner:
             "model": self.model.state_dict(),
             "task": self.task,
             "anchor": anchor,
+            "norms": dict(self._norms),
             "curvatures": [(c.tensors(), c.metadata()) for c in self.curvatures],
         }
 
@@ -364,7 +378,7 @@ class ContinualLearner:
         IncompatibleError
             The state is not a learner's, or of another kind of model or curvature.
         """
-        missing = {"model", "task", "anchor", "curvatures"} - set(state)
+        missing = {"model", "task", "anchor", "norms", "curvatures"} - set(state)
         if missing:
             raise IncompatibleError(f"state: expected a learner's state, got one without {missing}")
         try:
@@ -379,6 +393,7 @@ class ContinualLearner:
         self._require_same_tensors(state["model"])
         self.model.load_state_dict(state["model"])
         self.curvatures, self.anchor = curvatures, anchor
+        self._norms = dict(state["norms"])
         self._begin_task(state["task"])
 
     def _require_same_tensors(self, state: dict[str, Tensor]) -> None:
@@ -523,7 +538,8 @@ class _Phase:
         self.penalty = learner.penalty()
         if self.penalty is not None:
             cleanup.callback(self.penalty.close)
-            self.penalty.check_lr(self.lr, learner.momentum)
+            if learner.step == "explicit":
+                self.penalty.check_lr(self.lr, learner.momentum)
         parameters = [p for p in learner.model.parameters() if p.requires_grad]
         if not parameters:
             raise OptionError("model: expected trainable parameters, got none")
@@ -563,6 +579,8 @@ class _Phase:
         self.finite.add(self.steps_done + 1, total.detach())
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+        if self.penalty is not None and learner.step == "stable":
+            self.penalty.precondition(self.lr)
         self.optimizer.step()
         self.steps_done += 1
         return loss.detach(), penalty.detach(), *learner.likelihood.correct(outputs, targets)
@@ -693,6 +711,7 @@ def _reparameterize_if_any(learner: ContinualLearner, loader: Loader) -> None:
                 model,
                 loader,
                 weights=learner.weights,
+                norms=learner._norms if learner.weights == "first" else None,
                 max_examples=learner.max_examples,
                 input_fn=learner.input_fn,
             )

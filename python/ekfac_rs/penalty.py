@@ -31,7 +31,7 @@ from ekfac_rs.errors import (
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
 from ekfac_rs.layers.dataflow import removed_afterwards
-from ekfac_rs.stable import top_eigenvalue_of_parameters
+from ekfac_rs.stability import Hessian, Situation, StableStep, top_eigenvalue_of_parameters
 
 
 class StabilityWarning(UserWarning):
@@ -114,6 +114,7 @@ class QuadraticPenalty:
         }
         self._input_moments = _input_moments(curvatures[-1:], self._layers)
         self._top_eigenvalue: float | None = None
+        self._stable = _StableSteps()
         self._batches: dict[str, _LastBatch] = {}
         self._handles = []
         for layer in self._layers:
@@ -147,6 +148,9 @@ class QuadraticPenalty:
             waits for it, and the value is NaN or infinite, too.
         """
         deviations = [self._deviation(layer) for layer in self._layers]
+        modes = tuple(self._uses_batch(layer) for layer in self._layers)
+        if self._stable.is_due(modes):
+            self._stable.look({layer.name: self._situation(layer) for layer in self._layers}, modes)
         operators = [self._operators[layer.name] for layer in self._layers]
         value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, *deviations)
         if not value.is_cuda and not is_finite(value):
@@ -196,6 +200,80 @@ class QuadraticPenalty:
         )
         return False
 
+    @torch.no_grad()
+    def precondition(self, lr: float) -> None:
+        """Make the next step of an optimiser stable on this penalty, whatever its learning rate.
+
+        The gradients of each layer's parameters are multiplied by ``(I + lr K)^-1``, where ``K``
+        is one operator of a simple form about as large as the penalty's Hessian in these
+        parameters: gains and the mean of the mini-batch included. The step is then linearly
+        implicit: directions that earlier tasks hold on to move slowly instead of diverging, and
+        the points where the gradient is zero stay the same (method: stable step).
+
+        Call it after ``backward()`` and before the optimiser's step. ``K`` is taken anew from
+        time to time, from the mini-batch of the last ``penalty()``, as strong as its power
+        iterations find that ``lr`` needs it.
+
+        Parameters
+        ----------
+        lr : float
+            The learning rate of the step to be made.
+
+        Raises
+        ------
+        ModelChangedError
+            There was no ``penalty()`` before, whose mini-batch it needs.
+        NumericalError
+            The products overflow.
+        OptionError
+            ``lr`` is negative or not finite.
+
+        Examples
+        --------
+        >>> (criterion(model(x), y) + penalty()).backward()  # doctest: +SKIP
+        >>> penalty.precondition(lr)  # doctest: +SKIP
+        >>> optimizer.step()  # doctest: +SKIP
+        """
+        require_nonnegative("lr", lr)
+        if not self._stable.steps:
+            self._stable.steps = {layer.name: self._stable_step(layer) for layer in self._layers}
+        self._stable.apply(lr)
+
+    def _uses_batch(self, layer: AffineLayer) -> bool:
+        return layer.name in self._batches and bool(layer.batchnorm.training)
+
+    def _situation(self, layer: AffineLayer) -> Situation | None:
+        if self._uses_batch(layer):
+            return self._batches[layer.name].situation()
+        if layer.name not in self._batches:
+            return None
+        dtype = accumulation_dtype(layer.like.dtype)
+        mean, variance = (s.to(dtype, copy=True) for s in layer.running_statistics())
+        return Situation(mean, variance)
+
+    def _stable_step(self, layer: AffineLayer) -> StableStep:
+        operator = self._operators[layer.name]
+        return StableStep(
+            layer,
+            self.coordinates == "merged",
+            getattr(operator, "block", None),
+            self.scale,
+            self.damping,
+            self._hessian(layer),
+            self._anchor[layer.name],
+        )
+
+    def _hessian(self, layer: AffineLayer) -> Hessian:
+        """Product with the penalty's Hessian in the weights it lives on."""
+        operator = self._operators[layer.name]
+
+        def product(V: Tensor) -> Tensor:
+            V, moved = V.contiguous(), torch.empty(V.shape, dtype=V.dtype, device=V.device)
+            operator.apply(V, moved)
+            return moved.mul_(self.scale).add_(V, alpha=self.damping)
+
+        return product
+
     def _deviation(self, layer: AffineLayer) -> Tensor:
         self._require_unchanged(layer)
         return self._current_weight(layer) - self._anchor[layer.name]
@@ -214,17 +292,12 @@ class QuadraticPenalty:
         if self.coordinates == "raw" or layer.batchnorm is None:
             return self.scale * operator.top_eigenvalue() + self.damping
 
-        def hessian(V: Tensor) -> Tensor:
-            V, product = V.contiguous(), torch.empty(V.shape, dtype=V.dtype, device=V.device)
-            operator.apply(V, product)
-            return product.mul_(self.scale).add_(V, alpha=self.damping)
-
         parameters = [p for p in layer.parameters("merged") if p.requires_grad]
         with torch.enable_grad():
             moments = self._input_moments.get(layer.name) if layer.batchnorm.training else None
             statistics = () if moments is None else moments.statistics(layer)
             weight = layer.merged_weight(*statistics).to(self._anchor[layer.name].dtype)
-        return top_eigenvalue_of_parameters(weight, parameters, hessian)
+        return top_eigenvalue_of_parameters(weight, parameters, self._hessian(layer))
 
     def _require_unchanged(self, layer: AffineLayer) -> None:
         expected = ((layer.name, layer.module), (layer.batchnorm_name, layer.batchnorm))
@@ -319,9 +392,66 @@ class _LastBatch:
         # Half precision, as under autocast, would not hold a variance.
         return moments_of(self._values.to(accumulation_dtype(self._layer.like.dtype)))
 
+    def situation(self) -> Situation:
+        """Return the moments as values, and how they move with the layer's weights."""
+        mean, variance = self.moments()
+        layer, weight = self._layer, self._layer.module.weight
+        if not (layer.absorbs_scale and weight.requires_grad and mean.requires_grad):
+            return Situation(mean.detach(), variance.detach())
+        slopes = [
+            layer.as_matrix(slope.detach()).to(mean.dtype)
+            for total in (mean.sum(), variance.sum())
+            for slope in torch.autograd.grad(total, weight, retain_graph=True)
+        ]
+        # Every row of a group sees the same inputs.
+        input_mean = layer.by_group(slopes[0])[:, 0]
+        return Situation(mean.detach(), variance.detach(), input_mean, slopes[1])
+
     def _current_weights(self) -> tuple[tuple[int, int, int], ...]:
         """Tell these very parameters, their memory and their contents from any others."""
         return tuple((id(p), p.data_ptr(), p._version) for p in self._layer.parameters("merged"))
+
+
+# Steps between two looks at where the model is, once it has got going.
+_INTERVAL = 100
+_FIRST_INTERVAL = 5
+_HEADROOM = 1.5
+
+
+class _StableSteps:
+    """The layers' stable steps, and when they look at the model anew."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, StableStep] = {}
+        self._situations: dict[str, Situation | None] = {}
+        self._modes: tuple[bool, ...] = ()
+        self._prepared_lr = -1.0
+        self._count, self._next = 0, 0
+
+    def is_due(self, modes: tuple[bool, ...]) -> bool:
+        """Whether to look at the situation: BatchNorms' modes changed, or it is long ago."""
+        # Nobody may ever ask for a stable step: one look is kept for the first, no more.
+        return modes != self._modes or (bool(self.steps) and self._count >= self._next)
+
+    def look(self, situations: dict[str, Situation | None], modes: tuple[bool, ...]) -> None:
+        """Take the layers' situations."""
+        self._situations, self._modes, self._prepared_lr = situations, modes, -1.0
+
+    def apply(self, lr: float) -> None:
+        """Multiply the gradients of all layers."""
+        if not self._situations:
+            raise ModelChangedError("precondition: expected a call of penalty() before, got none")
+        if lr > self._prepared_lr:
+            # Where it rises in every step, as in a warm-up, not every one needs another look.
+            rises = self._prepared_lr > 0.0
+            self._prepared_lr = lr * (_HEADROOM if rises else 1.0)
+            for name, step in self.steps.items():
+                step.prepare(self._situations[name], self._prepared_lr)
+            # Gains and inputs move fastest in the beginning.
+            self._next = self._count + min(_INTERVAL, max(_FIRST_INTERVAL, self._count))
+        for step in self.steps.values():
+            step.apply(lr)
+        self._count += 1
 
 
 class _Deaf:

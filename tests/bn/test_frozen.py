@@ -211,7 +211,7 @@ def test_the_penalty_of_a_frozen_layer_is_under_its_running_statistics():
 def test_a_warning_turned_into_an_error_leaves_nothing_of_fit_behind():
     first, second = (classification_loader(8, 3, seed=seed, dtype=torch.float32) for seed in (0, 1))
     model = mlp(8, 6, 3, dtype=torch.float32).eval()
-    learner = ek.ContinualLearner(model, scale=1e6)
+    learner = ek.ContinualLearner(model, scale=1e6, step="explicit")
     learner.fit(first)
     learner.consolidate(first)
     with pytest.raises(ek.StabilityWarning):  # warnings are errors in these tests

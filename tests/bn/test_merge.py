@@ -139,6 +139,63 @@ def test_the_papers_form_moves_the_gains_into_the_weights():
     torch.testing.assert_close(dict(ek.merged_weights(model)), dict(anchor))
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    widths=st.lists(st.integers(2, 9), min_size=3, max_size=5),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_rows_go_back_to_their_first_norms_under_the_same_function(widths, bias, seed):
+    model = mlp(*widths, bias=bias, seed=seed)
+    norms = ek.weight_norms(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, nn.Linear):
+                scale = torch.rand(len(module.weight), 1, generator=generator).double() + 0.1
+                module.weight.mul_(10.0 * scale)
+    loader = classification_loader(widths[0], 2, seed=seed)
+    x = torch.cat([x for x, _ in loader])
+    before, head = eval_outputs(model, x), model[-1].weight.clone()
+    ek.reparameterize(model, loader, weights="first", norms=norms)
+    assert relative_change(eval_outputs(model, x), before) < 1e-11
+    for name, norm in ek.weight_norms(model).items():
+        if int(name) < len(model) - 1:
+            torch.testing.assert_close(norm, norms[name])
+    # No BatchNorm takes up what the head's rows would lose.
+    assert torch.equal(model[-1].weight, head)
+    # Statistics are those of the loader: train mode computes the same function on all of it.
+    torch.testing.assert_close(copy.deepcopy(model).train()(x), before)
+
+
+def test_first_norms_are_asked_for_and_must_fit():
+    model, loader = mlp(4, 3, 2), classification_loader(4, 2)
+    norms = ek.weight_norms(model)
+    for options in ({"weights": "first"}, {"norms": norms}, {"weights": "merged", "norms": norms}):
+        with pytest.raises(
+            ek.errors.OptionError, match="norms: expected them with weights='first'"
+        ):
+            ek.reparameterize(model, loader, **options)
+    with pytest.raises(ek.errors.UnknownLayerError, match="expected those of layer '0'"):
+        ek.reparameterize(model, loader, weights="first", norms={})
+    with pytest.raises(ek.errors.ShapeError, match="layer '0': expected norms of shape"):
+        ek.reparameterize(model, loader, weights="first", norms={"0": torch.ones(2)})
+
+
+def test_a_row_that_is_zero_stays_zero():
+    model, loader = mlp(4, 3, 2), classification_loader(4, 2)
+    norms = ek.weight_norms(model)
+    with torch.no_grad():
+        model[0].weight[1] = 0.0
+        norms["0"][2] = 0.0
+        other = model[0].weight[2].clone()
+    before = eval_outputs(model, loader[0][0])
+    ek.reparameterize(model, loader, weights="first", norms=norms)
+    assert not model[0].weight[1].any()
+    assert torch.equal(model[0].weight[2], other)
+    torch.testing.assert_close(eval_outputs(model, loader[0][0]), before)
+
+
 def test_max_examples_limits_the_pass():
     model, other = mlp(6, 8, 3), mlp(6, 8, 3)
     loader = classification_loader(6, 3, examples=40, batch_size=16)

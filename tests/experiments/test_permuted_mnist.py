@@ -85,7 +85,9 @@ def test_only_numbers_count_as_divergence_faults_come_through(features, monkeypa
 
 
 def test_warnings_about_stability_are_counted_in_the_record(features):
-    record = permuted_mnist.learn_stream(dataclasses.replace(CONFIG, scale=1e3), features)
+    record = permuted_mnist.learn_stream(
+        dataclasses.replace(CONFIG, scale=1e3, step="explicit"), features
+    )
     assert any("unstable" in message for message in record.warnings)
 
 

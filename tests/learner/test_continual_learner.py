@@ -151,7 +151,7 @@ def test_a_diverging_run_is_a_named_error():
 
 def test_an_unstable_learning_rate_warns():
     loaders = shifted_tasks(tasks=2)
-    learner = learn(loaders[:1], scale=1e6)
+    learner = learn(loaders[:1], scale=1e6, step="explicit")
     with pytest.warns(ek.StabilityWarning):
         learner.fit(loaders[1], lr=1e-4, epochs=1)
 

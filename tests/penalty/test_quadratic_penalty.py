@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from functools import cache
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 import ekfac_rs as ek
 from ekfac_rs.errors import IncompatibleError, ModelChangedError, NonFiniteError, NumericalError
 from nets import classification_loader, mlp
+from single_layers import ONE_LAYER, merged_under_batch, move, one_layer
 
 
 def consolidated(
@@ -37,26 +37,6 @@ def consolidated(
 
 def value_of(penalty):
     return float(penalty().detach())
-
-
-def move(model, size=0.1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.add_(size * noise)
-
-
-def merged_under_batch(linear, batchnorm, a):
-    """Merged weights written out from the definition, statistics of the batch ``a``."""
-    h = linear(a)
-    sigma = torch.sqrt(h.var(0, correction=0) + batchnorm.eps)
-    gamma = torch.ones_like(sigma) if batchnorm.weight is None else batchnorm.weight
-    beta = torch.zeros_like(sigma) if batchnorm.bias is None else batchnorm.bias
-    bias = torch.zeros_like(sigma) if linear.bias is None else linear.bias
-    weight = torch.diag(gamma / sigma) @ linear.weight
-    shift = beta + gamma * (bias - h.mean(0)) / sigma
-    return torch.cat([weight, shift[:, None]], 1)
 
 
 def penalty_by_definition(model, curvatures, anchor, x, damping, scale):
@@ -178,54 +158,6 @@ def test_top_eigenvalue_against_the_dense_hessian():
 
 
 # --- the largest stable learning rate, in the model's own parameters ------------------------------
-
-
-def conv(*channels, **options):
-    return nn.Sequential(nn.Conv2d(*channels, 3, **options), nn.BatchNorm2d(channels[1]))
-
-
-ONE_LAYER = {
-    "Linear alone": (lambda: nn.Sequential(nn.Linear(4, 3)), (4,)),
-    "Linear": (lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), (4,)),
-    "Linear without bias": (
-        lambda: nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3)),
-        (4,),
-    ),
-    "no affine parameters": (
-        lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False)),
-        (4,),
-    ),
-    "convolution": (lambda: conv(2, 4), (2, 5, 5)),
-    "depthwise": (lambda: conv(4, 4, groups=4), (4, 5, 5)),
-    "BatchNorm alone": (lambda: nn.Sequential(nn.BatchNorm1d(4)), (4,)),
-    "LayerNorm": (lambda: nn.Sequential(nn.LayerNorm(4)), (4,)),
-}
-
-
-@cache
-def one_layer(name, gain, approximation="xkfac"):
-    """A single layer with statistics of the data and gains all about ``gain``; its curvature."""
-    build, shape = ONE_LAYER[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build().double()
-        x = torch.randn(48, *shape, dtype=torch.float64) + torch.randn(shape, dtype=torch.float64)
-        batchnorm = model[-1]
-        if isinstance(batchnorm, nn.BatchNorm1d | nn.BatchNorm2d):
-            variance, mean = torch.var_mean(
-                model[:-1](x).detach().transpose(0, 1).flatten(1), 1, correction=0
-            )
-            batchnorm.running_mean.copy_(mean)
-            batchnorm.running_var.copy_(variance)
-            if batchnorm.affine:
-                nn.init.uniform_(batchnorm.weight, 0.5, 1.5)
-                batchnorm.weight.data.mul_(gain * torch.sqrt(variance.mean()))
-                nn.init.normal_(batchnorm.bias)
-        y = torch.zeros_like(model.eval()(x))
-    curvature = ek.estimate_curvature(
-        model, [(x, y)], loss="mse", approximation=approximation, labels="type2"
-    )
-    return model, x, curvature, ek.merged_weights(model, example=x)
 
 
 def diverges(model, x, penalty, lr, momentum):

@@ -7,7 +7,7 @@ from ekfac_rs.batchnorm.merging import (
     merged_weights,
     raw_weights,
 )
-from ekfac_rs.batchnorm.putting_back import WEIGHTS, reparameterize
+from ekfac_rs.batchnorm.putting_back import WEIGHTS, reparameterize, weight_norms
 from ekfac_rs.batchnorm.statistics import (
     as_found,
     device_of,
@@ -29,4 +29,5 @@ __all__ = [
     "raw_weights",
     "reparameterize",
     "use_batch_statistics",
+    "weight_norms",
 ]

@@ -1,6 +1,6 @@
 """New statistics for BatchNorms under the same function."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count
-from ekfac_rs._modes import bare_model, own_modes
+from ekfac_rs._modes import bare_model, own_modes, plain_name
 from ekfac_rs._tensors import write_all
 from ekfac_rs.batchnorm.merging import Writes, moved_into_weights, view_of
 from ekfac_rs.batchnorm.statistics import (
@@ -20,12 +20,19 @@ from ekfac_rs.batchnorm.statistics import (
     hook_inputs,
     input_of,
 )
-from ekfac_rs.errors import BatchNormError, UnsupportedLayerError
+from ekfac_rs.errors import (
+    BatchNormError,
+    OptionError,
+    ShapeError,
+    UnknownLayerError,
+    UnsupportedLayerError,
+)
 from ekfac_rs.layers import AffineLayer, find_layers
+from ekfac_rs.layers.base import kind_of
 from ekfac_rs.layers.dataflow import removed_afterwards
 from ekfac_rs.loading import Loader, Source
 
-WEIGHTS = ("kept", "merged")
+WEIGHTS = ("kept", "merged", "first")
 
 
 @own_modes()
@@ -34,6 +41,7 @@ def reparameterize(
     loader: Source,
     *,
     weights: str = "kept",
+    norms: Mapping[str, Tensor] | None = None,
     layers: Collection[str] | None = None,
     max_examples: int | None = None,
     input_fn: Callable[[Any], Any] | None = None,
@@ -57,11 +65,17 @@ def reparameterize(
     loader : iterable
         As in `estimate_curvature`, or of inputs alone: those of the next task. Targets are not
         looked at.
-    weights : {"kept", "merged"}
-        "kept" leaves the weights alone. "merged" also moves the gain into the layer before, as
-        Lee et al. (2020) do: ``W <- Wm``, the bias is 0, ``gamma = sqrt(v + eps)`` and ``beta``
-        holds the rest. The function is the same, training is not: the step of a channel is no
-        longer multiplied by ``gain**2``, which was measured to ruin it.
+    weights : {"kept", "first", "merged"}
+        "kept" leaves the weights alone. "first" brings each row of them (and the bias, if there
+        is one) back to the norm in ``norms``, and the gain takes the difference: rows before a
+        BatchNorm only ever grow in training, and the longer they are, the less a step turns them.
+        "merged" moves the whole gain into the layer before, as Lee et al. (2020) do:
+        ``W <- Wm``, the bias is 0, ``gamma = sqrt(v + eps)`` and ``beta`` holds the rest. The
+        function is the same, training is not: the step of a channel is no longer multiplied by
+        ``gain**2``, which was measured to ruin it.
+    norms : mapping of str to Tensor, optional
+        From `weight_norms`, when the weights were first seen: for "first" alone. Rows of norm 0
+        stay.
     layers : collection of str, optional
         Names of the wanted layers. Default: all.
     max_examples : int, optional
@@ -78,11 +92,18 @@ def reparameterize(
     EmptyLoaderError, LabelError, DtypeError
         The loader yields nothing, or something else than expected.
     OptionError
-        An unknown option.
+        An unknown option; ``norms`` without "first", or the other way round.
+    UnknownLayerError, ShapeError
+        ``norms`` lacks a layer, or has others' rows.
     UnsupportedLayerError
         See `ekfac_rs.layers.find_layers`. A failed call leaves the model as it was.
     """
     require_choice("weights", weights, WEIGHTS)
+    if (norms is None) == (weights == "first"):
+        raise OptionError(
+            f"norms: expected them with weights='first' and only then, got weights={weights!r} "
+            f"and {'none' if norms is None else 'norms'}"
+        )
     if max_examples is not None:
         require_count("max_examples", max_examples)
     model = bare_model(model)
@@ -118,9 +139,63 @@ def reparameterize(
                 )
             if weights == "merged" and layer.absorbs_scale:
                 writes += _put_back_merged(layer, moments[layer.name])
+            elif norms is not None and layer.absorbs_scale:
+                writes += _put_back_rescaled(layer, moments[layer.name], _to_norms(layer, norms))
             else:
                 writes += _put_back(layer, moments[layer.name])
         write_all(writes)
+
+
+@torch.no_grad()
+def weight_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Norm of each row of every layer's weights, for `reparameterize`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    dict of str to Tensor
+        Layer name to a new float64 tensor of shape ``(D,)``; the bias does not count.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ekfac_rs import weight_norms
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> layer.weight.data[:] = torch.tensor([[3.0, 4.0]])
+    >>> weight_norms(torch.nn.Sequential(layer))
+    {'0': tensor([5.], dtype=torch.float64)}
+    """
+    norms = {}
+    for name, module in bare_model(model).named_modules():
+        kind = kind_of(module)
+        if kind is not None and kind.absorbs_scale and kind.why_unsupported(module) is None:
+            norms[plain_name(name)] = _row_norms(kind(plain_name(name), module))
+    return norms
+
+
+def _row_norms(layer: AffineLayer) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(layer.weight().double(), dim=1)
+    return norms
+
+
+def _to_norms(layer: AffineLayer, norms: Mapping[str, Tensor]) -> Tensor:
+    """Return the factor that brings each row to its norm, 1 for rows that are zero."""
+    if layer.name not in norms:
+        raise UnknownLayerError(
+            f"norms: expected those of layer {layer.name!r}, got those of {list(norms)}"
+        )
+    now, wanted = _row_norms(layer), norms[layer.name]
+    if wanted.shape != now.shape:
+        raise ShapeError(
+            f"layer {layer.name!r}: expected norms of shape {tuple(now.shape)}, got "
+            f"{tuple(wanted.shape)}"
+        )
+    wanted = wanted.to(now)
+    there = (now > 0.0) & (wanted > 0.0)
+    return torch.where(there, wanted / torch.where(there, now, 1.0), 1.0)
 
 
 def _put_back(layer: AffineLayer, moments: Moments) -> Writes:
@@ -130,6 +205,26 @@ def _put_back(layer: AffineLayer, moments: Moments) -> Writes:
     gain = layer.gain(variance.double())
     beta = batchnorm.bias + gain * (moments.mean - mean.double())
     return _batchnorm_of(layer, moments.mean, moments.variance, gain, beta, moments.batches)
+
+
+def _put_back_rescaled(layer: AffineLayer, moments: Moments, factor: Tensor) -> Writes:
+    """Statistics and parameters under weights and bias times a factor for each row."""
+    batchnorm, bias = layer.batchnorm, layer.bias()
+    mean, variance = layer.running_statistics()
+    gain = layer.gain(variance.double())
+    beta = batchnorm.bias + gain * (moments.mean - mean.double())
+    weight = layer.as_stored(factor[:, None] * layer.weight())
+    writes: Writes = [(layer.module.weight, weight)]
+    if bias is not None:
+        writes.append((bias, factor * bias))
+    return writes + _batchnorm_of(
+        layer,
+        factor * moments.mean,
+        factor.square() * moments.variance,
+        gain / factor,
+        beta,
+        moments.batches,
+    )
 
 
 def _put_back_merged(layer: AffineLayer, moments: Moments) -> Writes:

@@ -53,7 +53,7 @@ class RunConfig:
         Of training on one task.
     curvature
         A key of `CURVATURES`.
-    momentum, weights, scale, damping, freeze_bn_after
+    momentum, weights, step, scale, damping, freeze_bn_after
         As in `ekfac_rs.ContinualLearner`.
     """
 
@@ -65,6 +65,7 @@ class RunConfig:
     lr: float
     curvature: str = "none"
     weights: str = "kept"
+    step: str = "stable"
     scale: float = 1.0
     damping: float = 0.0
     freeze_bn_after: float = 1.0
@@ -80,6 +81,7 @@ class RunConfig:
             model,
             loss="cross_entropy",
             weights=self.weights,
+            step=self.step,
             scale=self.scale,
             damping=self.damping,
             momentum=self.momentum,

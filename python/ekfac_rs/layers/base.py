@@ -208,6 +208,10 @@ class AffineLayer:
         """Number of diagonal blocks."""
         return 1
 
+    def by_group(self, rows: Tensor) -> Tensor:
+        """View something of each output as ``[groups, outputs of a group, ...]``."""
+        return rows.reshape(self.groups, -1, *rows.shape[1:])
+
     @property
     def like(self) -> Tensor:
         """A parameter of the layer, which tells its dtype and device."""
@@ -216,11 +220,14 @@ class AffineLayer:
 
     def weight(self) -> Tensor:
         """``W`` of shape (D, K), without bias column, differentiable."""
-        weight: Tensor = self.module.weight
-        return weight.flatten(1)
+        return self.as_matrix(self.module.weight)
+
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """Return what the module stores as its weight, or its gradient, as a matrix (D, K)."""
+        return stored.flatten(1)
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        """Return a matrix (D, K) as the module stores it: `weight` the other way round."""
+        """Return a matrix (D, K) as the module stores it: `as_matrix` the other way round."""
         return weight.reshape(self.module.weight.shape)
 
     def bias(self) -> Tensor | None:

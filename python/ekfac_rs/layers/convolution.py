@@ -95,11 +95,10 @@ class ConvTransposeLayer(_PatchLayer):
         ),
     )
 
-    def weight(self) -> Tensor:
+    def as_matrix(self, stored: Tensor) -> Tensor:
         # Stored as [C, D / groups, ...], with the rows of all groups side by side.
-        by_group = self.module.weight.unflatten(0, (self.groups, -1)).transpose(1, 2)
-        weight: Tensor = by_group.flatten(0, 1).flip(self._kernel_axes)
-        return weight.flatten(1)
+        by_group = stored.reshape(self.groups, -1, *stored.shape[1:]).transpose(1, 2)
+        return by_group.flatten(0, 1).flip(self._kernel_axes).flatten(1)
 
     def as_stored(self, weight: Tensor) -> Tensor:
         stored = self.module.weight

@@ -109,9 +109,8 @@ class EmbeddingLayer(AffineLayer):
         D, K = self.shape(coordinates)
         return f"Kronecker {D} x {K}, each token for itself"
 
-    def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight.T
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.T
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.T

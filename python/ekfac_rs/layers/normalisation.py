@@ -27,9 +27,8 @@ class ChannelLayer(AffineLayer):
         D, K = self.shape(coordinates)
         return f"channel affine, {D} of 1 x {K}"
 
-    def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight.reshape(-1, 1)
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        return stored.reshape(-1, 1)
 
     def bias(self) -> Tensor | None:
         bias = super().bias()

@@ -1,0 +1,7 @@
+"""Stability of training steps on a penalty: where explicit ones diverge, and one that does not."""
+
+from ekfac_rs.stability.eigenvalue import Hessian, top_eigenvalue_of_parameters
+from ekfac_rs.stability.step import StableStep
+from ekfac_rs.stability.view import Situation
+
+__all__ = ["Hessian", "Situation", "StableStep", "top_eigenvalue_of_parameters"]
