@@ -75,10 +75,19 @@ def one_layer(name, gain, approximation="xkfac"):
                 batchnorm.weight.data.mul_(gain * torch.sqrt(variance.mean()))
                 nn.init.normal_(batchnorm.bias)
         y = torch.zeros_like(model.eval()(x))
-    curvature = ek.estimate_curvature(
-        model, [(x, y)], loss="mse", approximation=approximation, labels="type2"
-    )
+    curvature = _curvature(model, x, y, approximation, torch.Generator().manual_seed(0))
     return model, x, curvature, ek.merged_weights(model, example=x)
+
+
+def _curvature(model, x, y, approximation, generator):
+    return ek.estimate_curvature(
+        model,
+        [(x, y)],
+        loss="mse",
+        approximation=approximation,
+        labels="type2",
+        generator=generator,
+    )
 
 
 @cache
@@ -91,9 +100,5 @@ def other_curvatures(name, gain, approximation, tasks):
         shift = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype)
         z = torch.randn(x.shape, generator=generator, dtype=x.dtype) + shift
         target = torch.zeros_like(model.eval()(z)).detach()
-        curvatures.append(
-            ek.estimate_curvature(
-                model, [(z, target)], loss="mse", approximation=approximation, labels="type2"
-            )
-        )
+        curvatures.append(_curvature(model, z, target, approximation, generator))
     return curvatures

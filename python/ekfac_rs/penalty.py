@@ -31,7 +31,13 @@ from ekfac_rs.errors import (
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
 from ekfac_rs.layers.dataflow import removed_afterwards
-from ekfac_rs.stability import Hessian, Situation, StableStep, top_eigenvalue_of_parameters
+from ekfac_rs.stability import (
+    Hessian,
+    Situation,
+    StableStep,
+    View,
+    top_eigenvalue_of_parameters,
+)
 
 
 class StabilityWarning(UserWarning):
@@ -245,8 +251,11 @@ class QuadraticPenalty:
     def _situation(self, layer: AffineLayer) -> Situation | None:
         if self._uses_batch(layer):
             return self._batches[layer.name].situation()
-        if layer.name not in self._batches:
-            return None
+        return self._running(layer) if layer.name in self._batches else None
+
+    @staticmethod
+    def _running(layer: AffineLayer) -> Situation:
+        """Return running statistics, constants for now."""
         dtype = accumulation_dtype(layer.like.dtype)
         mean, variance = (s.to(dtype, copy=True) for s in layer.running_statistics())
         return Situation(mean, variance)
@@ -292,12 +301,9 @@ class QuadraticPenalty:
         if self.coordinates == "raw" or layer.batchnorm is None:
             return self.scale * operator.top_eigenvalue() + self.damping
 
-        parameters = [p for p in layer.parameters("merged") if p.requires_grad]
-        with torch.enable_grad():
-            moments = self._input_moments.get(layer.name) if layer.batchnorm.training else None
-            statistics = () if moments is None else moments.statistics(layer)
-            weight = layer.merged_weight(*statistics).to(self._anchor[layer.name].dtype)
-        return top_eigenvalue_of_parameters(weight, parameters, self._hessian(layer))
+        moments = self._input_moments.get(layer.name) if layer.batchnorm.training else None
+        situation = self._running(layer) if moments is None else moments.situation(layer)
+        return top_eigenvalue_of_parameters(View(layer, situation), self._hessian(layer))
 
     def _require_unchanged(self, layer: AffineLayer) -> None:
         expected = ((layer.name, layer.module), (layer.batchnorm_name, layer.batchnorm))
@@ -582,30 +588,40 @@ class _InputMoments:
     def __init__(self, block: KroneckerSum) -> None:
         self._block = block
 
-    def statistics(self, layer: AffineLayer) -> tuple[Tensor, Tensor]:
-        """Return the running statistics as functions of the layer's weights.
+    def situation(self, layer: AffineLayer) -> Situation:
+        """Return the running statistics, and how they move with the layer's weights.
 
-        Values are the running ones: the data may have changed since the inputs were seen. A row's
-        multiples keep being normalised alike. Where inputs hardly vary, as in dead channels,
-        their variance is rounding, and the statistics are constants.
+        The data may have changed since the inputs were seen: a row's multiples keep being
+        normalised alike. Where inputs hardly vary, as in dead channels, their variance is
+        rounding, and the statistics are constants.
         """
         running_mean, running_variance = (s.double() for s in layer.running_statistics())
         # Over all strata, the input factors add up to the second moment of [a, 1].
-        second = reduce(add, (A.to(running_mean) for A, _ in self._block.terms))
+        second = reduce(add, (A.double().reshape(-1, *A.shape[-2:]) for A, _ in self._block.terms))
         mean_a, moment_a = second[..., :-1, -1], second[..., :-1, :-1]
-        weight, bias = layer.weight().double(), layer.bias()
-        rows = weight.reshape(*mean_a.shape[:-1], -1, weight.shape[1])
+        weight = layer.weight().detach().double()
+        rows = layer.by_group(weight)
+        moved = rows @ moment_a
+        square = (moved * rows).sum(-1).flatten()
         mean = (rows @ mean_a[..., None]).flatten()
-        square = ((rows @ moment_a) * rows).sum(-1).flatten()
         variance = square - mean.square()
+        slope = 2.0 * (moved.flatten(0, 1) - mean[:, None] * self._by_row(layer, mean_a))
         rounding = _ROUNDING * torch.finfo(self._block.dtype).eps
-        known = variance.detach() > rounding * square.detach()
-        share = running_variance / torch.where(known, variance.detach(), 1.0)
-        mean = mean if bias is None else mean + bias
-        return (
-            mean + (running_mean - mean.detach()),
-            torch.where(known, variance * share, running_variance),
+        known = variance > rounding * square
+        share = torch.where(known, running_variance / torch.where(known, variance, 1.0), 0.0)
+        to = accumulation_dtype(layer.like.dtype)
+        return Situation(
+            running_mean.to(to),
+            running_variance.to(to),
+            mean_a.to(to),
+            (share[:, None] * slope).to(to),
         )
+
+    @staticmethod
+    def _by_row(layer: AffineLayer, of_groups: Tensor) -> Tensor:
+        """Repeat something of each group for each of its rows."""
+        rows = len(layer.weight()) // layer.groups
+        return of_groups.repeat_interleave(rows, 0)
 
 
 # A variance below so many roundings of the second moment is nothing but rounding.

@@ -2,6 +2,6 @@
 
 from ekfac_rs.stability.eigenvalue import Hessian, top_eigenvalue_of_parameters
 from ekfac_rs.stability.step import StableStep
-from ekfac_rs.stability.view import Situation
+from ekfac_rs.stability.view import Situation, View
 
-__all__ = ["Hessian", "Situation", "StableStep", "top_eigenvalue_of_parameters"]
+__all__ = ["Hessian", "Situation", "StableStep", "View", "top_eigenvalue_of_parameters"]

@@ -1,7 +1,7 @@
 """The operator ``K`` near a penalty's Hessian, part by part of a layer's parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import add
 
@@ -10,40 +10,45 @@ from torch import Tensor, nn
 
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.curvature import Block, ColumnwiseSum, DiagonalBlock, KroneckerSum
-from ekfac_rs.stability.operators import ByEntry, Operator, Rotated, Spectrum, WithRows
-from ekfac_rs.stability.view import Column, View, as_column
-
-Gradients = Mapping[nn.Parameter, Tensor]
+from ekfac_rs.layers import AffineLayer
+from ekfac_rs.stability.operators import LARGE, ByEntry, Operator, Rotated, Spectrum, WithRows
+from ekfac_rs.stability.view import Moves, View
 
 
 class Part:
-    """Some of a layer's parameters as columns of one matrix, and the operator on it."""
+    """Parameters of a layer that are columns of one matrix, and the operator on it."""
 
-    def __init__(self, columns: Sequence[Column], groups: int, operator: Operator) -> None:
-        self._columns, self._groups, self.operator = columns, groups, operator
+    def __init__(
+        self, layer: AffineLayer, parameters: Sequence[nn.Parameter], operator: Operator
+    ) -> None:
+        self._layer, self._parameters, self.operator = layer, parameters, operator
 
-    def gathered(self, gradients: Gradients) -> Tensor | None:
+    def gathered(self, gradients: Moves) -> Tensor | None:
         """Return the matrix, ``[groups, rows, columns]``; None where there is nothing of it."""
-        if not any(column.parameter in gradients for column in self._columns):
+        if not any(p in gradients for p in self._parameters):
             return None
-        matrices = [
-            column.as_matrix(
-                gradients[p] if (p := column.parameter) in gradients else p.new_zeros(p.shape)
-            )
-            for column in self._columns
+        columns = [
+            self._as_columns(p, gradients[p] if p in gradients else p.new_zeros(p.shape))
+            for p in self._parameters
         ]
-        X = matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
-        return X.to(accumulation_dtype(X.dtype)).reshape(self._groups, -1, X.shape[1])
+        X = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+        return self._layer.by_group(X.to(accumulation_dtype(X.dtype)))
 
-    def scattered(self, X: Tensor, gradients: Gradients) -> dict[nn.Parameter, Tensor]:
+    def scattered(self, X: Tensor, gradients: Moves) -> dict[nn.Parameter, Tensor]:
         """Return the columns of the parameters that there are, as these store them."""
         rows, first, scattered = X.flatten(0, 1), 0, {}
-        for column in self._columns:
-            width = column.as_matrix(column.parameter).shape[1]
-            if column.parameter in gradients:
-                scattered[column.parameter] = column.as_stored(rows[:, first : first + width])
+        for p in self._parameters:
+            is_weight = p is self._layer.module.weight
+            width = self._layer.as_matrix(p).shape[1] if is_weight else 1
+            if p in gradients:
+                own = rows[:, first : first + width]
+                scattered[p] = self._layer.as_stored(own) if is_weight else own.reshape(p.shape)
             first += width
         return scattered
+
+    def _as_columns(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
+        is_weight = parameter is self._layer.module.weight
+        return self._layer.as_matrix(values) if is_weight else values.reshape(-1, 1)
 
 
 class Bound(ABC):
@@ -60,8 +65,8 @@ class Bound(ABC):
     is_zero = False
 
     @abstractmethod
-    def parts(self, view: View) -> Iterator[Part]:
-        """Yield the parts of ``K`` seen from the parameters."""
+    def parts(self, view: View, c: float) -> Iterator[Part]:
+        """Yield the parts of ``K`` seen from the parameters, good for ``(I + c K)^-1``."""
 
 
 def bound_of(block: Block | None, scale: float, damping: float, like: Tensor) -> Bound:
@@ -86,40 +91,49 @@ class _KroneckerBound(Bound):
         self.is_zero = not bool(self._A.any() and self._G.any())
         self._constant: Spectrum | None = None
 
-    def parts(self, view: View) -> Iterator[Part]:
-        A, G, groups = self._A, self._G, view.layer.groups
-        if view.columns:
-            yield Part(view.columns, groups, self._of_columns(view))
+    def parts(self, view: View, c: float) -> Iterator[Part]:
+        A, G, layer = self._A, self._G, view.layer
+        columns = _columns_of(view)
+        if columns:
+            yield Part(layer, columns, self._of_columns(view, c))
         if view.beta is not None:
-            yield self._of_vector(view.beta, groups, G * A[..., -1:, -1:])
+            yield self._of_vector(view, view.beta, G * A[..., -1:, -1:])
         if view.gamma is not None:
-            rows = view.layer.by_group(view.by_gamma().to(A))
-            yield self._of_vector(view.gamma, groups, G * (rows @ A @ rows.mT))
+            rows = layer.by_group(view.by_gamma.to(A))
+            yield self._of_vector(view, view.gamma, G * (rows @ A @ rows.mT))
 
-    def _of_columns(self, view: View) -> Operator:
-        A, G = self._A, self._G
+    def _of_columns(self, view: View, c: float) -> Operator:
+        A, G, layer = self._A, self._G, view.layer
         if view.gain is not None:
-            gain = view.layer.by_group(view.gain)
+            gain = layer.by_group(view.gain.to(G))
             G = gain[..., :, None] * G * gain[..., None, :]
-        rotated = Rotated(self._spectrum(view), Spectrum.of(G))
-        if view.situation is None or view.situation.variance_slope is None:
+        spectrum = Spectrum.of(G)
+        rotated = Rotated(self._input_spectrum(view, c * spectrum.top), spectrum)
+        if view.variance_slope is None:
             return rotated
-        moved = view.layer.by_group(view.by_variance().to(A))
-        slopes = view.layer.by_group(view.situation.variance_slope.to(A))
-        return WithRows.of(rotated, slopes, self._G * (moved @ A @ moved.mT))
+        rows, slopes = (layer.by_group(x.to(A)) for x in (view.by_variance, view.variance_slope))
+        return WithRows.of(rotated, slopes, self._G * (rows @ A @ rows.mT))
 
-    def _spectrum(self, view: View) -> Spectrum:
-        """Spectrum of the input factor, seen from the columns; kept where it stays the same."""
-        A, T = self._A, view.to_merged
-        if T is None:
-            self._constant = self._constant or Spectrum.of(A)
-            return self._constant
-        return Spectrum.of(T @ A @ T.mT)
+    def _input_spectrum(self, view: View, stiffness: Tensor) -> Spectrum:
+        """Spectrum of the input factor as the columns see it; kept where it stays the same."""
+        A = self._A
+        if view.input_mean is not None:
+            m = view.input_mean.to(A)
+            B, c, alpha = A[..., :-1, :-1], A[..., :-1, -1], A[..., -1:, -1:]
+            outer = c[..., :, None] * m[..., None, :]
+            seen = B - outer - outer.mT + alpha * m[..., :, None] * m[..., None, :]
+            return Spectrum.of(seen, stiffness)
+        kept = _kept_columns(view, A.shape[-1])
+        A = A[..., kept] if A.dim() == 2 else A[..., kept, kept]
+        if A.shape[-1] > LARGE:
+            return Spectrum.of(A, stiffness)
+        self._constant = self._constant or Spectrum.of(A)
+        return self._constant
 
     @staticmethod
-    def _of_vector(parameter: nn.Parameter, groups: int, K: Tensor) -> Part:
-        one = Spectrum.of(K.new_ones(groups, 1))
-        return Part([as_column(parameter)], groups, Rotated(one, Spectrum.of(K)))
+    def _of_vector(view: View, parameter: nn.Parameter, K: Tensor) -> Part:
+        one = Spectrum.of(K.new_ones(len(K), 1))
+        return Part(view.layer, [parameter], Rotated(one, Spectrum.of(K)))
 
 
 class _DiagonalBound(Bound):
@@ -129,42 +143,45 @@ class _DiagonalBound(Bound):
         self._values = values
         self.is_zero = not bool(values.any())
 
-    def parts(self, view: View) -> Iterator[Part]:
-        F, groups = self._values, view.layer.groups
-        if view.columns:
-            yield Part(view.columns, groups, self._of_columns(view))
+    def parts(self, view: View, c: float) -> Iterator[Part]:
+        F = self._values
+        columns = _columns_of(view)
+        if columns:
+            yield Part(view.layer, columns, self._of_columns(view))
         if view.beta is not None:
             yield self._of_vector(view, view.beta, F[:, -1])
         if view.gamma is not None:
-            yield self._of_vector(view, view.gamma, (F * view.by_gamma().to(F).square()).sum(1))
+            yield self._of_vector(view, view.gamma, (F * view.by_gamma.to(F).square()).sum(1))
 
     def _of_columns(self, view: View) -> Operator:
-        F, T = self._values, view.to_merged
+        F, layer = self._values, view.layer
         if view.gain is not None:
             F = F * view.gain.to(F).square()[:, None]
-        seen = view.layer.by_group(F)
-        if T is None:
-            return ByEntry(seen, None)
-        if not view.layer.absorbs_scale:
-            small = T @ torch.diag_embed(seen[:, 0]) @ T.mT
-            return Rotated(Spectrum.of(small), Spectrum.of(small.new_ones(len(small), 1)))
-        # T is [I, -m], or part of I: the shift's entry spreads over a row, along m.
-        K = T.shape[-1] - 1
-        diagonal = torch.einsum("gdk,gck->gdc", seen[..., :K], T[..., :K].square())
-        by_entry = ByEntry(diagonal, seen[..., K:].sqrt() * T[:, None, :, K])
-        if view.situation is None or view.situation.variance_slope is None:
+        if view.input_mean is None:
+            return ByEntry(layer.by_group(F[:, _kept_columns(view, F.shape[1])]), None)
+        # The shift's entry spreads over a row, along the mean.
+        seen = layer.by_group(F)
+        m = view.input_mean.to(F)[:, None]
+        by_entry = ByEntry(seen[..., :-1], seen[..., -1:].sqrt() * m)
+        if view.variance_slope is None:
             return by_entry
-        M = (self._values * view.by_variance().to(F).square()).sum(1)
-        slopes = view.layer.by_group(view.situation.variance_slope.to(F))
-        return WithRows.of(by_entry, slopes, view.layer.by_group(M))
+        M = (self._values * view.by_variance.to(F).square()).sum(1)
+        return WithRows.of(by_entry, layer.by_group(view.variance_slope.to(F)), layer.by_group(M))
 
     @staticmethod
     def _of_vector(view: View, parameter: nn.Parameter, values: Tensor) -> Part:
-        return Part(
-            [as_column(parameter)],
-            view.layer.groups,
-            ByEntry(view.layer.by_group(values)[..., None], None),
-        )
+        diagonal = view.layer.by_group(values)[..., None]
+        return Part(view.layer, [parameter], ByEntry(diagonal, None))
+
+
+def _columns_of(view: View) -> list[nn.Parameter]:
+    return [parameter for parameter in (view.weight, view.bias) if parameter is not None]
+
+
+def _kept_columns(view: View, K: int) -> slice:
+    """Columns of the merged weights that belong to the trained ones of weights and bias."""
+    inputs = view.layer.weight().shape[1]
+    return slice(0 if view.weight is not None else inputs, K if view.bias is not None else inputs)
 
 
 def _by_group(factor: Tensor, block: KroneckerSum | ColumnwiseSum) -> Tensor:

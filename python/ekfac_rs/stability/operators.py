@@ -10,6 +10,10 @@ from ekfac_rs.curvature.kronecker import eigh
 
 # Directions whose step shrinks by less than this share are left alone.
 _NEGLIGIBLE = 0.3
+# Matrices above this size are not decomposed as a whole where their leading pairs will do.
+LARGE = 1024
+_FIRST_WIDTH = 64
+_SUBSPACE_ITERATIONS = 3
 
 
 class Operator(ABC):
@@ -47,13 +51,22 @@ class Spectrum(NamedTuple):
     vectors: Tensor | None
 
     @classmethod
-    def of(cls, factor: Tensor) -> Self:
-        """Decompose matrices ``[groups, n, n]``, or diagonal ones given as ``[groups, n]``."""
+    def of(cls, factor: Tensor, stiffness: Tensor | None = None) -> "Spectrum":
+        """Decompose matrices ``[groups, n, n]``, or diagonal ones given as ``[groups, n]``.
+
+        Of a large matrix alone only the pairs whose eigenvalue times ``stiffness`` matters, where
+        that is given.
+        """
         if factor.dim() == 2:
             return cls(factor.clamp_min(0.0), None)
         if factor.shape[-1] == 1:
             return cls(factor[..., 0].clamp_min(0.0), None)
-        values, vectors = eigh(0.5 * (factor + factor.mT))
+        factor = 0.5 * (factor + factor.mT)
+        if stiffness is not None and len(factor) == 1 and factor.shape[-1] > LARGE:
+            leading = _leading_pairs(factor[0], _NEGLIGIBLE / float(stiffness))
+            if leading is not None:
+                return leading
+        values, vectors = eigh(factor)
         return cls(values.clamp_min(0.0), vectors)
 
     @property
@@ -70,6 +83,25 @@ class Spectrum(NamedTuple):
         return Spectrum(
             self.values[..., first:].contiguous(), self.vectors[..., first:].contiguous()
         )
+
+
+def _leading_pairs(factor: Tensor, least: float) -> Spectrum | None:
+    """Eigenpairs of a matrix down to the value ``least``; None where that is most of them.
+
+    By subspace iteration from random directions (Halko, Martinsson, Tropp 2011, algorithm 4.4).
+    """
+    n, width = len(factor), _FIRST_WIDTH
+    generator = torch.Generator("cpu").manual_seed(0)
+    while width < n // 4:
+        block = torch.randn(n, width, generator=generator, dtype=factor.dtype, device="cpu")
+        block = block.to(factor.device)
+        for _ in range(_SUBSPACE_ITERATIONS):
+            block = torch.linalg.qr(factor @ block).Q
+        values, inside = eigh(block.mT @ factor @ block)
+        if float(values[0]) < least:
+            return Spectrum(values.clamp_min(0.0)[None], (block @ inside)[None])
+        width *= 2
+    return None
 
 
 class Rotated(Operator):

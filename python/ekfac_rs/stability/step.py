@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ekfac_rs.curvature import Block
 from ekfac_rs.errors import NumericalError
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.bounds import Part, bound_of
-from ekfac_rs.stability.eigenvalue import Hessian, SeenFromParameters, top_eigenvalue
+from ekfac_rs.stability.eigenvalue import Hessian, seen_from_parameters, top_eigenvalue
 from ekfac_rs.stability.view import Situation, View
 
 # Of the top eigenvalue of ``(I + lr K)^-1 lr H``: below 2, where even descent without momentum
@@ -71,16 +70,16 @@ class StableStep:
 
     def prepare(self, situation: Situation | None, lr: float) -> None:
         """Take ``K`` where the model is now, as strong as learning rates up to ``lr`` need it."""
-        parameters = [p for p in self._parameters() if p.requires_grad]
-        self._parts = []
-        if not parameters or self._bound.is_zero:
+        self._parts, self.top = [], 0.0
+        view = View(self._layer, situation if self._merged else None)
+        if not view.parameters or self._bound.is_zero:
             return
-        view = View.of(self._layer, situation if self._merged else None)
-        with torch.enable_grad():
-            weight = view.weight()
-        seen = SeenFromParameters(weight, parameters, self._hessian)
-        parts = list(self._bound.parts(view))
-        self.strength, self.top = self._safe_strength(seen, parts, parameters, lr)
+        self.top = self._top(view, [], 0.0, lr)
+        if self.top <= _SAFE:
+            return  # the explicit step is stable here
+        # The strength is yet to be found, and may grow.
+        parts = list(self._bound.parts(view, _FACTOR**2 * self.strength * lr))
+        self.strength, self.top = self._safe_strength(view, parts, lr)
         for part in parts:
             part.operator = part.operator.narrowed(self.strength * lr)
         self._parts = parts
@@ -98,54 +97,41 @@ class StableStep:
     def _parameters(self) -> Iterator[nn.Parameter]:
         return self._layer.parameters("merged" if self._merged else "raw")
 
-    def _safe_strength(
-        self,
-        seen: SeenFromParameters,
-        parts: Sequence[Part],
-        parameters: Sequence[nn.Parameter],
-        lr: float,
-    ) -> tuple[float, float]:
+    def _safe_strength(self, view: View, parts: Sequence[Part], lr: float) -> tuple[float, float]:
         """Return the smallest strength whose top eigenvalue is safe, and that eigenvalue."""
-
-        def top(strength: float) -> float:
-            return _top_under(seen, parts, parameters, strength * lr) * lr
-
         strength = self.strength
-        value = top(strength)
-        if value > _SAFE:
+        top = self._top(view, parts, strength, lr)
+        if top > _SAFE:
             for _ in range(_MOST_FACTORS):
                 strength *= _FACTOR
-                value = top(strength)
-                if value <= _SAFE:
-                    return strength, value
+                top = self._top(view, parts, strength, lr)
+                if top <= _SAFE:
+                    return strength, top
             raise NumericalError(
                 f"layer {self._layer.name!r}: expected a step that is stable at lr {lr:g}, got "
                 f"none up to {strength:g} times the penalty's own strength"
             )
         while strength > self._least_strength:
-            less = top(strength / _FACTOR)
+            less = self._top(view, parts, strength / _FACTOR, lr)
             if less > _SAFE:
                 break
-            strength, value = strength / _FACTOR, less
-        return strength, value
+            strength, top = strength / _FACTOR, less
+        return strength, top
 
+    def _top(self, view: View, parts: Sequence[Part], strength: float, lr: float) -> float:
+        """Top eigenvalue of ``L^T lr H L`` with ``L L^T = (I + lr strength K)^-1``."""
 
-def _top_under(
-    seen: SeenFromParameters, parts: Sequence[Part], parameters: Sequence[nn.Parameter], c: float
-) -> float:
-    """Top eigenvalue of ``L^T H L`` with ``L L^T = (I + c K)^-1``."""
+        def with_roots(v: Tensor, transposed: bool) -> Tensor:
+            gradients = view.unflattened(v)
+            for part in parts:
+                X = part.gathered(gradients)
+                if X is not None:
+                    root = part.operator.root_transposed if transposed else part.operator.root
+                    gradients |= part.scattered(root(X, lr * strength), gradients)
+            return view.flat(gradients)
 
-    def with_roots(v: Tensor, transposed: bool) -> Tensor:
-        gradients = dict(zip(parameters, seen.split(v), strict=True))
-        for part in parts:
-            X = part.gathered(gradients)
-            if X is not None:
-                operator = part.operator
-                X = operator.root_transposed(X, c) if transposed else operator.root(X, c)
-                gradients |= part.scattered(X, gradients)
-        return seen.joined([gradients[p] for p in parameters])
+        def product(v: Tensor) -> Tensor:
+            moved = seen_from_parameters(view, self._hessian, with_roots(v, transposed=False))
+            return with_roots(moved, transposed=True)
 
-    def product(v: Tensor) -> Tensor:
-        return with_roots(seen.product(with_roots(v, transposed=False)), transposed=True)
-
-    return top_eigenvalue(product, seen.start(), _PRODUCTS, _TOLERANCE)
+        return lr * top_eigenvalue(product, view.start(), _PRODUCTS, _TOLERANCE)

@@ -1,13 +1,16 @@
-"""Where a layer is in a training step, and how its merged weights depend on its parameters."""
+"""Where a layer is in a training step, and how its merged weights move with its parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.layers import AffineLayer
+
+Moves = Mapping[nn.Parameter, Tensor]
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Situation:
         Mean of the layer's inputs: the slope of ``mean`` in each row of the weights. None where
         statistics are constants.
     variance_slope : Tensor of shape (D, K), optional
-        The slope of each output's variance in its row.
+        The slope of each output's variance in its row; there with ``input_mean``.
     """
 
     mean: Tensor
@@ -29,146 +32,150 @@ class Situation:
     input_mean: Tensor | None = None
     variance_slope: Tensor | None = None
 
-    def merged_weight(self, layer: AffineLayer) -> Tensor:
-        """Return the merged weights, differentiable, the statistics following to first order."""
-        if self.input_mean is None or self.variance_slope is None:
-            return layer.merged_weight(self.mean, self.variance)
-        weight, bias = layer.weight(), layer.bias()
-        moved = weight - weight.detach()
-        by_group = layer.by_group(moved)
-        mean = self.mean + (by_group @ self.input_mean[..., None]).flatten()
-        if bias is not None:
-            mean = mean + (bias - bias.detach())
-        variance = self.variance + (moved * self.variance_slope).sum(1)
-        return layer.merged_weight(mean, variance)
 
-
-@dataclass(frozen=True)
-class Column:
-    """A parameter as columns of a matrix with a row for each output."""
-
-    parameter: nn.Parameter
-    as_matrix: Callable[[Tensor], Tensor]
-    as_stored: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
 class View:
-    """How a layer's merged weights depend on its parameters.
+    """The merged weights of a layer, to first order in its trainable parameters.
 
-    Attributes
+    With batch statistics a move ``V`` of the weights moves the merged ones by
+    ``[s V, -s V m] + by_variance <slope, V>`` in each row, with the gain ``s``, the mean ``m`` of
+    the inputs and the slope of the variance; a bias moves nothing. With constant statistics it is
+    ``[s V, 0]``, and a bias moves the shift by ``s`` (method: stable step).
+
+    Parameters
     ----------
     layer : AffineLayer
     situation : Situation or None
-        None where there is no BatchNorm to merge.
-    columns : list of Column
-        Trainable parameters that are columns of one matrix ``[D, columns]``. Its move ``V`` moves
-        the merged weights by ``diag(gain) V to_merged``, for each group; how the variances follow
-        is left out.
-    to_merged : Tensor of shape (groups, columns, K), optional
-        None for the identity.
-    gain : Tensor of shape (D,), optional
+        None for the layer's raw weights.
+
+    Attributes
+    ----------
+    weight, bias, gamma, beta : Parameter or None
+        Those that are trainable and move anything.
+    gain : Tensor of shape (D,), or None
         None for ones.
-    gamma, beta : Parameter, optional
-        Those of a BatchNorm whose scale the layer absorbs, where trainable.
+    input_mean, variance_slope : Tensor or None
+        The situation's.
     """
 
-    layer: AffineLayer
-    situation: Situation | None
-    columns: list[Column]
-    to_merged: Tensor | None = None
-    gain: Tensor | None = None
-    gamma: nn.Parameter | None = None
-    beta: nn.Parameter | None = None
+    def __init__(self, layer: AffineLayer, situation: Situation | None) -> None:
+        self.layer = layer
+        self._situation = situation
+        self._dtype = accumulation_dtype(layer.like.dtype)
+        self.input_mean = self.variance_slope = self.gain = None
+        self.gamma = self.beta = None
+        module = layer.module
+        own_weight = situation is None or layer.absorbs_scale
+        self.weight = _trainable(module.weight) if own_weight else None
+        self.bias = _trainable(getattr(module, "bias", None)) if own_weight else None
+        if situation is not None:
+            self.gain = layer.gain(situation.variance).detach().to(self._dtype)
+            self.gamma = _trainable(layer.batchnorm.weight)
+            self.beta = _trainable(layer.batchnorm.bias)
+            if situation.input_mean is not None and self.weight is not None:
+                self.input_mean, self.variance_slope = (
+                    situation.input_mean,
+                    situation.variance_slope,
+                )
+                self.bias = None  # batch statistics take it out
 
-    @classmethod
-    def of(cls, layer: AffineLayer, situation: Situation | None) -> "View":
-        """Return the view of a layer's merged weights in a situation, or of its raw ones."""
-        if situation is None:
-            columns = _columns_of(layer, with_bias=True)
-            to_merged = (
-                None if layer.bias() is None else _to_merged(layer, columns, None, layer.like)
-            )
-            return cls(layer, None, columns, to_merged)
-        if not layer.absorbs_scale:
-            return cls._of_batchnorm(layer, situation)
-        gain = layer.gain(situation.variance).detach()
-        # Batch statistics take the bias out.
-        columns = _columns_of(layer, with_bias=situation.input_mean is None)
-        return cls(
-            layer,
-            situation,
-            columns,
-            to_merged=_to_merged(layer, columns, situation.input_mean, gain),
-            gain=gain,
-            gamma=_trainable(layer.batchnorm.weight),
-            beta=_trainable(layer.batchnorm.bias),
-        )
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them that there are."""
+        every = (self.weight, self.bias, self.gamma, self.beta)
+        return [parameter for parameter in every if parameter is not None]
 
-    @classmethod
-    def _of_batchnorm(cls, layer: AffineLayer, situation: Situation) -> "View":
-        """Return the view of a BatchNorm that is a layer of its own."""
-        inverse = torch.rsqrt(situation.variance + layer.batchnorm.eps)
-        kept: dict[nn.Parameter, Tensor] = {}
-        if (gamma := _trainable(layer.batchnorm.weight)) is not None:
-            kept[gamma] = torch.stack([inverse, -situation.mean * inverse], 1)
-        if (beta := _trainable(layer.batchnorm.bias)) is not None:
-            kept[beta] = torch.stack([torch.zeros_like(inverse), torch.ones_like(inverse)], 1)
-        to_merged = torch.stack(list(kept.values()), 1) if kept else None
-        return cls(layer, situation, [as_column(p) for p in kept], to_merged=to_merged)
-
-    def weight(self) -> Tensor:
-        """Return the merged weights, differentiable to first order."""
-        if self.situation is None:
-            weight = self.layer.raw_weight()
-            return weight.to(accumulation_dtype(weight.dtype))
-        return self.situation.merged_weight(self.layer)
-
+    @cached_property
     def by_gamma(self) -> Tensor:
-        """Return the derivative of the merged weights in gamma, row by row: shape (D, K)."""
-        assert self.situation is not None
-        mean, variance = self.situation.mean, self.situation.variance
-        bias = self.layer.bias()
-        shift = -mean if bias is None else bias - mean
-        rows = torch.cat([self.layer.weight(), shift[:, None]], 1)
-        return rows * torch.rsqrt(variance + self.layer.batchnorm.eps)[:, None]
+        """Derivative of the merged weights in gamma, row by row: shape (D, K)."""
+        assert self._situation is not None
+        bias, mean = self.layer.bias(), self._situation.mean
+        shift = -mean if bias is None else bias.detach() - mean
+        rows = torch.cat([self.layer.weight().detach(), shift[:, None]], 1)
+        return rows.to(self._dtype) * self._inverse_deviation[:, None]
 
+    @cached_property
     def by_variance(self) -> Tensor:
-        """Return that in the statistics' variance."""
-        assert self.situation is not None
-        share = -0.5 / (self.situation.variance + self.layer.batchnorm.eps)
+        """That in the variance of the statistics."""
+        share = -0.5 * self._inverse_deviation.square()
         gamma = self.layer.batchnorm.weight
-        rows = self.by_gamma() if gamma is None else gamma[:, None] * self.by_gamma()
-        moved: Tensor = share[:, None] * rows
+        scale = share if gamma is None else share * gamma.detach()
+        return scale[:, None] * self.by_gamma
+
+    @property
+    def _inverse_deviation(self) -> Tensor:
+        assert self._situation is not None
+        inverse: Tensor = torch.rsqrt(self._situation.variance + self.layer.batchnorm.eps)
+        return inverse.to(self._dtype)
+
+    def pushed(self, moves: Moves) -> Tensor:
+        """Return the move of the merged weights, shape (D, K), under moves of all parameters."""
+        moved = torch.zeros(self._shape, dtype=self._dtype, device=self.layer.like.device)
+        body, shift = self._parts_of(moved)
+        if self.weight is not None:
+            V = self.layer.as_matrix(moves[self.weight]).to(self._dtype)
+            body += V if self.gain is None else self.gain[:, None] * V
+            if self.input_mean is not None:
+                along = (self.layer.by_group(V) @ self.input_mean[..., None]).flatten()
+                shift -= along if self.gain is None else self.gain * along
+            if self.variance_slope is not None:
+                moved += (self.variance_slope * V).sum(1, keepdim=True) * self.by_variance
+        if self.bias is not None:
+            b = moves[self.bias].reshape(-1).to(self._dtype)
+            shift += b if self.gain is None else self.gain * b
+        if self.gamma is not None:
+            moved += moves[self.gamma].to(self._dtype)[:, None] * self.by_gamma
+        if self.beta is not None:
+            shift += moves[self.beta]
         return moved
+
+    def pulled(self, U: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Return gradients of the parameters, from one of the merged weights: the adjoint."""
+        gradients: dict[nn.Parameter, Tensor] = {}
+        body, shift = self._parts_of(U)
+        if self.weight is not None:
+            V = body
+            if self.input_mean is not None:
+                rows = self.layer.by_group(shift[:, None]) * self.input_mean[:, None]
+                V = V - rows.flatten(0, 1)
+            V = V if self.gain is None else self.gain[:, None] * V
+            if self.variance_slope is not None:
+                V = V + (self.by_variance * U).sum(1, keepdim=True) * self.variance_slope
+            gradients[self.weight] = self.layer.as_stored(V)
+        if self.bias is not None:
+            b = shift if self.gain is None else self.gain * shift
+            gradients[self.bias] = b.reshape(self.bias.shape)
+        if self.gamma is not None:
+            gradients[self.gamma] = (self.by_gamma * U).sum(1)
+        if self.beta is not None:
+            gradients[self.beta] = shift.clone()
+        return gradients
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.layer.shape("raw" if self._situation is None else "merged")
+
+    def _parts_of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """View weights as those of the inputs and, empty where there is none, the shift."""
+        K = self.layer.weight().shape[1]
+        body, rest = weight[:, :K], weight[:, K:]
+        return body, rest[:, 0] if rest.shape[1] else rest.flatten()
+
+    def flat(self, gradients: Moves) -> Tensor:
+        """Lay the parameters' tensors out in one vector."""
+        return torch.cat([gradients[p].reshape(-1).to(self._dtype) for p in self.parameters])
+
+    def unflattened(self, v: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Return the parts of a vector that belong to each parameter."""
+        parts = torch.split(v, [p.numel() for p in self.parameters])
+        return {p: part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)}
+
+    def start(self) -> Tensor:
+        """Return a direction to begin with; the user's random state stays as it is."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        size = sum(p.numel() for p in self.parameters)
+        start = torch.randn(size, generator=generator, dtype=self._dtype, device="cpu")
+        return start.to(self.layer.like.device)
 
 
 def _trainable(parameter: nn.Parameter | None) -> nn.Parameter | None:
     return parameter if parameter is not None and parameter.requires_grad else None
-
-
-def as_column(parameter: nn.Parameter) -> Column:
-    """Return a parameter with a number for each output as one column."""
-    return Column(parameter, lambda p: p.reshape(-1, 1), lambda m: m.reshape(parameter.shape))
-
-
-def _columns_of(layer: AffineLayer, with_bias: bool) -> list[Column]:
-    columns = []
-    if (weight := _trainable(layer.module.weight)) is not None:
-        columns.append(Column(weight, layer.as_matrix, layer.as_stored))
-    if with_bias and (bias := _trainable(getattr(layer.module, "bias", None))) is not None:
-        columns.append(as_column(bias))
-    return columns
-
-
-def _to_merged(
-    layer: AffineLayer, columns: Sequence[Column], input_mean: Tensor | None, like: Tensor
-) -> Tensor | None:
-    """Return the rows of ``[[I, -m], [0, 1]]`` for each group that belong to trained columns."""
-    K = layer.weight().shape[1]
-    if len(columns) != 1:
-        return None
-    whole = torch.eye(K + 1, dtype=like.dtype, device=like.device).repeat(layer.groups, 1, 1)
-    if input_mean is not None:
-        whole[:, :K, K] = -input_mean
-    return whole[:, :K] if columns[0].parameter is layer.module.weight else whole[:, K:]
