@@ -420,7 +420,7 @@ class _LastBatch:
 
 # Steps between two looks at where the model is, once it has got going.
 _INTERVAL = 100
-_FIRST_INTERVAL = 5
+_FIRST_INTERVAL = 10
 _HEADROOM = 1.5
 
 

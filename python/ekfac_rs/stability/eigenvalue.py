@@ -11,6 +11,9 @@ from ekfac_rs.stability.view import View
 
 Hessian = Callable[[Tensor], Tensor]
 
+# So far below its limit, a value found by a few products will not get there.
+_FAR = 0.2
+
 
 def top_eigenvalue_of_parameters(view: View, hessian: Hessian) -> float:
     """Top eigenvalue of ``J^T H J``: a Hessian in merged weights, seen from a layer's parameters.
@@ -47,6 +50,7 @@ def top_eigenvalue(
     start: Tensor,
     iterations: int = 24,
     tolerance: float = 1e-5,
+    limit: float | None = None,
 ) -> float:
     """Top eigenvalue of a positive semi-definite operator on vectors, from below.
 
@@ -60,6 +64,8 @@ def top_eigenvalue(
         At most so many products.
     tolerance : float
         Stop when two more change the value by less than this share.
+    limit : float, optional
+        Only which side of it the value is on matters: stop when that is settled.
     """
     basis = start.new_empty(min(iterations, start.numel()), start.numel())
     basis[0] = start / start.norm()
@@ -78,7 +84,8 @@ def top_eigenvalue(
         size = float(w.norm())
         # Twice in a row: it may rest for one product on its way.
         at_rest = top - earlier_top <= tolerance * top
-        if at_rest or size <= 1e-12 * max(top, 1e-300):
+        settled = limit is not None and (top > limit or (i > 2 and top < _FAR * limit))
+        if at_rest or settled or size <= 1e-12 * max(top, 1e-300):
             break
         if i + 1 < len(basis):
             beside.append(size)

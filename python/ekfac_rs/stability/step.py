@@ -46,7 +46,8 @@ class StableStep:
     strength : float
         Factor at ``K``; 1 is an upper bound of each part of the Hessian.
     top : float
-        Top eigenvalue of ``(I + lr K)^-1 lr H`` when last looked at, ``H`` the Hessian.
+        Top eigenvalue of ``(I + lr K)^-1 lr H`` when last looked at, ``H`` the Hessian; from
+        below, and roughly where it is far from what is safe.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class StableStep:
         """Take ``K`` where the model is now, as strong as learning rates up to ``lr`` need it."""
         self._parts, self.top = [], 0.0
         view = View(self._layer, situation if self._merged else None)
-        if not view.parameters or self._bound.is_zero:
+        if not view.parameters or self._bound.is_zero or lr == 0.0:
             return
         self.top = self._top(view, [], 0.0, lr)
         if self.top <= _SAFE:
@@ -134,4 +135,5 @@ class StableStep:
             moved = seen_from_parameters(view, self._hessian, with_roots(v, transposed=False))
             return with_roots(moved, transposed=True)
 
-        return lr * top_eigenvalue(product, view.start(), _PRODUCTS, _TOLERANCE)
+        limit = _SAFE / lr
+        return lr * top_eigenvalue(product, view.start(), _PRODUCTS, _TOLERANCE, limit)
