@@ -219,6 +219,69 @@ def bench_step(widths: Sequence[int], rounds: int, tasks: int = 3, batch_size: i
     )
 
 
+def bench_stable_step(model: nn.Module, x: Tensor, y: Tensor, title: str, rounds: int) -> None:
+    """What the stable step adds to a step with the penalty, where the penalty is stiff."""
+    model.train()
+    for _ in range(20):  # running statistics, without which merged weights mean nothing
+        model(x)
+    curvature = ek.estimate_curvature(model, [(x, y)], approximation="kfac-expand")
+    anchor = ek.merged_weights(model, example=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    with ek.QuadraticPenalty(model, curvature, anchor) as probe:
+        # A hundred times what explicit steps bear: most layers have stiff directions.
+        scale = 100.0 * probe.max_stable_lr(0.9) / 0.1
+
+    def step(penalty: ek.QuadraticPenalty | None, stable: bool) -> None:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        if penalty is not None:
+            loss = loss + penalty()
+        loss.backward()
+        if penalty is not None and stable:
+            penalty.precondition(0.1)
+        optimizer.step()
+
+    explicit, stable = (ek.QuadraticPenalty(model, curvature, anchor, 0.0, scale) for _ in "es")
+
+    def first_step() -> None:
+        with ek.QuadraticPenalty(model, curvature, anchor, 0.0, scale) as penalty:
+            step(penalty, stable=True)
+
+    # Looks at the model come at growing intervals: measured apart, as the first step.
+    results = medians({"first step, with a look at the model": first_step}, max(rounds // 5, 1))
+    step(stable, stable=True)
+    results |= medians(
+        {
+            "step without penalty": lambda: step(None, stable=False),
+            "explicit step with the penalty": lambda: step(explicit, stable=False),
+            "stable step, between two looks": lambda: step(stable, stable=True),
+        },
+        min(rounds, 9),
+    )
+    report(
+        f"Stable step, {title}, K-FAC penalty of one task, scale {scale:.3g}",
+        results,
+        "explicit step with the penalty",
+        {"stable step, between two looks": 1.15},
+    )
+
+
+def small_stable_step(rounds: int) -> None:
+    """The stable step of an MLP at batch 256."""
+    x, y = images(256)
+    bench_stable_step(mlp(784, 100, 100, 10), x, y, "784-100-100-10, batch 256", rounds)
+
+
+def resnet_stable_step(rounds: int) -> None:
+    """The stable step of ResNet-18 at 32 px, batch 64."""
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(weights=None, num_classes=10)
+    x, y = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    bench_stable_step(model, x, y, "ResNet-18 at 32 px, batch 64", rounds)
+
+
 def bench_gram(rounds: int) -> None:
     """One Gram matrix (lower triangle) against torch's full product."""
     from ekfac_rs import _core
@@ -245,6 +308,8 @@ BENCHMARKS: dict[str, Callable[[int], None]] = {
     "resnet50": lambda rounds: bench_resnet50(rounds=max(rounds // 5, 1)),
     "small-step": lambda rounds: bench_step((784, 100, 100, 10), rounds=20 * rounds),
     "wide-step": lambda rounds: bench_step((784, 1024, 1024, 1024, 10), rounds=2 * rounds),
+    "small-stable-step": small_stable_step,
+    "resnet-stable-step": lambda rounds: resnet_stable_step(max(rounds // 3, 1)),
     "gram": lambda rounds: bench_gram(rounds=10 * rounds),
 }
 

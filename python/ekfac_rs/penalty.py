@@ -18,7 +18,7 @@ from ekfac_rs._checks import (
     require_like,
     require_nonnegative,
 )
-from ekfac_rs._modes import bare_model, submodule
+from ekfac_rs._modes import bare_model, submodule, without_autocast
 from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.batchnorm import Anchor, moments_of
 from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of
@@ -241,9 +241,10 @@ class QuadraticPenalty:
         >>> optimizer.step()  # doctest: +SKIP
         """
         require_nonnegative("lr", lr)
-        if not self._stable.steps:
-            self._stable.steps = {layer.name: self._stable_step(layer) for layer in self._layers}
-        self._stable.apply(lr)
+        with without_autocast(self._layers[0].like.device):
+            if not self._stable.steps:
+                self._stable.steps = {x.name: self._stable_step(x) for x in self._layers}
+            self._stable.apply(lr)
 
     def _uses_batch(self, layer: AffineLayer) -> bool:
         return layer.name in self._batches and bool(layer.batchnorm.training)

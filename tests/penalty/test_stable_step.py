@@ -299,6 +299,22 @@ def test_what_has_no_gradient_and_what_the_penalty_is_not_on_stays():
     assert not torch.equal(model[0].weight.grad, before[model[0].weight])
 
 
+def test_a_callers_autocast_rounds_nothing_of_it():
+    model, x, curvature, anchor = consolidated()
+    model, x = model.float(), x.float()
+    curvature, anchor = curvature.to(dtype=torch.float32), {k: v.float() for k, v in anchor.items()}
+    gradients = []
+    for enabled in (False, True):
+        with ek.QuadraticPenalty(model, curvature, anchor, scale=1e4) as penalty:
+            model.zero_grad()
+            (model(x).square().sum() + penalty()).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                penalty.precondition(1.0)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for rounded, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(rounded, exact)
+
+
 def test_a_learning_rate_that_rises_is_prepared_for():
     model, x, curvature, anchor = consolidated()
     with ek.QuadraticPenalty(model, curvature, anchor) as penalty:

@@ -56,8 +56,13 @@ METHODS: dict[str, Method] = {
     "kfac-train": Method("K-FAC, train factors", {"curvature": "kfac-train"}, _CURVED),
     "xkfac": Method("XK-FAC", {"curvature": "xkfac"}, _CURVED),
     "xkfac-nested": Method("XK-FAC, nested", {"curvature": "xkfac-nested"}, _CURVED),
+    "xkfac-nested-explicit": Method(
+        "XK-FAC, nested, explicit steps", {"curvature": "xkfac-nested", "step": "explicit"}, _CURVED
+    ),
     "xkfac-nested-merged": Method(
-        "XK-FAC, nested, W <- Wm", {"curvature": "xkfac-nested", "weights": "merged"}, _CURVED
+        "XK-FAC, nested, W <- Wm, explicit steps",
+        {"curvature": "xkfac-nested", "weights": "merged", "step": "explicit"},
+        _CURVED,
     ),
 }
 

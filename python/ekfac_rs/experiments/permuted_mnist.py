@@ -71,11 +71,23 @@ METHODS: dict[str, Method] = {
     "kfac-eval": Method("K-FAC, eval factors", {"curvature": "kfac-eval"}, _CURVED),
     "kfac-train": Method("K-FAC, train factors", {"curvature": "kfac-train"}, _CURVED),
     "xkfac": Method("XK-FAC", {"curvature": "xkfac"}, _CURVED),
-    "xkfac-merged": Method("XK-FAC, W <- Wm", {"curvature": "xkfac", "weights": "merged"}, _CURVED),
+    "xkfac-explicit": Method(
+        "XK-FAC, explicit steps", {"curvature": "xkfac", "step": "explicit"}, _CURVED
+    ),
+    "xkfac-merged": Method(
+        "XK-FAC, W <- Wm, explicit steps",
+        {"curvature": "xkfac", "weights": "merged", "step": "explicit"},
+        _CURVED,
+    ),
     "xkfac-raw": Method("XK-FAC, raw coordinates", {"curvature": "xkfac-raw"}, _CURVED),
     "scheduled-kfac": Method(
         "BN 20 %, then frozen; K-FAC eval",
         {"curvature": "kfac-eval", "freeze_bn_after": 0.2},
+        _CURVED,
+    ),
+    "scheduled-kfac-first": Method(
+        "BN 20 %, then frozen; K-FAC eval; first norms",
+        {"curvature": "kfac-eval", "freeze_bn_after": 0.2, "weights": "first"},
         _CURVED,
     ),
     "scheduled-xkfac": Method(
