@@ -2,6 +2,12 @@
 
 python := ".venv/bin/python"
 
+# Rust tests: dependencies as in a release, so that they are compiled once; our crate with assertions
+checked := "--release --locked --config rust/tests.toml"
+
+# Python compiles what it imports, once: not everything at installation, not the same in each process
+export PYTHONDONTWRITEBYTECODE := ""
+
 # List the recipes
 default:
     @just --list
@@ -12,7 +18,7 @@ setup:
     set -euo pipefail
     [ -x {{python}} ] || python3 -m venv .venv
     if ! cmp -s requirements.lock .venv/requirements.installed; then
-        {{python}} -m pip install --quiet --disable-pip-version-check -r requirements.lock
+        {{python}} -m pip install --no-compile --quiet --disable-pip-version-check -r requirements.lock
         cp requirements.lock .venv/requirements.installed
     fi
 
@@ -21,21 +27,21 @@ dev: setup
     @PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
 
 # Lint, then all tests: Rust, then Python
-test: fetch-and-compile lint test-rust test-python
+test: compile-and-lint dev lint-stubs test-rust test-python
 
-# Python's dependencies come over the network while the Rust tests compile
+# Python's dependencies come over the network, and its sources are linted, while Rust compiles
 [private]
-fetch-and-compile:
+compile-and-lint:
     #!/usr/bin/env bash
     set -euo pipefail
-    {{just_executable()}} setup & fetching=$!
-    cargo test --locked --no-run --quiet -p ekfac-core
-    cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
-    wait $fetching
+    {{just_executable()}} lint-python & python=$!
+    cargo test {{checked}} --no-run --quiet
+    {{just_executable()}} lint-rust
+    wait $python
 
 # Tests of the Rust core; they need neither Python nor torch
 test-rust:
-    cargo test --locked -p ekfac-core
+    cargo test {{checked}}
 
 # Tests of the Python package, files side by side; those that need data find it through EKFAC_DATA
 # or ../shared/data
@@ -51,12 +57,22 @@ sanitize-gpu *args: dev
     compute-sanitizer --report-api-errors no --error-exitcode 1 {{python}} -m pytest -m cuda tests/gpu {{args}}
 
 # Check formatting, lints, types and stubs
-lint: dev
+lint: lint-rust lint-python lint-stubs
+
+# Clippy shares a profile, and so what is compiled for macros and build scripts, with all else
+[private]
+lint-rust:
     cargo fmt --all --check
-    cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+    cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
+
+[private]
+lint-python: setup
     {{python}} -m ruff format --check python tests benchmarks scripts
     {{python}} -m ruff check python tests benchmarks scripts
     {{python}} -m mypy
+
+[private]
+lint-stubs: dev
     {{python}} -m mypy.stubtest ekfac_rs._core
 
 # Format everything
@@ -79,7 +95,7 @@ bench-gpu *args: dev
 
 # Benchmarks of the Rust core alone
 bench-rust:
-    cargo bench --locked -p ekfac-core
+    cargo bench --locked -p ekfac-benches
 
 # Pin the Python dependencies anew
 lock: setup
