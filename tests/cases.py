@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -345,19 +346,34 @@ def dense_block(block: ek.KroneckerSum) -> Tensor:
     return dense(block.to(device="cpu").terms)
 
 
+def exact_blocks(
+    model: nn.Module, batches: list[Batch], loss: str, **modes: str
+) -> Callable[[str], Tensor]:
+    """The exact GGN's block of a layer, by name, each made once."""
+    of_example = LOSSES[loss].of_example
+    return functools.cache(
+        lambda layer: exact_block_of_loader(model, layer, batches, of_example, **modes)
+    )
+
+
 def errors_to_exact(
-    model: nn.Module, batches: list[Batch], loss: str, device: str = "cpu", **options: Any
+    model: nn.Module,
+    batches: list[Batch],
+    loss: str,
+    device: str = "cpu",
+    *,
+    exact: Callable[[str], Tensor] | None = None,
+    coordinates: str = "raw",
+    statistics: str = "running",
+    **options: Any,
 ) -> dict[str, float]:
     """Relative error of every layer's block to the exact GGN of the same coordinates.
 
-    Coordinates are raw and BN takes its running statistics unless the options say otherwise.
+    `exact` has that GGN's blocks where several curvatures are held against the same one.
     """
-    modes = {"coordinates": "raw", "statistics": "running"}
-    modes |= {key: options[key] for key in modes.keys() & options.keys()}
-    of_example = LOSSES[loss].of_example
+    modes = {"coordinates": coordinates, "statistics": statistics}
+    exact = exact or exact_blocks(model, batches, loss, **modes)
     return {
-        layer: relative_error(
-            dense_block(block), exact_block_of_loader(model, layer, batches, of_example, **modes)
-        )
-        for layer, block in estimate(model, batches, loss, device, **options | modes).items()
+        layer: relative_error(dense_block(block), exact(layer))
+        for layer, block in estimate(model, batches, loss, device, **options, **modes).items()
     }

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jacrev
+from torch.func import jacrev, vmap
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -76,11 +76,9 @@ def example_loss(kind: str, reduction: str = "mean") -> ExampleLoss:
 def output_hessians(outputs: Tensor, targets: Tensor, loss: ExampleLoss) -> Tensor:
     """Hessian of every example's loss with respect to its outputs, ``[N, C, C]``."""
     count = outputs[0].numel()
-    blocks = [
-        jacrev(jacrev(lambda z, y=y: loss(z, y)))(z).reshape(count, count)
-        for z, y in zip(outputs.detach(), targets, strict=True)
-    ]
-    return torch.stack(blocks)
+    # Examples side by side: one after the other takes most of the time of all tests.
+    hessians = vmap(jacrev(jacrev(loss)))(outputs.detach(), targets)
+    return hessians.reshape(len(outputs), count, count)
 
 
 def square_root(matrix: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from cases import (
     dense_block,
     errors_to_exact,
     estimate,
+    exact_blocks,
     with_head,
 )
 from oracle import (
@@ -373,9 +374,14 @@ def single(name: str, *pooling: nn.Module) -> Network:
 
 def found_errors(network, loss, approximation, labels=None, sizes=(4, 1, 2), **options):
     model, batches = network.make(), network.batches(loss, sizes)
-    options = {"approximation": approximation, **options}
+    modes = {"coordinates": "raw", "statistics": "running"}
+    modes = {mode: options.pop(mode, default) for mode, default in modes.items()}
+    options |= {
+        "approximation": approximation,
+        "exact": exact_blocks(model, batches, loss, **modes),
+    }
     found = [
-        errors_to_exact(model, batches, loss, labels=labels, **options)
+        errors_to_exact(model, batches, loss, labels=labels, **modes, **options)
         for labels in labels or LABELS[approximation]
     ]
     return {layer: [errors[layer] for errors in found] for layer in found[0]}

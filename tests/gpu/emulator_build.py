@@ -15,9 +15,12 @@ Each library also has ``long emulator_calls(const char *name)``: how often the p
 its functions.
 """
 
+import atexit
+import functools
 import shutil
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent / "emulator"
@@ -29,32 +32,53 @@ class CompilerMissingError(RuntimeError):
 
 
 def build(directory: Path, without: Sequence[str] = ()) -> Path:
-    """Compile the four libraries into a directory and return it.
+    """Build the four libraries in a directory and return it.
 
     The functions named in `without` are left out, as they are in a library that is too old.
     """
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise CompilerMissingError("the CUDA emulator is built with g++, which is not installed")
+    objects = _objects()
     directory.mkdir(parents=True, exist_ok=True)
     version_script = directory / "exports.map"
     # A full name wins over a pattern.
     hidden = "".join(f"{name}; " for name in without)
     version_script.write_text(f"{{ global: cu*; nvrtc*; emulator_calls; local: {hidden}*; }};\n")
+    _run_compiler(
+        lambda library: [
+            "-shared",
+            f"-Wl,--version-script={version_script}",
+            *("-o", str(directory / f"lib{library}.so")),
+            str(objects / f"{library}.o"),
+            *("-ldl", "-pthread"),
+        ]
+    )
+    return directory
+
+
+@functools.cache
+def _objects() -> Path:
+    """A folder with the compiled sources, once for this process: linking takes no time."""
+    directory = Path(tempfile.mkdtemp(prefix="emulator-objects-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    _run_compiler(
+        lambda library: [
+            *("-std=c++17", "-O3", "-fPIC", "-c", "-Wall"),
+            *("-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"),
+            f"-Wa,-I,{_SOURCES}",
+            *("-o", str(directory / f"{library}.o")),
+            str(_SOURCES / f"{library}.cpp"),
+        ]
+    )
+    return directory
+
+
+def _run_compiler(arguments: Callable[[str], Sequence[str]]) -> None:
+    """Run g++ with the arguments for each library, side by side."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise CompilerMissingError("the CUDA emulator is built with g++, which is not installed")
     processes = {
         library: subprocess.Popen(
-            [
-                compiler,
-                *("-std=c++17", "-O3", "-fPIC", "-shared", "-Wall"),
-                *("-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"),
-                f"-Wa,-I,{_SOURCES}",
-                f"-Wl,--version-script={version_script}",
-                *("-o", str(directory / f"lib{library}.so")),
-                str(_SOURCES / f"{library}.cpp"),
-                *("-ldl", "-pthread"),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
+            [compiler, *arguments(library)], stderr=subprocess.PIPE, text=True
         )
         for library in _LIBRARIES
     }
@@ -63,4 +87,3 @@ def build(directory: Path, without: Sequence[str] = ()) -> Path:
     for library, process in processes.items():
         if process.returncode != 0:
             raise RuntimeError(f"g++ could not build lib{library}.so:\n{errors[library]}")
-    return directory
