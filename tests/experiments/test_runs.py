@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,12 +142,62 @@ def test_only_missing_runs_are_made_and_an_error_leaves_the_finished_ones(tmp_pa
         with pytest.raises(OptionError, match="not this one"):
             complete(seeds(5), store, workers, "", progress=False)
     assert [record.accuracy[0][0] for record in records["method"]] == [0.3, 0.2, 0.1]
-    for path, time in made_before.items():
-        assert path.stat().st_mtime_ns == time
+    for path, changed in made_before.items():
+        assert path.stat().st_mtime_ns == changed
     for record in records["method"]:
         assert record.seconds["torch"] == 1
         assert (record.seconds["process"] == os.getpid()) == (count == 1)
     assert [store.find(run) is not None for run in seeds(1, 5)["method"]] == [True, False]
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from ekfac_rs.experiments.runs import PlannedRun, Workers
+
+def prepare():
+    def execute(config):
+        Path(sys.argv[1], str(os.getpid())).touch()
+        time.sleep(300)
+    return execute
+
+if __name__ == "__main__":
+    with Workers(2, prepare) as workers:
+        list(workers.make([PlannedRun(str(i), {"seed": i}) for i in range(2)]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_no_worker_outlives_a_parent_that_is_killed(tmp_path):
+    script, pids = tmp_path / "script.py", tmp_path / "pids"
+    script.write_text(KILLED, encoding="utf-8")
+    pids.mkdir()
+    parent = subprocess.Popen([sys.executable, script, pids])
+    try:
+        assert _within(120, lambda: len(list(pids.iterdir())) == 2), "no workers"
+    finally:
+        parent.kill()
+        parent.wait()
+    workers = [int(path.name) for path in pids.iterdir()]
+    assert _within(20, lambda: not any(_runs(pid) for pid in workers))
+
+
+def _within(seconds, condition):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _runs(pid):
+    """Whether a process is there and not just waiting to be reaped."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_threads_are_as_before_after_single_threaded_work():

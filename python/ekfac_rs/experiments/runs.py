@@ -13,9 +13,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from threading import RLock
+from threading import RLock, Thread
 from typing import Any, Self
 
 import torch
@@ -358,11 +358,20 @@ def _start_worker(
     threads_each: int, prepare: Callable[..., Execute], arguments: Sequence[Any]
 ) -> None:
     global _execute_in_worker
+    Thread(target=_end_with_parent, daemon=True).start()
     # The default lock, shared between processes, would be reported as leaked when workers end.
     tqdm.set_lock(RLock())
     torch.set_num_threads(threads_each)
     ek.set_num_threads(threads_each)
     _execute_in_worker = prepare(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Leave no worker behind that goes on for nobody, where the parent is killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _make_in_worker(config: Config) -> RunRecord:
