@@ -35,6 +35,7 @@ from ekfac_rs.stability import (
     Hessian,
     Situation,
     StableStep,
+    StableSteps,
     View,
     top_eigenvalue_of_parameters,
 )
@@ -120,7 +121,7 @@ class QuadraticPenalty:
         }
         self._input_moments = _input_moments(curvatures[-1:], self._layers)
         self._top_eigenvalue: float | None = None
-        self._stable = _StableSteps()
+        self._stable = StableSteps()
         self._batches: dict[str, _LastBatch] = {}
         self._handles = []
         for layer in self._layers:
@@ -417,48 +418,6 @@ class _LastBatch:
     def _current_weights(self) -> tuple[tuple[int, int, int], ...]:
         """Tell these very parameters, their memory and their contents from any others."""
         return tuple((id(p), p.data_ptr(), p._version) for p in self._layer.parameters("merged"))
-
-
-# Steps between two looks at where the model is, once it has got going.
-_INTERVAL = 100
-_FIRST_INTERVAL = 10
-_HEADROOM = 1.5
-
-
-class _StableSteps:
-    """The layers' stable steps, and when they look at the model anew."""
-
-    def __init__(self) -> None:
-        self.steps: dict[str, StableStep] = {}
-        self._situations: dict[str, Situation | None] = {}
-        self._modes: tuple[bool, ...] = ()
-        self._prepared_lr = -1.0
-        self._count, self._next = 0, 0
-
-    def is_due(self, modes: tuple[bool, ...]) -> bool:
-        """Whether to look at the situation: BatchNorms' modes changed, or it is long ago."""
-        # Nobody may ever ask for a stable step: one look is kept for the first, no more.
-        return modes != self._modes or (bool(self.steps) and self._count >= self._next)
-
-    def look(self, situations: dict[str, Situation | None], modes: tuple[bool, ...]) -> None:
-        """Take the layers' situations."""
-        self._situations, self._modes, self._prepared_lr = situations, modes, -1.0
-
-    def apply(self, lr: float) -> None:
-        """Multiply the gradients of all layers."""
-        if not self._situations:
-            raise ModelChangedError("precondition: expected a call of penalty() before, got none")
-        if lr > self._prepared_lr:
-            # Where it rises in every step, as in a warm-up, not every one needs another look.
-            rises = self._prepared_lr > 0.0
-            self._prepared_lr = lr * (_HEADROOM if rises else 1.0)
-            for name, step in self.steps.items():
-                step.prepare(self._situations[name], self._prepared_lr)
-            # Gains and inputs move fastest in the beginning.
-            self._next = self._count + min(_INTERVAL, max(_FIRST_INTERVAL, self._count))
-        for step in self.steps.values():
-            step.apply(lr)
-        self._count += 1
 
 
 class _Deaf:

@@ -1,7 +1,14 @@
 """Stability of training steps on a penalty: where explicit ones diverge, and one that does not."""
 
 from ekfac_rs.stability.eigenvalue import Hessian, top_eigenvalue_of_parameters
-from ekfac_rs.stability.step import StableStep
+from ekfac_rs.stability.step import StableStep, StableSteps
 from ekfac_rs.stability.view import Situation, View
 
-__all__ = ["Hessian", "Situation", "StableStep", "View", "top_eigenvalue_of_parameters"]
+__all__ = [
+    "Hessian",
+    "Situation",
+    "StableStep",
+    "StableSteps",
+    "View",
+    "top_eigenvalue_of_parameters",
+]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from ekfac_rs.curvature import Block
-from ekfac_rs.errors import NumericalError
+from ekfac_rs.errors import ModelChangedError, NumericalError
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.bounds import Part, bound_of
 from ekfac_rs.stability.eigenvalue import Hessian, seen_from_parameters, top_eigenvalue
@@ -14,10 +14,15 @@ from ekfac_rs.stability.view import Situation, View
 # Of the top eigenvalue of ``(I + lr K)^-1 lr H``: below 2, where even descent without momentum
 # is stable, with some room for what changes until the next look.
 _SAFE = 1.5
-_PRODUCTS = 16
-_TOLERANCE = 0.02
-_FACTOR = 1.5
-_MOST_FACTORS = 40
+# Products with the Hessian to find it, and its accuracy.
+_PRODUCTS, _TOLERANCE = 16, 0.02
+# Between two strengths that are tried, and how often one is raised before giving up.
+_FACTOR, _MOST_FACTORS = 1.5, 40
+
+# Steps between two looks at where the model is: in the beginning, and once it has got going.
+_FIRST_INTERVAL, _INTERVAL = 10, 100
+# A learning rate that rises is prepared for this much more.
+_HEADROOM = 1.5
 
 
 class StableStep:
@@ -137,3 +142,39 @@ class StableStep:
 
         limit = _SAFE / lr
         return lr * top_eigenvalue(product, view.start(), _PRODUCTS, _TOLERANCE, limit)
+
+
+class StableSteps:
+    """The layers' stable steps, and when they look at the model anew."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, StableStep] = {}
+        self._situations: dict[str, Situation | None] = {}
+        self._modes: tuple[bool, ...] = ()
+        self._prepared_lr = -1.0
+        self._count, self._next = 0, 0
+
+    def is_due(self, modes: tuple[bool, ...]) -> bool:
+        """Whether to look at the situation: BatchNorms' modes changed, or it is long ago."""
+        # Nobody may ever ask for a stable step: one look is kept for the first, no more.
+        return modes != self._modes or (bool(self.steps) and self._count >= self._next)
+
+    def look(self, situations: dict[str, Situation | None], modes: tuple[bool, ...]) -> None:
+        """Take the layers' situations."""
+        self._situations, self._modes, self._prepared_lr = situations, modes, -1.0
+
+    def apply(self, lr: float) -> None:
+        """Multiply the gradients of all layers."""
+        if not self._situations:
+            raise ModelChangedError("precondition: expected a call of penalty() before, got none")
+        if lr > self._prepared_lr:
+            # Where it rises in every step, as in a warm-up, not every one needs another look.
+            prepared_lr = lr * (_HEADROOM if self._prepared_lr > 0.0 else 1.0)
+            for name, step in self.steps.items():
+                step.prepare(self._situations[name], prepared_lr)
+            self._prepared_lr = prepared_lr
+            # Gains and inputs move fastest in the beginning.
+            self._next = self._count + min(_INTERVAL, max(_FIRST_INTERVAL, self._count))
+        for step in self.steps.values():
+            step.apply(lr)
+        self._count += 1
