@@ -59,6 +59,31 @@ def test_it_converges_at_a_hundred_times_the_explicit_limit(
     assert values[-1] < 0.1 * values[0]
 
 
+@pytest.mark.parametrize("approximation", ["xkfac", "diagonal"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "1.weight", "1.bias", "all but 0.bias"])
+def test_parameters_that_are_not_trained_are_left_out(frozen, training, approximation):
+    model, x, curvatures, anchor = with_curvatures("grouped", 5.0, approximation, 2)
+    model = copy.deepcopy(model).train(training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name != frozen
+        if frozen == "all but 0.bias":
+            # In train mode the statistics take it out: something else has to be there to train.
+            parameter.requires_grad = name == "0.bias" or (training and name == "1.bias")
+    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    with torch.no_grad():
+        move(model, size=1e-2)
+        for name, value in before.items():
+            model.get_parameter(name).copy_(value)
+    with ek.QuadraticPenalty(model, curvatures, anchor) as penalty:
+        lr = 100.0 * penalty.max_stable_lr()
+        values = values_of_descent(model, x, penalty, lr, 0.0, 150, stable=True)
+    assert max(values) < 3.0 * values[0]
+    assert values[-1] < 0.5 * values[0]
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["Linear", "convolution", "depthwise", "BatchNorm alone"])
 def test_the_explicit_step_diverges_there(name, training):
