@@ -1,12 +1,11 @@
 """The top eigenvalue of a penalty's Hessian, as a model's own parameters see it."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ekfac_rs.errors import NumericalError
+from ekfac_rs._lanczos import top_eigenvalue
 
 Hessian = Callable[[Tensor], Tensor]
 
@@ -85,56 +84,3 @@ class SeenFromParameters:
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Put parts back into one vector."""
         return torch.cat([part.reshape(-1).to(self._weight.dtype) for part in parts])
-
-
-def top_eigenvalue(
-    product: Callable[[Tensor], Tensor],
-    start: Tensor,
-    iterations: int = 24,
-    tolerance: float = 1e-5,
-) -> float:
-    """Top eigenvalue of a positive semi-definite operator on vectors, from below (Lanczos).
-
-    Parameters
-    ----------
-    product : callable
-    start : Tensor of shape (n,)
-    iterations : int
-        At most so many products.
-    tolerance : float
-        Stop when two more change the value by less than this share.
-    """
-    basis = start.new_empty(min(iterations, start.numel()), start.numel())
-    basis[0] = start / start.norm()
-    diagonal: list[float] = []
-    beside: list[float] = []
-    before = top = 0.0
-    for i in range(len(basis)):
-        w = product(basis[i])
-        diagonal.append(float(w @ basis[i]))
-        if not math.isfinite(diagonal[-1]):
-            raise NumericalError("top eigenvalue: the product with the penalty overflows")
-        # Against all earlier directions, once more where rounding has left something of them.
-        earlier = basis[: i + 1]
-        for _ in range(2):
-            w = w - earlier.T @ (earlier @ w)
-        earlier_top, before, top = before, top, _top_of_tridiagonal(diagonal, beside)
-        size = float(w.norm())
-        # Twice in a row: it may rest for one product on its way.
-        at_rest = top - earlier_top <= tolerance * top
-        if at_rest or size <= 1e-12 * max(top, 1e-300):
-            break
-        if i + 1 < len(basis):
-            beside.append(size)
-            basis[i + 1] = w / size
-    return top
-
-
-def _top_of_tridiagonal(diagonal: Sequence[float], beside: Sequence[float]) -> float:
-    n = len(diagonal)
-    matrix = torch.zeros(n, n, dtype=torch.float64, device="cpu")
-    for i, value in enumerate(diagonal):
-        matrix[i, i] = value
-    for i, value in enumerate(beside):
-        matrix[i, i + 1] = matrix[i + 1, i] = value
-    return float(torch.linalg.eigvalsh(matrix)[-1])
