@@ -56,7 +56,7 @@ ONE_LAYER = {
 
 
 @cache
-def one_layer(name, gain, approximation="xkfac"):
+def one_layer(name, gain, approximation="xkfac", correction=None):
     """A single layer with statistics of the data and gains all about ``gain``; its curvature."""
     build, shape = ONE_LAYER[name]
     with torch.random.fork_rng(devices=[]):
@@ -75,30 +75,31 @@ def one_layer(name, gain, approximation="xkfac"):
                 batchnorm.weight.data.mul_(gain * torch.sqrt(variance.mean()))
                 nn.init.normal_(batchnorm.bias)
         y = torch.zeros_like(model.eval()(x))
-    curvature = _curvature(model, x, y, approximation, torch.Generator().manual_seed(0))
+    curvature = _curvature(model, x, y, approximation, correction)
     return model, x, curvature, ek.merged_weights(model, example=x)
 
 
-def _curvature(model, x, y, approximation, generator):
-    return ek.estimate_curvature(
-        model,
-        [(x, y)],
-        loss="mse",
-        approximation=approximation,
-        labels="type2",
-        generator=generator,
-    )
-
-
 @cache
-def other_curvatures(name, gain, approximation, tasks):
+def other_curvatures(name, gain, approximation, tasks, correction=None):
     """Curvatures of further tasks, on inputs of their own, at the same weights."""
-    model, x, _, _ = one_layer(name, gain, approximation)
+    model, x, _, _ = one_layer(name, gain, approximation, correction)
     generator = torch.Generator().manual_seed(1)
     curvatures = []
     for _ in range(tasks):
         shift = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype)
         z = torch.randn(x.shape, generator=generator, dtype=x.dtype) + shift
         target = torch.zeros_like(model.eval()(z)).detach()
-        curvatures.append(_curvature(model, z, target, approximation, generator))
+        curvatures.append(_curvature(model, z, target, approximation, correction))
     return curvatures
+
+
+def _curvature(model, x, y, approximation, correction):
+    return ek.estimate_curvature(
+        model,
+        [(x, y)],
+        loss="mse",
+        approximation=approximation,
+        labels="type2",
+        correction=correction,
+        generator=torch.Generator().manual_seed(0),
+    )

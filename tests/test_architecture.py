@@ -12,7 +12,7 @@ LIBRARY = ROOT / "python/ekfac_rs"
 # floor, as long as nothing goes round in a circle, and everything below. The package's __init__
 # stands on all of them, and the laboratory on that.
 FLOORS = {
-    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_modes"),
+    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_lanczos", "_modes"),
     "loaders": ("loading",),
     "layers": ("layers",),
     "losses": ("likelihood",),
@@ -20,6 +20,7 @@ FLOORS = {
     "blocks": (
         *("curvature.settings", "curvature.block", "curvature.kronecker", "curvature.columnwise"),
         *("curvature.diagonal", "curvature.files", "curvature.curvature", "curvature.accumulators"),
+        *("curvature.eigenbasis", "curvature.corrections"),
     ),
     "passes": ("curvature.passes", "curvature"),
     "on top": ("penalty", "stability", "metrics", "description"),

@@ -28,6 +28,7 @@ from ekfac_rs.batchnorm import (
 from ekfac_rs.batchnorm.statistics import kept_batchnorms, restored_on_failure
 from ekfac_rs.curvature import (
     APPROXIMATIONS,
+    CORRECTIONS,
     STATISTICS,
     Curvature,
     estimate_curvature,
@@ -74,7 +75,7 @@ class ContinualLearner:
         unpenalised.
     statistics : {"batch", "running"}
         Those under which factors are taken.
-    labels, draws, max_examples, generator
+    labels, draws, correction, max_examples, generator
         As in `estimate_curvature`.
     weights : {"kept", "first", "merged"}
         What `reparameterize` does with the weights when a task begins; "first" brings rows back to
@@ -127,6 +128,7 @@ class ContinualLearner:
         statistics: str = "batch",
         labels: str = "mc",
         draws: int = 1,
+        correction: str | None = None,
         weights: str = "kept",
         scale: float = 1.0,
         damping: float = 0.0,
@@ -145,6 +147,8 @@ class ContinualLearner:
         require_choice("coordinates", coordinates, COORDINATES)
         require_choice("statistics", statistics, STATISTICS)
         require_choice("labels", labels, LABELS)
+        if correction is not None:
+            require_choice("correction", correction, CORRECTIONS)
         require_choice("weights", weights, WEIGHTS)
         require_choice("step", step, STEPS)
         require_count("draws", draws)
@@ -159,6 +163,7 @@ class ContinualLearner:
         self.statistics = statistics
         self.labels = labels
         self.draws = draws
+        self.correction = correction
         self.weights = weights
         self.scale = scale
         self.damping = damping
@@ -289,7 +294,7 @@ class ContinualLearner:
         Raises
         ------
         IncompatibleError
-            Another approximation or coordinates than the learner's.
+            Another approximation, correction or coordinates than the learner's.
         ModelChangedError, UnknownLayerError, ShapeError, DtypeError, DeviceError
             The model is not theirs, as for `QuadraticPenalty`. A failed call changes nothing.
         """
@@ -421,10 +426,12 @@ class ContinualLearner:
 
     def _require_of_this_kind(self, curvature: Curvature) -> None:
         settings = curvature.settings
-        if (settings.approximation, settings.coordinates) != (self.approximation, self.coordinates):
+        theirs = settings.approximation, settings.coordinates, settings.correction
+        if theirs != (self.approximation, self.coordinates, self.correction):
+            corrected = "" if self.correction is None else f" with {self.correction!r} corrected"
             raise IncompatibleError(
-                f"curvature: expected {self.approximation!r} in {self.coordinates} coordinates, "
-                f"got {curvature!r}"
+                f"curvature: expected {self.approximation!r}{corrected} in {self.coordinates} "
+                f"coordinates, got {curvature!r}"
             )
 
     def _consolidated(self, loader: Source) -> tuple[Curvature | None, Anchor]:
@@ -451,6 +458,7 @@ class ContinualLearner:
                 statistics=self.statistics,
                 labels=self.labels,
                 draws=self.draws,
+                correction=self.correction,
                 generator=self.generator,
                 max_examples=self.max_examples,
                 input_fn=self.input_fn,

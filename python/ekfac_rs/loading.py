@@ -271,6 +271,8 @@ class Loader:
 
     def require_passes(self, passes: int, what_for: str) -> None:
         """Raise `OptionError` if the loader ends before it was gone through so many times."""
+        if isinstance(self._source, Loader):
+            self._source.require_passes(passes, what_for)
         if passes > 1 and isinstance(self._source, Iterator):
             raise OptionError(
                 f"loader: expected one that can be gone through {passes} times for {what_for}, "

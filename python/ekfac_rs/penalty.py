@@ -182,8 +182,9 @@ class QuadraticPenalty:
         the model's own parameters: a step of ``W`` moves the merged weights by the gain
         ``gamma / sigma``, once in the gradient and once in the weights. Layers are taken one by
         one, BatchNorms in the mode they are in. In train mode their statistics follow the weights
-        as on the last curvature's data; with a diagonal one, which does not know its inputs, and
-        in eval mode they are constants. Infinite for a zero penalty.
+        as on the last curvature's data; with a diagonal one and with eigenvalues or nearest factors
+        (see `estimate_curvature`), which do not know the inputs, and in eval mode they are
+        constants. Infinite for a zero penalty.
         """
         top = max(self._top_eigenvalue_of_parameters(layer) for layer in self._layers)
         return 2.0 * (1.0 + momentum) / top if top > 0.0 else float("inf")
@@ -592,9 +593,11 @@ def _input_moments(
     curvatures: Sequence[Curvature], layers: Iterable[AffineLayer]
 ) -> dict[str, _InputMoments]:
     """Moments of the inputs of every layer that takes up a BatchNorm's scale, where known."""
+    # The nearest factors are no moments.
     return {
         layer.name: _InputMoments(block)
         for curvature in curvatures
+        if curvature.settings.correction != "nearest"
         for layer in layers
         if layer.batchnorm is not None and layer.absorbs_scale
         if isinstance(block := curvature[layer.name], KroneckerSum)
@@ -624,9 +627,15 @@ def _common_coordinates(curvatures: Sequence[Curvature], wanted: str | None) -> 
         if {type(b) for b in curvature.values()} != {type(b) for b in first.values()}:
             raise IncompatibleError(
                 f"approximation: expected one kind of block in all curvatures, got "
-                f"{first.settings.approximation!r} and {curvature.settings.approximation!r}"
+                f"{_kind_of(first)} and {_kind_of(curvature)}"
             )
     return expected
+
+
+def _kind_of(curvature: Curvature) -> str:
+    settings = curvature.settings
+    corrected = "" if settings.correction is None else f" with {settings.correction!r} corrected"
+    return f"{settings.approximation!r}{corrected}"
 
 
 def _bind(

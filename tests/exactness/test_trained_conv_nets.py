@@ -328,3 +328,32 @@ def test_nested_overestimates_before_global_pooling_where_xkfac_does_not(pooled_
     assert summary.worst[NESTED] > 2.0, summary
     # It is its size that is wrong: times its best scalar it is the closest of all.
     assert summary.calibrated[NESTED] < min(1.0, summary.calibrated[XKFAC]), summary
+
+
+def test_corrections_mend_nested_before_global_pooling():
+    generator = torch.Generator().manual_seed(102)
+    draw = noisy_classes(6, generator)
+    batch = draw(EXAMPLES[6], generator)
+    model = build(_averaged, (2, 6, 6), 2)
+    train(model, draw, generator)
+    exact = exact_block(model, "6", batch, LOSSES["cross_entropy"].of_example)
+    errors, traces = {}, {}
+    for correction in (None, "scale", "eigenvalues", "nearest"):
+        found = estimate(
+            model,
+            [batch] * 64,
+            "cross_entropy",
+            labels="mc",
+            layers=["6"],
+            correction=correction,
+            generator=torch.Generator().manual_seed(0),
+        )["6"]
+        errors[correction] = relative_error(found.dense(), exact)
+        traces[correction] = found.trace() / float(exact.trace())
+    assert errors[None] > 6.0
+    assert traces[None] > 3.0
+    assert errors["scale"] < 1.0
+    assert errors["eigenvalues"] < 0.85
+    assert errors["nearest"] < 0.75
+    for correction in ("eigenvalues", "nearest"):
+        assert 0.8 < traces[correction] < 1.2

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ekfac_rs as ek
-from cases import APPROXIMATIONS, NETWORKS, estimate
+from cases import APPROXIMATIONS, EMBEDDINGS, NETWORKS, estimate
 
 DIFFERENCES = {
     "approximation": {"approximation": "kfac-expand"},
@@ -17,6 +17,7 @@ DIFFERENCES = {
     "coordinates": {"coordinates": "merged"},
     "statistics": {"statistics": "running"},
     "labels": {"labels": "empirical"},
+    "correction": {"correction": "scale"},
     "layers": {"layers": ["0", "6"]},
 }
 
@@ -29,7 +30,7 @@ def curvature(sizes=(5, 3), seed=1, model=None, loss="cross_entropy", **options)
 def factors(block) -> list[torch.Tensor]:
     if isinstance(block, ek.DiagonalBlock):
         return [block.values]
-    return [factor for term in block.terms for factor in term]
+    return [factor for term in block.terms for factor in term if factor is not None]
 
 
 ATTRIBUTES = (
@@ -119,6 +120,60 @@ def test_truncated_compact_files_are_refused(storage, tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ek.errors.FileFormatError):
         ek.Curvature.load(path)
+
+
+@pytest.mark.parametrize("storage", ["full", "triangle", "half"])
+@pytest.mark.parametrize("correction", ["scale", "eigenvalues", "nearest"])
+@pytest.mark.parametrize("approximation", ["xkfac", "diagonal"])
+@pytest.mark.parametrize("network", ["mlp-bn", "sequence with padding"])
+def test_corrected_curvatures_are_stored(network, approximation, correction, storage, tmp_path):
+    network = (NETWORKS | EMBEDDINGS)[network]
+    model, batches = network.make(), network.batches("cross_entropy", (5, 3))
+    options = {"approximation": approximation, "correction": correction}
+    original = estimate(model, batches, "cross_entropy", **options)
+    # With the terms of both.
+    for curvature in (original, original.merge(original)):
+        curvature.save(tmp_path / "f", storage=storage)
+        loaded = ek.Curvature.load(tmp_path / "f")
+        assert loaded.settings.correction == correction
+        assert repr(loaded) == repr(curvature)
+        lossless = storage != "half" or correction == "eigenvalues" or approximation == "diagonal"
+        if lossless:
+            assert identical(loaded, curvature)
+        for layer, block in curvature.items():
+            assert type(loaded[layer]) is type(block)
+            assert len(factors(loaded[layer])) == len(factors(block))
+
+
+@pytest.mark.parametrize("lost", ["0.1.U", "0.1.Q", "0.1.values"])
+def test_corrected_eigenvalues_without_a_part_are_refused(lost):
+    found = curvature(correction="eigenvalues")
+    twice = found.merge(found)
+    tensors = twice.tensors()
+    del tensors[lost]
+    with pytest.raises(KeyError, match=lost.removeprefix("0.")):
+        ek.Curvature.from_tensors(tensors, {"layers": twice.layers, **twice.metadata()})
+
+
+def test_files_from_before_corrections_are_read():
+    found = curvature()
+    metadata = found.metadata()
+    del metadata["settings"]["correction"]
+    loaded = ek.Curvature.from_tensors(found.tensors(), {"layers": found.layers, **metadata})
+    assert loaded.settings.correction is None
+    assert identical(loaded, found)
+
+
+@pytest.mark.parametrize("correction", ["scale", "eigenvalues", "nearest"])
+@pytest.mark.parametrize("approximation", ["xkfac", "diagonal"])
+def test_merging_corrected_curvatures_is_their_mean(approximation, correction):
+    options = {"approximation": approximation, "correction": correction}
+    first, second = curvature((5,), 1, **options), curvature((10, 5), 2, **options)
+    both = first.merge(second)
+    assert both.examples == 20
+    for layer, block in both.items():
+        mean = 0.25 * first[layer].dense() + 0.75 * second[layer].dense()
+        torch.testing.assert_close(block.dense(), mean)
 
 
 def test_unknown_storage_is_refused(tmp_path):

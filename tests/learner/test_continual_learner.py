@@ -46,8 +46,14 @@ def learn(loaders, model=None, epochs=8, lr=0.05, **options):
         {"approximation": "kfac-expand", "statistics": "running"},
         {"approximation": "xkfac", "freeze_bn_after": 0.3},
         {"approximation": "kfac-expand", "statistics": "running", "freeze_bn_after": 0.0},
+        {"approximation": "xkfac", "correction": "scale"},
+        {"approximation": "xkfac", "correction": "eigenvalues"},
+        {"approximation": "xkfac", "correction": "nearest"},
     ],
-    ids=["xkfac", "kfac eval", "xkfac scheduled", "kfac frozen"],
+    ids=[
+        *("xkfac", "kfac eval", "xkfac scheduled", "kfac frozen"),
+        *("scale", "eigenvalues", "nearest"),
+    ],
 )
 def test_curvature_keeps_earlier_tasks_that_fine_tuning_forgets(options):
     loaders = shifted_tasks()
@@ -107,7 +113,9 @@ def test_fit_leaves_no_hooks_gradients_or_changed_flags():
     assert all(p.grad is None for p in learner.model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"approximation": None}, {"coordinates": "raw"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"approximation": None}, {"coordinates": "raw"}, {"correction": "eigenvalues"}]
+)
 def test_a_saved_state_goes_on_as_the_original_would(options):
     loaders = shifted_tasks(tasks=3)
     learner = learn(loaders[:2], damping=0.01, **options)
@@ -130,6 +138,39 @@ def test_a_state_of_another_approximation_is_refused():
     with pytest.raises(ek.errors.IncompatibleError, match="anchor"):
         other.load_state_dict({"model": {}})
     assert other.task == 0
+
+
+@pytest.mark.parametrize("correction", [None, "scale", "nearest"])
+def test_a_state_of_another_correction_is_refused(correction):
+    loaders = shifted_tasks(1)
+    state = learn(loaders, epochs=1, correction="eigenvalues").state_dict()
+    other = ek.ContinualLearner(mlp(8, 24, 24, 3, dtype=torch.float32), correction=correction)
+    with pytest.raises(ek.errors.IncompatibleError, match="correction='eigenvalues'"):
+        other.load_state_dict(state)
+
+
+def test_corrections_are_checked_and_need_a_loader_that_can_be_gone_through_again():
+    model = mlp(8, 24, 24, 3, dtype=torch.float32)
+    with pytest.raises(ek.errors.OptionError, match="correction: expected one of"):
+        ek.ContinualLearner(model, correction="best")
+    (loader,) = shifted_tasks(1)
+    learner = ek.ContinualLearner(model, correction="scale")
+    with pytest.raises(ek.errors.OptionError, match="2 times for correction='scale'"):
+        learner.consolidate(iter(loader))
+    assert learner.task == 0
+    learner.consolidate(loader)
+    assert learner.curvatures[0].settings.correction == "scale"
+
+
+def test_curvatures_of_different_corrections_do_not_add_up():
+    model = mlp(8, 24, 3, dtype=torch.float32)
+    (loader,) = shifted_tasks(1)
+    curvatures = [
+        ek.estimate_curvature(model, loader, correction=correction)
+        for correction in ("eigenvalues", "nearest")
+    ]
+    with pytest.raises(ek.errors.IncompatibleError, match="'nearest' corrected"):
+        ek.QuadraticPenalty(model, curvatures, ek.merged_weights(model))
 
 
 def test_evaluation_of_a_regression_is_minus_the_loss():

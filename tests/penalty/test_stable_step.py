@@ -16,10 +16,11 @@ from nets import classification_loader, mlp
 from single_layers import ONE_LAYER, move, one_layer, other_curvatures
 
 
-def with_curvatures(name, gain, approximation, tasks):
+def with_curvatures(name, gain, approximation, tasks, correction=None):
     """A layer at its anchor with the curvatures of so many tasks, the last taken there."""
-    model, x, own, anchor = one_layer(name, gain, approximation)
-    return model, x, [*other_curvatures(name, gain, approximation, tasks - 1), own], anchor
+    model, x, own, anchor = one_layer(name, gain, approximation, correction)
+    others = other_curvatures(name, gain, approximation, tasks - 1, correction)
+    return model, x, [*others, own], anchor
 
 
 def values_of_descent(model, x, penalty, lr, momentum, steps, stable):
@@ -82,6 +83,21 @@ def test_parameters_that_are_not_trained_are_left_out(frozen, training, approxim
     assert values[-1] < 0.5 * values[0]
     for name, value in before.items():
         assert torch.equal(model.get_parameter(name), value)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("correction", ["scale", "eigenvalues", "nearest"])
+@pytest.mark.parametrize("tasks", [1, 5])
+@pytest.mark.parametrize("name", ["Linear", "grouped", "depthwise", "BatchNorm alone", "LayerNorm"])
+def test_it_converges_there_on_corrected_curvatures(name, tasks, correction, training):
+    model, x, curvatures, anchor = with_curvatures(name, 2.0, "xkfac", tasks, correction)
+    model = copy.deepcopy(model).train(training)
+    with ek.QuadraticPenalty(model, curvatures, anchor) as penalty:
+        lr = 100.0 * penalty.max_stable_lr(0.9)
+        move(model, size=1e-2)
+        values = values_of_descent(model, x, penalty, lr, 0.9, 150, stable=True)
+    assert max(values) < 3.0 * values[0]
+    assert values[-1] < 0.1 * values[0]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

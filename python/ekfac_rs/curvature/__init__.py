@@ -4,18 +4,27 @@ from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.columnwise import ColumnwiseSum
 from ekfac_rs.curvature.curvature import Curvature, Signature
 from ekfac_rs.curvature.diagonal import DiagonalBlock
+from ekfac_rs.curvature.eigenbasis import EigenbasisSum
 from ekfac_rs.curvature.kronecker import KroneckerSum
 from ekfac_rs.curvature.passes import estimate_curvature
-from ekfac_rs.curvature.settings import APPROXIMATIONS, DIAGONAL, STATISTICS, PassSettings
+from ekfac_rs.curvature.settings import (
+    APPROXIMATIONS,
+    CORRECTIONS,
+    DIAGONAL,
+    STATISTICS,
+    PassSettings,
+)
 
 __all__ = [
     "APPROXIMATIONS",
+    "CORRECTIONS",
     "DIAGONAL",
     "STATISTICS",
     "Block",
     "ColumnwiseSum",
     "Curvature",
     "DiagonalBlock",
+    "EigenbasisSum",
     "KroneckerSum",
     "PassSettings",
     "Signature",

@@ -7,9 +7,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ekfac_rs.errors import IncompatibleError
+from ekfac_rs.errors import IncompatibleError, NumericalError, OptionError
 
 Terms = Sequence[tuple[Tensor, Tensor]]
+
+# Above this many rows a dense matrix is no longer a fallback anyone wants.
+_DENSE_LIMIT = 4096
 
 
 class Block(ABC):
@@ -110,6 +113,40 @@ def mixed_terms(
         gradient_share = examples[k] / (examples[k] + others[k])
         terms.append((torch.lerp(B, A, share), torch.lerp(H, G, gradient_share)))
     return terms
+
+
+def dense_logdet(block: Block, damping: float, closed: str, instead: str = "") -> float:
+    """Log-determinant of ``block + damping I`` by a dense Cholesky factorisation.
+
+    Parameters
+    ----------
+    block : Block
+    damping : float
+    closed, instead : str
+        What has a closed form, and what else to do, for messages.
+
+    Raises
+    ------
+    NumericalError
+        The damped block is singular.
+    OptionError
+        It is too large.
+    """
+    D, K = block.shape
+    if D * K > _DENSE_LIMIT:
+        raise OptionError(
+            f"logdet: expected {closed}, or at most {_DENSE_LIMIT} rows, got {block!r} with "
+            f"{D * K} rows and damping {damping}{instead}"
+        )
+    dense = block.dense().double()
+    dense.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(dense)
+    if int(failed):
+        raise NumericalError(
+            f"logdet: expected a positive definite block, got a pivot <= 0 at row {int(failed)}"
+            f" with damping {damping}"
+        )
+    return 2.0 * float(factor.diagonal().log().sum())
 
 
 def require_same_kind(mine: Block, theirs: object) -> None:

@@ -13,6 +13,7 @@ from ekfac_rs.curvature import files
 from ekfac_rs.curvature.block import Block, kept_strata, require_same_kind
 from ekfac_rs.curvature.columnwise import sum_of_terms
 from ekfac_rs.curvature.diagonal import DiagonalBlock
+from ekfac_rs.curvature.eigenbasis import EigenbasisSum
 from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
 from ekfac_rs.errors import EkfacError, FileFormatError, IncompatibleError, UnknownLayerError
 from ekfac_rs.layers import AffineLayer
@@ -44,14 +45,16 @@ class Signature(NamedTuple):
 class Curvature(Mapping[str, Block]):
     """Curvature of a model's loss, the mean over examples: one block for each layer.
 
-    A mapping from layer name to `KroneckerSum`, `ColumnwiseSum` (Embeddings) or `DiagonalBlock`.
+    A mapping from layer name to `KroneckerSum`, `ColumnwiseSum` (Embeddings), `DiagonalBlock`, or
+    `EigenbasisSum` where eigenvalues were corrected.
 
     Attributes
     ----------
     blocks : dict of str to block
         In the model's order.
     settings : PassSettings
-        What was computed: loss, approximation, coordinates, statistics, labels, precision.
+        What was computed: loss, approximation, coordinates, statistics, labels, precision,
+        correction.
     examples, batches : int
         How many were seen.
     gradient_examples : dict of str to list of int
@@ -118,6 +121,8 @@ class Curvature(Mapping[str, Block]):
     def merge(self, other: "Curvature") -> "Curvature":
         """Union of two passes over disjoint mini-batches, exactly as one pass over both.
 
+        With a correction, which is not additive, it is the mean of the two, with the terms of both.
+
         Parameters
         ----------
         other : Curvature
@@ -132,12 +137,15 @@ class Curvature(Mapping[str, Block]):
         examples = self.examples + other.examples
         share = self.examples / examples
         mine, theirs = self.gradient_examples, other.gradient_examples
+
+        def union(name: str) -> Block:
+            if self.settings.correction is not None:
+                return self[name] * share + other[name] * (1.0 - share)
+            return self[name].mixed(other[name], share, mine[name], theirs[name])
+
         return replace(
             self,
-            blocks={
-                name: self[name].mixed(other[name], share, mine[name], theirs[name])
-                for name in self
-            },
+            blocks={name: union(name) for name in self},
             examples=examples,
             gradient_examples={
                 name: [a + b for a, b in zip(mine[name], theirs[name], strict=True)]
@@ -187,6 +195,7 @@ class Curvature(Mapping[str, Block]):
             "triangle" stores one triangle of each factor, without loss, in half the bytes;
             "half" its correlations in float16 beside an exact diagonal, in a quarter of those of
             float32 (each entry right to ``2**-11 sqrt(F_ii F_jj)``). `load` reads all three.
+            Bases and eigenvalues are stored as they are.
 
         Raises
         ------
@@ -239,15 +248,14 @@ class Curvature(Mapping[str, Block]):
         values["settings"] = PassSettings(**values["settings"])
         values["signatures"] = {name: Signature(*s) for name, s in values["signatures"].items()}
         values["uncovered"] = tuple(values["uncovered"])
-        blocks: dict[str, Block] = {}
-        for index, name in enumerate(layers):
-            own = _with_prefix(tensors, f"{index}.")
-            if values["settings"].approximation == DIAGONAL:
-                blocks[name] = DiagonalBlock(own["diagonal"])
-            else:
-                terms = range(len(kept_strata(values["gradient_examples"][name])))
-                A = "A.diagonal" if "0.A.diagonal" in own else "A"
-                blocks[name] = sum_of_terms([(own[f"{k}.{A}"], own[f"{k}.G"]) for k in terms])
+        blocks = {
+            name: _block_of(
+                _with_prefix(tensors, f"{index}."),
+                values["settings"],
+                len(kept_strata(values["gradient_examples"][name])),
+            )
+            for index, name in enumerate(layers)
+        }
         return cls(blocks=blocks, **values)
 
 
@@ -264,3 +272,17 @@ def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def _block_of(tensors: Mapping[str, Tensor], settings: PassSettings, strata: int) -> Block:
+    """Rebuild a block from what its `tensors` gave."""
+    if settings.approximation == DIAGONAL:
+        return DiagonalBlock(tensors["diagonal"])
+    terms = strata
+    if settings.correction is not None:
+        # Merged ones have the terms of both.
+        terms = len({key.partition(".")[0] for key in tensors})
+    if settings.correction == "eigenvalues":
+        return EigenbasisSum.from_tensors(tensors, terms)
+    A = "A.diagonal" if "0.A.diagonal" in tensors else "A"
+    return sum_of_terms([(tensors[f"{k}.{A}"], tensors[f"{k}.G"]) for k in range(terms)])

@@ -42,10 +42,10 @@ def write(
     try:
         packed: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            symmetric = not key.endswith("diagonal")
+            symmetric = key.endswith((".A", ".G"))
             packed |= pack(key, tensor, storage if symmetric else "full")
         text = json.dumps({"format": _FORMAT, **metadata})
-        save_file(packed, partial, metadata={_METADATA_KEY: text})
+        save_file(_apart(packed), partial, metadata={_METADATA_KEY: text})
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -134,6 +134,16 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not slash:
             plain[name] = tensor
     return plain
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory with one before: merged curvatures may share factors."""
+    apart: dict[str, Tensor] = {}
+    seen = set()
+    for key, tensor in tensors.items():
+        apart[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def _mask(n: int, offset: int, device: torch.device) -> Tensor:

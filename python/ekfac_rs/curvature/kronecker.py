@@ -13,17 +13,13 @@ from torch import Tensor
 from ekfac_rs import _core
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
 from ekfac_rs._tensors import borrow
-from ekfac_rs.curvature.block import Block, mixed_terms
+from ekfac_rs.curvature.block import Block, dense_logdet, mixed_terms
 from ekfac_rs.errors import (
     DtypeError,
     IncompatibleError,
-    NumericalError,
     OptionError,
     ShapeError,
 )
-
-# Above this many rows a dense matrix is no longer a fallback anyone wants.
-_DENSE_LIMIT = 4096
 
 
 class KroneckerSum(Block):
@@ -336,22 +332,12 @@ class KroneckerSum(Block):
             return inverse.logdet()
         if self.groups > 1:
             return sum(self.group(index).logdet(damping) for index in range(self.groups))
-        D, K = self.shape
-        if D * K > _DENSE_LIMIT:
-            raise OptionError(
-                f"logdet: expected one term, two without damping, or at most {_DENSE_LIMIT} rows, "
-                f"got {len(self.terms)} terms, damping {damping} and {D * K} rows; use "
-                "damped(damping).logdet(), after compress(2) where there are more terms"
-            )
-        dense = self.dense().double()
-        dense.diagonal().add_(damping)
-        factor, failed = torch.linalg.cholesky_ex(dense)
-        if int(failed):
-            raise NumericalError(
-                f"logdet: expected a positive definite block, got a pivot <= 0 at row {int(failed)}"
-                f" with damping {damping}"
-            )
-        return 2.0 * float(factor.diagonal().log().sum())
+        return dense_logdet(
+            self,
+            damping,
+            "one term, two without damping",
+            "; use damped(damping).logdet(), after compress(2) where there are more terms",
+        )
 
     def sample(
         self, n: int, damping: float = 0.0, generator: torch.Generator | None = None

@@ -12,6 +12,7 @@ DIAGONAL = "diagonal"
 APPROXIMATIONS = (*_core.strata(), DIAGONAL)
 STATISTICS = ("batch", "running")
 PRECISIONS = ("ieee", "tf32")
+CORRECTIONS = ("scale", "eigenvalues", "nearest")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PassSettings:
     ----------
     likelihood : str
         The loss, with its reduction: the ``repr`` of a `Likelihood`.
-    approximation, coordinates, statistics, labels, draws, precision
+    approximation, coordinates, statistics, labels, draws, precision, correction
         As given to `estimate_curvature`.
     frozen : tuple of str
         With batch statistics, the BatchNorms that used running ones all the same, because their
@@ -33,7 +34,7 @@ class PassSettings:
     Raises
     ------
     OptionError
-        An unknown option, or draws below 1.
+        An unknown option or correction, or draws below 1.
     """
 
     likelihood: str
@@ -44,6 +45,7 @@ class PassSettings:
     draws: int
     precision: str
     frozen: tuple[str, ...] = ()
+    correction: str | None = None
 
     def __post_init__(self) -> None:
         require_choice("approximation", self.approximation, APPROXIMATIONS)
@@ -51,6 +53,8 @@ class PassSettings:
         require_choice("statistics", self.statistics, STATISTICS)
         require_choice("labels", self.labels, LABELS)
         require_choice("precision", self.precision, PRECISIONS)
+        if self.correction is not None:
+            require_choice("correction", self.correction, CORRECTIONS)
         require_count("draws", self.draws)
         object.__setattr__(self, "frozen", tuple(self.frozen))  # a list, where read from a file
 

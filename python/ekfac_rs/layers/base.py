@@ -243,6 +243,14 @@ class AffineLayer:
         """Gradients at the output as units, ``[N, D]`` or ``[N, T, D]``."""
         return channels_last(g)
 
+    def gradient(self, units: Units, g: Tensor) -> Tensor:
+        """Gradient ``sum_u g_u a_u^T`` of ``W`` over all units, shape (D, K)."""
+        a, g = (
+            x.reshape(-1, self.groups, x.shape[-1] // self.groups).movedim(1, 0)
+            for x in (units.values, g)
+        )
+        return (g.mT @ a).flatten(0, 1)
+
     def example_gradients(self, units: Units, g: Tensor) -> Tensor:
         """Gradient ``sum_t g_nt a_nt^T`` of ``W`` for each example, shape (N, D, K)."""
         a, g = (

@@ -54,10 +54,19 @@ class _PatchLayer(AffineLayer):
     def channel_axis(self, dimensions: int) -> int | None:
         return 1 if dimensions == self.module.weight.dim() else None
 
+    def gradient(self, units: Units, g: Tensor) -> Tensor:
+        if not isinstance(units, Patches):
+            return super().gradient(units, g)
+        return _patch_gradient(units.values, g, units.geometry, self.groups)
+
     def example_gradients(self, units: Units, g: Tensor) -> Tensor:
         if not isinstance(units, Patches):
             return super().example_gradients(units, g)
-        return _patch_gradients(units.values, g, units.geometry, self.groups)
+        # Each example is a group of its own.
+        N, D = len(g), g.shape[-1]
+        x, g = (z.reshape(1, -1, *z.shape[2:]) for z in (units.values, g.transpose(1, 2)))
+        gradient = _patch_gradient(x, g.transpose(1, 2), units.geometry, N * self.groups)
+        return gradient.reshape(N, D, -1)
 
 
 class ConvLayer(_PatchLayer):
@@ -179,30 +188,26 @@ def units_of_patches(x: Tensor, geometry: Geometry) -> Units:
     return Patches(x, geometry)
 
 
-def _patch_gradients(x: Tensor, g: Tensor, geometry: Geometry, groups: int) -> Tensor:
-    """Gradient of a convolution's weights for each example, shape (N, D, K).
-
-    One convolution of all examples at once: each is a group of its own.
-    """
-    N, C, D = len(x), x.shape[1], g.shape[-1]
+def _patch_gradient(x: Tensor, g: Tensor, geometry: Geometry, groups: int) -> Tensor:
+    """Gradient of a convolution's weights over all examples, shape (D, K)."""
+    C, D = x.shape[1], g.shape[-1]
     x = F.pad(x, [side for sides in reversed(geometry.padding) for side in sides])
     sizes = [
         (length - d * (k - 1) - 1) // s + 1
         for length, k, s, d in zip(x.shape[2:], *geometry[:3], strict=True)
     ]
-    weight = x.new_zeros(()).expand(N * D, C // groups, *geometry.kernel)
     _, gradient, _ = torch.ops.aten.convolution_backward(
-        g.transpose(1, 2).reshape(1, N * D, *sizes),
-        x.reshape(1, N * C, *x.shape[2:]),
-        weight,
+        g.transpose(1, 2).reshape(-1, D, *sizes),
+        x,
+        x.new_zeros(()).expand(D, C // groups, *geometry.kernel),
         None,
         geometry.stride,
         [0] * len(sizes),
         geometry.dilation,
         False,
         [0] * len(sizes),
-        N * groups,
+        groups,
         [False, True, False],
     )
-    per_example: Tensor = gradient.reshape(N, D, -1)
-    return per_example
+    of_weights: Tensor = gradient.reshape(D, -1)
+    return of_weights

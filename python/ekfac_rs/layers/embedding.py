@@ -58,6 +58,14 @@ class Tokens(Units):
             degrees_of_freedom.append(dof)
         return degrees_of_freedom
 
+    def gradient(self, g: Tensor) -> Tensor:
+        """Sum over units of the gradients of each token, shape (D, count)."""
+        g = g.reshape(-1, g.shape[-1])
+        sums = g.new_zeros(self.count, g.shape[-1]).index_add_(0, self.values.flatten(), g)
+        if self.padding is not None:
+            sums[self.padding] = 0.0
+        return sums.T
+
     def squared_gradients(self, g: Tensor) -> Tensor:
         """Sum over examples of the squares of their gradients, shape (D, count)."""
         pairs, places = torch.unique(self._pairs(), return_inverse=True)
@@ -127,6 +135,10 @@ class EmbeddingLayer(AffineLayer):
 
     def gradients(self, g: Tensor) -> Tensor:
         return flat_units(g)
+
+    def gradient(self, units: Units, g: Tensor) -> Tensor:
+        assert isinstance(units, Tokens)
+        return units.gradient(g)
 
     def squared_gradients(self, units: Units, g: Tensor) -> Tensor:
         assert isinstance(units, Tokens)

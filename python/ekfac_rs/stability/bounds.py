@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ekfac_rs._tensors import accumulation_dtype
-from ekfac_rs.curvature import Block, ColumnwiseSum, DiagonalBlock, KroneckerSum
+from ekfac_rs.curvature import Block, ColumnwiseSum, DiagonalBlock, EigenbasisSum, KroneckerSum
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.operators import LARGE, ByEntry, Operator, Rotated, Spectrum, WithRows
 from ekfac_rs.stability.view import Moves, View
@@ -71,6 +71,8 @@ class Bound(ABC):
 
 def bound_of(block: Block | None, scale: float, damping: float, like: Tensor) -> Bound:
     """Return the bound of ``scale * block + damping``; ``like`` has the shape of weights."""
+    if isinstance(block, EigenbasisSum):
+        block = block.above()
     if isinstance(block, KroneckerSum | ColumnwiseSum):
         return _KroneckerBound(block, scale, damping)
     values = block.values if isinstance(block, DiagonalBlock) else torch.zeros_like(like)

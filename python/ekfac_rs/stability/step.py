@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from ekfac_rs._lanczos import top_eigenvalue
 from ekfac_rs.curvature import Block
 from ekfac_rs.errors import ModelChangedError, NumericalError
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.bounds import Part, bound_of
-from ekfac_rs.stability.eigenvalue import Hessian, seen_from_parameters, top_eigenvalue
+from ekfac_rs.stability.eigenvalue import Hessian, seen_from_parameters
 from ekfac_rs.stability.view import Situation, View
 
 # Of the top eigenvalue of ``(I + lr K)^-1 lr H``: below 2, where even descent without momentum

@@ -1,0 +1,75 @@
+"""The top eigenvalue of an operator that is known by its products."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ekfac_rs.errors import NumericalError
+
+# So far below its limit, a value found by a few products will not get there.
+_FAR = 0.2
+
+
+def top_eigenvalue(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    iterations: int = 24,
+    tolerance: float = 1e-5,
+    limit: float | None = None,
+) -> float:
+    """Top eigenvalue of a positive semi-definite operator on vectors, from below.
+
+    By Lanczos (Golub & Van Loan 2013, section 10.1).
+
+    Parameters
+    ----------
+    product : callable
+    start : Tensor of shape (n,)
+    iterations : int
+        At most so many products.
+    tolerance : float
+        Stop when two more change the value by less than this share.
+    limit : float, optional
+        Only which side of it the value is on matters: stop when that is settled.
+
+    Raises
+    ------
+    NumericalError
+        A product is not finite.
+    """
+    basis = start.new_empty(min(iterations, start.numel()), start.numel())
+    basis[0] = start / start.norm()
+    diagonal: list[float] = []
+    beside: list[float] = []
+    before = top = 0.0
+    for i in range(len(basis)):
+        w = product(basis[i])
+        diagonal.append(float(w @ basis[i]))
+        if not math.isfinite(diagonal[-1]):
+            raise NumericalError("top eigenvalue: the product overflows")
+        # Against all earlier directions, or rounding brings them back.
+        earlier = basis[: i + 1]
+        w = w - earlier.T @ (earlier @ w)
+        earlier_top, before, top = before, top, _top_of_tridiagonal(diagonal, beside)
+        size = float(w.norm())
+        # Twice in a row: it may rest for one product on its way.
+        at_rest = top - earlier_top <= tolerance * top
+        settled = limit is not None and (top > limit or (i > 2 and top < _FAR * limit))
+        if at_rest or settled or size <= 1e-12 * max(top, 1e-300):
+            break
+        if i + 1 < len(basis):
+            beside.append(size)
+            basis[i + 1] = w / size
+    return top
+
+
+def _top_of_tridiagonal(diagonal: Sequence[float], beside: Sequence[float]) -> float:
+    n = len(diagonal)
+    matrix = torch.zeros(n, n, dtype=torch.float64, device="cpu")
+    for i, value in enumerate(diagonal):
+        matrix[i, i] = value
+    for i, value in enumerate(beside):
+        matrix[i, i + 1] = matrix[i + 1, i] = value
+    return float(torch.linalg.eigvalsh(matrix)[-1])
