@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
@@ -125,6 +127,36 @@ def test_they_are_what_they_say_where_labels_are_summed_over(name, approximation
         if approximation != "diagonal":
             assert type(found["nearest"]) is type(found[None])
             assert len(found["nearest"].terms) == len(found[None].terms)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    sizes=st.lists(st.integers(2, 6), min_size=1, max_size=3),
+    approximation=st.sampled_from(["kfac-expand", "xkfac"]),
+)
+def test_properties_of_random_nets(seed, sizes, approximation):
+    """Each correction lowers the error, none depends on the order of examples or mini-batches."""
+    network = NETS["mlp-bn"]
+    model, batches = network.make(seed), network.batches("cross_entropy", tuple(sizes), seed)
+    backwards = [(x.flip(0), y.flip(0)) for x, y in reversed(batches)]
+    options = {"approximation": approximation, "layers": ["3"], **MERGED}
+    of_example = LOSSES["cross_entropy"].of_example
+    H = exact_block_of_loader(model, "3", batches, of_example, **MERGED)
+    errors = {}
+    for correction in (None, *CORRECTIONS):
+        found, again = (
+            estimate(model, loader, "cross_entropy", correction=correction, **options)["3"]
+            for loader in (batches, backwards)
+        )
+        errors[correction] = relative_error(found.dense(), H)
+        assert torch.linalg.eigvalsh(found.dense())[0] > -1e-10 * found.norm()
+        if correction == "eigenvalues":  # in a basis that need not be unique
+            assert again.trace() == pytest.approx(found.trace())
+        else:
+            assert relative_error(again.dense(), found.dense()) < 1e-5
+    assert errors["nearest"] <= errors["scale"] + EXACT
+    assert errors["scale"] <= errors[None] + EXACT
 
 
 # --- the nearest of all ---------------------------------------------------------------------------

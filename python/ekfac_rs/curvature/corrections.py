@@ -22,7 +22,7 @@ from ekfac_rs.curvature.settings import PassSettings
 from ekfac_rs.layers import AffineLayer, Units
 
 # Of a mini-batch whose examples do not depend on each other: each part is a sample of its own.
-_PARTS = 8
+_PARTS = 4
 
 # Rounds through the terms for one side's nearest factors, and the share of their squares by which
 # the last must have moved them for another one.
@@ -38,8 +38,9 @@ Factors = list[Tensor]
 class Mean:
     """Weighted mean over samples of some tensors, and the variance of that mean.
 
-    A mini-batch's weights add up to its examples; samples that are sums over a part of it stand
-    for that many.
+    Samples of a part of a mini-batch stand for as many examples. Those of the columns of a root
+    (labels "type2") add up and are not all alike, but count as draws: their variance is rather
+    taken too large.
     """
 
     def __init__(self, shapes: Sequence[Tensor]) -> None:

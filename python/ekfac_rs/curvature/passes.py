@@ -92,8 +92,8 @@ def estimate_curvature(
         example has one location, as for a Linear on ``[N, K]``, "xkfac-nested" is "xkfac".
         Before global average pooling in train mode "xkfac-nested" overestimates: its error was
         up to 9 times that of the better of expand and reduce, where "xkfac" stayed within 1.4
-        times. With each block at its best scale nested fits best (benchmarks: convolutions):
-        ``correction="scale"`` takes it.
+        times. With each block at its best scale nested fits best (benchmarks: convolutions); a
+        ``correction`` of eigenvalues or factors mends it.
     coordinates : {"merged", "raw"}
         "merged": the layer and the BatchNorm after it as one affine map; gradients are taken at
         the BatchNorm's output. A BatchNorm that no layer feeds is a map of its own, with a 2x2
@@ -127,16 +127,19 @@ def estimate_curvature(
     correction : {None, "scale", "eigenvalues", "nearest"}
         Brings the blocks nearer to the exact ones (method: corrections), by the gradients of
         ``correction_batches`` mini-batches under labels drawn anew in every pass. The loader is
-        gone through from its beginning once more, for "nearest" four times. "scale" multiplies a
-        block by its best scalar. "eigenvalues" takes the eigenvalues in the eigenbasis of the
-        summed factors anew (an `EigenbasisSum`; a diagonal for "diagonal"). "nearest" moves the
-        factors towards the nearest sum of as many positive semi-definite Kronecker products (for
-        "diagonal" that is the diagonal); they no longer are moments of inputs and gradients. What
-        few samples leave uncertain stays near the plain block.
+        gone through from its beginning once more, for "nearest" four times. What few samples
+        leave uncertain stays near the plain block.
+        "scale" multiplies a block by its best scalar, the one of least Frobenius error. Little is
+        left of a block whose form is wrong: its trace may be far below the exact one.
+        "eigenvalues" takes the eigenvalues in the eigenbasis of the summed factors anew (an
+        `EigenbasisSum`; a diagonal for "diagonal"): right traces.
+        "nearest" moves the factors towards the nearest sum of as many positive semi-definite
+        Kronecker products (for "diagonal" that is the diagonal): the least error. They no longer
+        are moments of inputs and gradients.
     correction_batches : int
         Mini-batches in each pass of a correction, at most all. 64 bring errors within a few per
         cent of what 256 do. Under batch statistics a mini-batch and label draw is one sample;
-        otherwise it is taken in parts for eight.
+        where examples do not depend on each other it is four, made of its parts.
     progress : bool
         Show a tqdm bar.
 
