@@ -20,11 +20,10 @@ EXACT = 1e-10
 CORRECTIONS = ("scale", "eigenvalues", "nearest")
 APPROXIMATIONS = ("kfac-expand", "xkfac", "xkfac-nested", "diagonal")
 MERGED = {"coordinates": "merged", "statistics": "batch"}
+RAW = {"coordinates": "raw", "statistics": "running"}
 MODES = [
-    (approximation, MERGED) for approximation in ("kfac-expand", "xkfac-nested", "diagonal")
-] + [
-    ("xkfac", {"coordinates": coordinates, "statistics": statistics})
-    for coordinates, statistics in itertools.product(("raw", "merged"), ("batch", "running"))
+    *((approximation, MERGED) for approximation in ("kfac-expand", "xkfac", "xkfac-nested")),
+    *(("diagonal", MERGED), ("xkfac", RAW), ("xkfac", MERGED | {"statistics": "running"})),
 ]
 
 
