@@ -27,17 +27,17 @@ dev: setup
     @PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
 
 # Lint, then all tests: Rust, then Python
-test: compile-and-lint dev lint-stubs test-rust test-python
+test: fetch-and-compile lint test-rust test-python
 
-# Python's dependencies come over the network, and its sources are linted, while Rust compiles
+# Python's dependencies come over the network while the Rust tests compile
 [private]
-compile-and-lint:
+fetch-and-compile:
     #!/usr/bin/env bash
     set -euo pipefail
-    {{just_executable()}} lint-python & python=$!
+    trap wait EXIT
+    {{just_executable()}} setup & fetching=$!
     cargo test {{checked}} --no-run --quiet
-    {{just_executable()}} lint-rust
-    wait $python
+    wait $fetching
 
 # Tests of the Rust core; they need neither Python nor torch
 test-rust:
@@ -56,23 +56,26 @@ test-gpu *args: dev
 sanitize-gpu *args: dev
     compute-sanitizer --report-api-errors no --error-exitcode 1 {{python}} -m pytest -m cuda tests/gpu {{args}}
 
-# Check formatting, lints, types and stubs
-lint: lint-rust lint-python lint-stubs
+# Check formatting, lints, types and stubs: Rust and Python side by side
+lint: dev
+    #!/usr/bin/env bash
+    set -euo pipefail
+    trap wait EXIT
+    {{just_executable()}} lint-rust & rust=$!
+    {{just_executable()}} lint-python
+    wait $rust
 
-# Clippy shares a profile, and so what is compiled for macros and build scripts, with all else
+# The profile is that of all else, so that macros and build scripts are compiled once
 [private]
 lint-rust:
     cargo fmt --all --check
     cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
 
 [private]
-lint-python: setup
+lint-python:
     {{python}} -m ruff format --check python tests benchmarks scripts
     {{python}} -m ruff check python tests benchmarks scripts
     {{python}} -m mypy
-
-[private]
-lint-stubs: dev
     {{python}} -m mypy.stubtest ekfac_rs._core
 
 # Format everything
