@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import count, islice
 from typing import Any, Self
 
@@ -43,6 +44,13 @@ from ekfac_rs.errors import (
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
 from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
+from ekfac_rs.optimization import (
+    MakesOptimizer,
+    MakesScheduler,
+    Optimization,
+    require_optimizer,
+    require_scheduler,
+)
 from ekfac_rs.penalty import QuadraticPenalty
 
 STEPS = ("stable", "explicit")
@@ -52,12 +60,13 @@ class ContinualLearner:
     """Learns tasks one after another under a curvature penalty on merged weights.
 
     For each task call `fit`, then `consolidate`. `fit` trains with SGD and momentum, the learning
-    rate falling to zero along a cosine. From the second task on it first takes the new task's
-    statistics into the BatchNorms (`reparameterize`) and adds the penalty ``scale * sum of the
-    earlier tasks' quadratic forms`` and ``damping`` (see `QuadraticPenalty`); counting tasks as
-    equally important is scale 1. `consolidate` accumulates the task's curvature; the merged view
-    of the weights is the next anchor. The model stays an ordinary, trainable one all along, and
-    is evaluated with its running statistics: one network for all tasks.
+    rate falling to zero along a cosine, or as ``optimizer`` and ``scheduler`` say. From the second
+    task on it first takes the new task's statistics into the BatchNorms (`reparameterize`) and adds
+    the penalty ``scale * sum of the earlier tasks' quadratic forms`` and ``damping`` (see
+    `QuadraticPenalty`); counting tasks as equally important is scale 1. `consolidate` accumulates
+    the task's curvature; the merged view of the weights is the next anchor. The model stays an
+    ordinary, trainable one all along, and is evaluated with its running statistics: one network
+    for all tasks.
 
     Without curvature and damping there is nothing to protect, and this is ordinary fine-tuning:
     the model is trained as it is.
@@ -85,9 +94,23 @@ class ContinualLearner:
     step : {"stable", "explicit"}
         "stable" multiplies gradients as `QuadraticPenalty.precondition` does, so that training
         does not diverge on the penalty. "explicit" leaves them alone and warns where the learning
-        rate is too high for that (`QuadraticPenalty.check_lr`).
+        rate is too high for that (`QuadraticPenalty.check_lr`; of SGD alone). Where groups of
+        parameters have learning rates of their own, both look at the highest that there was so
+        far in the task. Optimisers whose steps do not grow with the gradient, such as Adam, do not
+        diverge in either case; for them "stable" turns steps away from what is held on to.
+    optimizer : callable, optional
+        Called as ``optimizer(parameters, lr=lr)`` when a task's training begins, with the list of
+        the model's trainable parameters and the learning rate given to `fit`; returns a
+        `torch.optim.Optimizer`. Torch's own classes are such callables, and so is
+        ``functools.partial(torch.optim.AdamW, weight_decay=0.01)``. Default: SGD with
+        ``momentum``.
+    scheduler : "cosine", callable or None
+        Called as ``scheduler(optimizer, steps)`` with the number of steps that training will take;
+        returns a `torch.optim.lr_scheduler.LRScheduler`, which is stepped after every step of the
+        optimiser. "cosine" lets each group's learning rate fall to 0 along half a cosine; None
+        leaves them alone.
     momentum : float
-        Of SGD.
+        Of the default optimiser; no other is given it.
     input_fn, target_fn, output_fn : callable, optional
         As in `estimate_curvature`, for every loader that the learner is given.
     freeze_bn_after : float
@@ -109,7 +132,7 @@ class ContinualLearner:
     Raises
     ------
     OptionError, UnsupportedLossError
-        An unknown option or loss.
+        An unknown option or loss; an optimizer or scheduler that cannot be called.
 
     References
     ----------
@@ -133,6 +156,8 @@ class ContinualLearner:
         scale: float = 1.0,
         damping: float = 0.0,
         step: str = "stable",
+        optimizer: MakesOptimizer | None = None,
+        scheduler: str | MakesScheduler | None = "cosine",
         momentum: float = 0.9,
         freeze_bn_after: float = 1.0,
         max_examples: int | None = None,
@@ -151,6 +176,8 @@ class ContinualLearner:
             require_choice("correction", correction, CORRECTIONS)
         require_choice("weights", weights, WEIGHTS)
         require_choice("step", step, STEPS)
+        require_optimizer(optimizer)
+        require_scheduler(scheduler)
         require_count("draws", draws)
         require_nonnegative("scale", scale)
         require_nonnegative("damping", damping)
@@ -168,6 +195,8 @@ class ContinualLearner:
         self.scale = scale
         self.damping = damping
         self.step = step
+        self.optimizer = optimizer
+        self.scheduler = scheduler
         self.momentum = momentum
         self.freeze_bn_after = freeze_bn_after
         self.max_examples = max_examples
@@ -214,7 +243,8 @@ class ContinualLearner:
         steps : int, optional
             Train for so many steps instead, through the loader as often as it takes.
         lr : float
-            Highest learning rate; it falls to 0 along half a cosine over the task.
+            Learning rate that the optimiser is made with; by default the highest: it falls to 0
+            along half a cosine over the task.
         callback : callable, optional
             Called as ``callback(step, learner)`` after every step, counted from 1.
 
@@ -227,7 +257,9 @@ class ContinualLearner:
         Raises
         ------
         OptionError
-            Both epochs and steps; a number below 1; an iterator that ends before training does.
+            Both epochs and steps; a number below 1; an iterator that ends before training does;
+            the learner's optimizer or scheduler returned something else, or one whose ``step``
+            needs an argument.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
@@ -521,6 +553,7 @@ class _Phase:
         self.freeze_at = round(learner.freeze_bn_after * steps) if later else steps
         self.finite = _FiniteCheck(deferred=device_of(learner.model).type == "cuda")
         self.penalty: QuadraticPenalty | None = None
+        self.still: list[nn.Parameter] = []
         # What `reparameterize` may write before the first step is made.
         self._before = kept_batchnorms(learner.model)
 
@@ -546,13 +579,17 @@ class _Phase:
         self.penalty = learner.penalty()
         if self.penalty is not None:
             cleanup.callback(self.penalty.close)
-            if learner.step == "explicit":
-                self.penalty.check_lr(self.lr, learner.momentum)
-        parameters = [p for p in learner.model.parameters() if p.requires_grad]
-        if not parameters:
-            raise OptionError("model: expected trainable parameters, got none")
-        self.optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=learner.momentum)
+        self.optimization = Optimization(
+            [p for p in learner.model.parameters() if p.requires_grad],
+            self.lr,
+            self.steps,
+            learner.optimizer or partial(torch.optim.SGD, momentum=learner.momentum),
+            learner.scheduler,
+        )
         cleanup.callback(learner.model.zero_grad, set_to_none=True)
+        sgd = self.optimization.sgd()
+        if self.penalty is not None and learner.step == "explicit" and sgd is not None:
+            self.penalty.check_lr(*sgd)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One optimiser step; returns loss, penalty and hits (`Likelihood.correct`), not waiting.
@@ -564,10 +601,6 @@ class _Phase:
             learner._example = batch.inputs.first(2).clone()
         if self.steps_done == self.freeze_at and self.freeze_at < self.steps:
             self._freeze(batch.inputs.first(2))
-        # A loader may yield more than its length promised.
-        share = min(self.steps_done / self.steps, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.5 * self.lr * (1.0 + math.cos(math.pi * share))
         outputs, targets = learner._outputs(batch)
         if self.steps_done == 0 or not outputs.is_cuda:
             learner.likelihood.validate(outputs, targets)
@@ -585,39 +618,39 @@ class _Phase:
                 ) from error
             total = loss + penalty
         self.finite.add(self.steps_done + 1, total.detach())
-        self.optimizer.zero_grad(set_to_none=True)
+        # An optimiser may hold less than the model, and more.
+        learner.model.zero_grad(set_to_none=True)
+        self.optimization.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if self.penalty is not None and learner.step == "stable":
-            self.penalty.precondition(self.lr)
-        self.optimizer.step()
+            self.penalty.precondition(self.optimization.highest_lr)
+        self.optimization.step(self.still)
         self.steps_done += 1
         return loss.detach(), penalty.detach(), *learner.likelihood.correct(outputs, targets)
 
     def _freeze(self, example: Inputs) -> None:
         """From here on BatchNorms use their running statistics; nothing is folded."""
-        redundant = self._doubled(example) if self.penalty is not None else set()
+        self.still = self._doubled(example) if self.penalty is not None else []
         for module in self.learner.model.modules():
             if isinstance(module, _BatchNorm) and module.training:
                 module.eval()
                 self.learner._froze_batchnorm = True
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in redundant]
 
-    def _doubled(self, example: Inputs) -> set[int]:
-        """Identities of what a frozen BatchNorm doubles: its gamma, and the bias before its own.
+    def _doubled(self, example: Inputs) -> list[nn.Parameter]:
+        """Return what a frozen BatchNorm doubles: its gamma, and the bias before its own.
 
         Of one that its user froze, what is trained of it is theirs to say.
         """
-        doubled: set[int] = set()
+        doubled: list[nn.Parameter | None] = []
         for layer in self.learner._layers_with_batchnorm(example):
             gamma, beta = layer.batchnorm.weight, layer.batchnorm.bias
             if not layer.batchnorm.training or not layer.absorbs_scale:
                 continue
             if layer.like.requires_grad:
-                doubled.add(id(gamma))
+                doubled.append(gamma)
             if beta is not None and beta.requires_grad:
-                doubled.add(id(layer.bias()))
-        return doubled
+                doubled.append(layer.module.bias)
+        return [parameter for parameter in doubled if parameter is not None]
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:
