@@ -1,7 +1,7 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count, islice
@@ -41,7 +41,7 @@ from ekfac_rs.errors import (
     NumericalError,
     OptionError,
 )
-from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers
+from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers, require_names
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
 from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
 from ekfac_rs.optimization import (
@@ -86,6 +86,11 @@ class ContinualLearner:
         Those under which factors are taken.
     labels, draws, correction, max_examples, generator
         As in `estimate_curvature`.
+    layers : collection of str, optional
+        Names of the layers that curvature, anchor and penalty are on, as in `estimate_curvature`;
+        a layer's BatchNorm is its own. All others train freely, as in ordinary training: their
+        BatchNorms keep their running statistics when a task begins. Default: all, and every
+        trainable parameter must have a block.
     weights : {"kept", "first", "merged"}
         What `reparameterize` does with the weights when a task begins; "first" brings rows back to
         the norms that they had when the learner was made.
@@ -133,6 +138,8 @@ class ContinualLearner:
     ------
     OptionError, UnsupportedLossError
         An unknown option or loss; an optimizer or scheduler that cannot be called.
+    UnknownLayerError
+        ``layers`` names what is no layer of the model.
 
     References
     ----------
@@ -152,6 +159,7 @@ class ContinualLearner:
         labels: str = "mc",
         draws: int = 1,
         correction: str | None = None,
+        layers: Collection[str] | None = None,
         weights: str = "kept",
         scale: float = 1.0,
         damping: float = 0.0,
@@ -184,6 +192,8 @@ class ContinualLearner:
         require_nonnegative("freeze_bn_after", freeze_bn_after)
         require_nonnegative("momentum", momentum)
         self.model = bare_model(model)
+        if layers is not None:
+            require_names(layers, self.model)
         self.likelihood = resolve(loss)
         self.approximation = approximation
         self.coordinates = coordinates
@@ -191,6 +201,7 @@ class ContinualLearner:
         self.labels = labels
         self.draws = draws
         self.correction = correction
+        self.layers = layers if layers is None else tuple(layers)
         self.weights = weights
         self.scale = scale
         self.damping = damping
@@ -326,7 +337,7 @@ class ContinualLearner:
         Raises
         ------
         IncompatibleError
-            Another approximation, correction or coordinates than the learner's.
+            Another approximation, correction, coordinates or layers than the learner's.
         ModelChangedError, UnknownLayerError, ShapeError, DtypeError, DeviceError
             The model is not theirs, as for `QuadraticPenalty`. A failed call changes nothing.
         """
@@ -465,6 +476,11 @@ class ContinualLearner:
                 f"curvature: expected {self.approximation!r}{corrected} in {self.coordinates} "
                 f"coordinates, got {curvature!r}"
             )
+        if self.layers is not None and set(self.layers) != set(curvature.layers):
+            raise IncompatibleError(
+                f"curvature: expected one of the layers {', '.join(self.layers)}, got "
+                f"{', '.join(curvature.layers)}"
+            )
 
     def _consolidated(self, loader: Source) -> tuple[Curvature | None, Anchor]:
         source = self._loader(loader)
@@ -479,7 +495,11 @@ class ContinualLearner:
         if self.approximation is not None:
             if self._froze_batchnorm and self.statistics == "batch":
                 reparameterize(
-                    self.model, source, max_examples=self.max_examples, input_fn=self.input_fn
+                    self.model,
+                    source,
+                    layers=self.layers,
+                    max_examples=self.max_examples,
+                    input_fn=self.input_fn,
                 )
             curvature = estimate_curvature(
                 self.model,
@@ -493,18 +513,19 @@ class ContinualLearner:
                 correction=self.correction,
                 generator=self.generator,
                 max_examples=self.max_examples,
+                layers=self.layers,
                 input_fn=self.input_fn,
                 target_fn=self.target_fn,
                 output_fn=self.output_fn,
                 progress=self.progress,
             )
         take_anchor = merged_weights if self.coordinates == "merged" else raw_weights
-        return curvature, take_anchor(self.model, example=example)
+        return curvature, take_anchor(self.model, layers=self.layers, example=example)
 
     def _layers_with_batchnorm(self, example: Inputs) -> list[AffineLayer]:
         with as_found(self.model):
             self.model.eval()
-            found = find_layers(self.model, example=example)
+            found = find_layers(self.model, layers=self.layers, example=example)
         return [layer for layer in found if layer.batchnorm is not None]
 
     def _loader(self, source: Source) -> Loader:
@@ -753,6 +774,7 @@ def _reparameterize_if_any(learner: ContinualLearner, loader: Loader) -> None:
                 loader,
                 weights=learner.weights,
                 norms=learner._norms if learner.weights == "first" else None,
+                layers=learner.layers,
                 max_examples=learner.max_examples,
                 input_fn=learner.input_fn,
             )

@@ -11,7 +11,12 @@ from torch.nn.parameter import is_lazy
 from ekfac_rs._checks import require_choice, require_finite
 from ekfac_rs._modes import plain_name, submodule
 from ekfac_rs._tensors import is_supported
-from ekfac_rs.errors import ModelChangedError, OptionError, UnsupportedLayerError
+from ekfac_rs.errors import (
+    ModelChangedError,
+    OptionError,
+    UnknownLayerError,
+    UnsupportedLayerError,
+)
 from ekfac_rs.layers.base import COORDINATES, PARAMETERS, AffineLayer
 from ekfac_rs.layers.dataflow import observe, trace
 from ekfac_rs.layers.kinds import kind_of, kinds_in_words
@@ -59,14 +64,17 @@ def find_layers(
         computes with other weights, statistics or constants than it keeps, or something else
         computes with its own; its weights are parametrised, lazy or no real floating-point numbers.
     OptionError
-        ``layers`` is no collection of names, or names what is not there.
+        ``layers`` is no collection of names.
+    UnknownLayerError
+        It names what is not there.
     """
     require_choice("coordinates", coordinates, COORDINATES)
     watched = _watched(model)
     if layers is None:
         _require_known_kinds(model)
     else:
-        _require_names(layers, model)
+        require_names(layers, model)
+        _require_possible(layers, model)
     found, problems = _survey(model, watched, coordinates, example)
     if layers is not None:
         _require_not_merged(layers, found)
@@ -198,24 +206,40 @@ def _require_not_merged(names: Collection[str], found: Collection[AffineLayer]) 
             )
 
 
-def _require_names(layers: Collection[str], model: nn.Module) -> None:
-    """Refuse what names no layer, and a layer that can have no block."""
+def require_names(layers: Collection[str], model: nn.Module) -> None:
+    """Refuse what names no layer.
+
+    Raises
+    ------
+    OptionError
+        No collection of names, or an empty one.
+    UnknownLayerError
+        A name is no affine layer's.
+    """
     names = isinstance(layers, Collection) and all(isinstance(name, str) for name in layers)
     if isinstance(layers, str | bytes) or not names:
         raise OptionError(f"layers: expected a collection of names, got {layers!r}")
     if not layers:
         raise OptionError("layers: expected at least one name, got none")
-    modules = {plain_name(n): m for n, m in model.named_modules() if kind_of(m) is not None}
-    unknown = sorted(set(layers) - set(modules))
+    unknown = sorted(set(layers) - set(_modules_of_kinds(model)))
     if unknown:
-        raise OptionError(
+        raise UnknownLayerError(
             f"layers: expected names of affine layers of the model, got {', '.join(unknown)}"
         )
+
+
+def _require_possible(layers: Collection[str], model: nn.Module) -> None:
+    """Refuse layers that can have no block."""
+    modules = _modules_of_kinds(model)
     for name in layers:
         kind = kind_of(modules[name])
         reason = None if kind is None else kind.why_unsupported(modules[name])
         if reason is not None:
             raise UnsupportedLayerError(f"layer {name!r}: {reason}")
+
+
+def _modules_of_kinds(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(n): m for n, m in model.named_modules() if kind_of(m) is not None}
 
 
 def _affine_layer(model: nn.Module, name: str, batchnorm_name: str | None) -> AffineLayer:
