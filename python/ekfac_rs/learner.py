@@ -35,12 +35,15 @@ from ekfac_rs.curvature import (
     estimate_curvature,
 )
 from ekfac_rs.errors import (
+    EkfacError,
     EmptyLoaderError,
     IncompatibleError,
     NonFiniteError,
     NumericalError,
     OptionError,
+    UnsupportedLayerError,
 )
+from ekfac_rs.heads import MakesModel, heads_of, require_same_tensors
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers, require_names
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
 from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
@@ -86,11 +89,24 @@ class ContinualLearner:
         Those under which factors are taken.
     labels, draws, correction, max_examples, generator
         As in `estimate_curvature`.
+    head : "new", callable or None
+        What a task has of its own, where all else is shared. None: nothing, one output layer
+        serves all tasks. "new": an output layer. The first task's is the model's own; `fit` puts a
+        new one, of zeros, in its place for each later task. A callable gives the whole model of a
+        task, as ``head(task)``, called once for each task after the first (tasks are counted from
+        0, the first task's model is ``model``); models share the modules named in ``layers``, which
+        it needs, with the BatchNorms that belong to them. What a task has of its own is learnt
+        with it, unpenalised, and put aside afterwards, unchanged by later tasks; its curvature is
+        not kept, since nothing would ever be held by it. What else shared modules hold, such as
+        BatchNorms in no shared layer, trains on.
+    output_layer : str, optional
+        Name of the output layer, a `torch.nn.Linear`. Default: the Linear whose output is the
+        model's, where there is one, found when the first task is consolidated.
     layers : collection of str, optional
         Names of the layers that curvature, anchor and penalty are on, as in `estimate_curvature`;
         a layer's BatchNorm is its own. All others train freely, as in ordinary training: their
-        BatchNorms keep their running statistics when a task begins. Default: all, and every
-        trainable parameter must have a block.
+        BatchNorms keep their running statistics when a task begins. Default: all but an output
+        layer that a task has of its own, and every trainable parameter must have a block.
     weights : {"kept", "first", "merged"}
         What `reparameterize` does with the weights when a task begins; "first" brings rows back to
         the norms that they had when the learner was made.
@@ -128,8 +144,10 @@ class ContinualLearner:
 
     Attributes
     ----------
+    model : torch.nn.Module
+        The one in use: the present task's, unless `use_task` has chosen another.
     task : int
-        Number of consolidated tasks.
+        Number of consolidated tasks: the present one's, counted from 0.
     curvatures : list of Curvature
         One for each of them (none where ``approximation`` is None).
     anchor : Anchor or None
@@ -137,9 +155,11 @@ class ContinualLearner:
     Raises
     ------
     OptionError, UnsupportedLossError
-        An unknown option or loss; an optimizer or scheduler that cannot be called.
-    UnknownLayerError
-        ``layers`` names what is no layer of the model.
+        An unknown option or loss; an optimizer or scheduler that cannot be called; an output layer
+        among shared ones, or a callable as head without the names of these.
+    UnknownLayerError, UnsupportedLayerError
+        ``layers`` or ``output_layer`` names what is no layer of the model; the output layer is no
+        plain Linear.
 
     References
     ----------
@@ -159,6 +179,8 @@ class ContinualLearner:
         labels: str = "mc",
         draws: int = 1,
         correction: str | None = None,
+        head: str | MakesModel | None = None,
+        output_layer: str | None = None,
         layers: Collection[str] | None = None,
         weights: str = "kept",
         scale: float = 1.0,
@@ -191,9 +213,10 @@ class ContinualLearner:
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
         require_nonnegative("momentum", momentum)
-        self.model = bare_model(model)
+        model = bare_model(model)
         if layers is not None:
-            require_names(layers, self.model)
+            require_names(layers, model)
+        self._heads = heads_of(model, head, output_layer, layers)
         self.likelihood = resolve(loss)
         self.approximation = approximation
         self.coordinates = coordinates
@@ -235,6 +258,7 @@ class ContinualLearner:
         epochs: int | None = None,
         steps: int | None = None,
         lr: float = 0.05,
+        classes: int | None = None,
         callback: Callable[[int, "ContinualLearner"], None] | None = None,
     ) -> list[dict[str, float]]:
         """Train on one task.
@@ -256,6 +280,10 @@ class ContinualLearner:
         lr : float
             Learning rate that the optimiser is made with; by default the highest: it falls to 0
             along half a cosine over the task.
+        classes : int, optional
+            Number of outputs of a new output layer (``head="new"``, from the second task on).
+            Default: as many as the targets need, whose classes count from 0; the loader is gone
+            through once more to see.
         callback : callable, optional
             Called as ``callback(step, learner)`` after every step, counted from 1.
 
@@ -269,26 +297,43 @@ class ContinualLearner:
         ------
         OptionError
             Both epochs and steps; a number below 1; an iterator that ends before training does;
+            classes where there is no new output layer, or none where targets do not tell;
             the learner's optimizer or scheduler returned something else, or one whose ``step``
             needs an argument.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
             A mini-batch of one under batch statistics.
+        ModelChangedError
+            The output layer is not the one that the learner put there; the model of a new task does
+            not share what it should.
         NumericalError
             The loss became NaN or infinite: raised before the step is made, on a GPU after it,
             where a step's loss is read during the next one.
         """
         require_nonnegative("lr", lr)
+        if classes is not None:
+            require_count("classes", classes)
         source = self._loader(loader)
-        passes, total = self._schedule(source, epochs, steps)
-        history = []
-        bar = tqdm(total=total, desc="fit", disable=not self.progress, leave=False)
-        with bar, _Phase(self, source, lr, total) as phase:
+        with ExitStack() as undo:
+            self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
+            passes, total = self._schedule(source, epochs, steps)
+            with _Phase(self, source, lr, total, undo) as phase:
+                return self._trained(phase, passes, callback)
+
+    def _trained(
+        self,
+        phase: "_Phase",
+        passes: int | None,
+        callback: Callable[[int, "ContinualLearner"], None] | None,
+    ) -> list[dict[str, float]]:
+        """Go through the loader so often, or until all steps are made, and report each time."""
+        history, total = [], phase.steps
+        with tqdm(total=total, desc="fit", disable=not self.progress, leave=False) as bar:
             for _ in count() if passes is None else range(passes):
                 means = _Means(device_of(self.model))
                 left = total - phase.steps_done if passes is None else None
-                for batch in islice(source.batches(), left):
+                for batch in islice(phase.loader.batches(), left):
                     loss, penalty, correct, counted = phase.step(batch)
                     means.add(loss, penalty, batch.examples, correct, counted)
                     bar.update()
@@ -315,13 +360,22 @@ class ContinualLearner:
 
         Raises
         ------
+        OptionError, UnknownLayerError
+            The output layer cannot be found; a new task was not fitted; nothing is shared.
         Whatever `estimate_curvature`, `reparameterize` and `merged_weights` raise.
         """
-        if self._protects:
-            with restored_on_failure(self.model):
-                curvature, anchor = self._consolidated(loader)
-            self.curvatures += [] if curvature is None else [curvature]
-            self.anchor = anchor
+        source = self._loader(loader)
+        with ExitStack() as undo:
+            self._heads.begin(self.task, undo, None, None)
+            self._heads.bind(lambda: self._example_of(source), undo)
+            self._require_own_layer_apart()
+            if self._protects:
+                with restored_on_failure(self.model):
+                    curvature, anchor = self._consolidated(source)
+                self._share(anchor, undo)
+                self.curvatures += [] if curvature is None else [curvature]
+                self.anchor = anchor
+            undo.pop_all()
         self._begin_task(self.task + 1)
 
     def adopt(self, curvature: Curvature | None, anchor: Anchor) -> None:
@@ -340,6 +394,8 @@ class ContinualLearner:
             Another approximation, correction, coordinates or layers than the learner's.
         ModelChangedError, UnknownLayerError, ShapeError, DtypeError, DeviceError
             The model is not theirs, as for `QuadraticPenalty`. A failed call changes nothing.
+        OptionError, UnsupportedLayerError
+            ``head="new"``, and the output layer can only be found in a forward pass: name it.
         """
         if curvature is not None:
             self._require_of_this_kind(curvature)
@@ -348,13 +404,49 @@ class ContinualLearner:
                 f"curvature: expected one of kind {self.approximation!r}, got none"
             )
         adopted = [*self.curvatures, *([] if curvature is None else [curvature])]
-        self._penalty_of(adopted, anchor).close()
+        with ExitStack() as undo:
+            self._heads.begin(self.task, undo, None, None)
+            self._heads.bind(lambda: None, undo)
+            self._require_own_layer_apart(*anchor, *(curvature or ()))
+            self._penalty_of(adopted, anchor).close()
+            self._share(anchor, undo)
+            undo.pop_all()
         self.curvatures, self.anchor = adopted, anchor
         self._begin_task(self.task + 1)
 
+    def use_task(self, task: int) -> nn.Module:
+        """Bring the model of a task that has learnt into use, and return it.
+
+        With ``head="new"`` its output layer is put into the model. `fit` and `consolidate` go back
+        to the present task's by themselves; `evaluate` needs none of this.
+
+        Parameters
+        ----------
+        task : int
+            Counted from 0.
+
+        Returns
+        -------
+        torch.nn.Module
+
+        Raises
+        ------
+        OptionError
+            There is no such task, or it has no model yet.
+        ModelChangedError
+            The output layer is not the one that the learner put there.
+        """
+        self._require_tasks([task])
+        with ExitStack() as undo:
+            self._heads.use(task, undo)
+            undo.pop_all()
+        return self.model
+
     @own_modes()
     @torch.no_grad()
-    def evaluate(self, loaders: Sequence[Source]) -> list[float]:
+    def evaluate(
+        self, loaders: Sequence[Source], tasks: Sequence[int] | None = None
+    ) -> list[float]:
         """Accuracy of each loader in eval mode (minus the mean loss for losses without classes).
 
         Targets that count for nothing (``ignore_index``, probabilities of 0) are left out.
@@ -363,6 +455,9 @@ class ContinualLearner:
         ----------
         loaders : sequence of iterables of (x, y)
             As in `estimate_curvature`.
+        tasks : sequence of int, optional
+            For each loader the task whose model is evaluated, where tasks have heads of their own.
+            Default: the first loader is the first task's, the second the second's, and so on.
 
         Returns
         -------
@@ -370,24 +465,39 @@ class ContinualLearner:
 
         Raises
         ------
+        OptionError
+            Not as many tasks as loaders; a task that has no model.
+        ModelChangedError
+            The output layer is not the one that the learner put there.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError, NonFiniteError
             A loader has no examples; a mini-batch does not fit; outputs are NaN or infinite.
         """
+        if tasks is None and self._heads.tasks is None:
+            return [self._evaluated(loader) for loader in loaders]
+        tasks = range(len(loaders)) if tasks is None else tasks
+        if len(tasks) != len(loaders):
+            raise OptionError(f"tasks: expected one for each of {len(loaders)}, got {len(tasks)}")
+        self._require_tasks(tasks)
         results = []
+        for loader, task in zip(loaders, tasks, strict=True):
+            with self._heads.used(task):
+                results.append(self._evaluated(loader))
+        return results
+
+    def _evaluated(self, loader: Source) -> float:
+        """Evaluate the model in use."""
+        result = _Means(device_of(self.model))
         with as_found(self.model):
             self.model.eval()
-            for loader in loaders:
-                result = _Means(device_of(self.model))
-                for batch in self._loader(loader).batches():
-                    outputs, targets = self._outputs(batch)
-                    self.likelihood.validate(outputs, targets)
-                    self.likelihood.check_outputs(outputs, targets)
-                    loss = self.likelihood.loss(outputs, targets)
-                    correct, counted = self.likelihood.correct(outputs, targets)
-                    result.add(loss, torch.zeros_like(loss), batch.examples, correct, counted)
-                means = result.result()
-                results.append(means["accuracy"] if self.likelihood.has_classes else -means["loss"])
-        return results
+            for batch in self._loader(loader).batches():
+                outputs, targets = self._outputs(batch)
+                self.likelihood.validate(outputs, targets)
+                self.likelihood.check_outputs(outputs, targets)
+                loss = self.likelihood.loss(outputs, targets)
+                correct, counted = self.likelihood.correct(outputs, targets)
+                result.add(loss, torch.zeros_like(loss), batch.examples, correct, counted)
+        means = result.result()
+        return means["accuracy"] if self.likelihood.has_classes else -means["loss"]
 
     def penalty(self) -> QuadraticPenalty | None:
         """Penalty that holds the consolidated tasks, or None before the first or without any."""
@@ -415,6 +525,7 @@ class ContinualLearner:
             "task": self.task,
             "anchor": anchor,
             "norms": dict(self._norms),
+            "heads": self._heads.state_dict(),
             "curvatures": [(c.tensors(), c.metadata()) for c in self.curvatures],
         }
 
@@ -424,7 +535,8 @@ class ContinualLearner:
         Raises
         ------
         IncompatibleError
-            The state is not a learner's, or of another kind of model or curvature.
+            The state is not a learner's, or of another kind of model, head or curvature. A failed
+            call changes nothing.
         """
         missing = {"model", "task", "anchor", "norms", "curvatures"} - set(state)
         if missing:
@@ -438,26 +550,35 @@ class ContinualLearner:
             raise IncompatibleError(f"state: expected a learner's state, got {error!r}") from error
         for curvature in curvatures:
             self._require_of_this_kind(curvature)
-        self._require_same_tensors(state["model"])
+        with ExitStack() as undo:
+            self._reshape(state.get("heads", {"kind": "one"}), undo)
+            require_same_tensors(self.model, state["model"])
+            if anchor is not None:
+                self._share(anchor, undo)
+            undo.pop_all()
+        self._heads.load_tensors(state.get("heads", {}))
         self.model.load_state_dict(state["model"])
         self.curvatures, self.anchor = curvatures, anchor
         self._norms = dict(state["norms"])
         self._begin_task(state["task"])
 
-    def _require_same_tensors(self, state: dict[str, Tensor]) -> None:
-        """Refuse a model's state before anything is written of it."""
-        own = self.model.state_dict()
-        names = own.keys() ^ state.keys()
-        if names:
+    def _reshape(self, heads: dict[str, Any], undo: ExitStack) -> None:
+        """Give models and heads the shapes that a state's have."""
+        if heads.get("kind") != self._heads.kind:
             raise IncompatibleError(
-                f"state: expected the tensors of this model, got others: {', '.join(sorted(names))}"
+                f"state: expected one of {self._heads.words}, got one of another kind of head"
             )
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise IncompatibleError(
-                    f"state: expected {name!r} of shape {tuple(tensor.shape)}, got "
-                    f"{tuple(state[name].shape)}"
-                )
+        try:
+            self._heads.reshape(heads, undo)
+        except EkfacError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise IncompatibleError(f"state: expected a learner's state, got {error!r}") from error
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in use."""
+        return self._heads.model
 
     @property
     def _protects(self) -> bool:
@@ -482,16 +603,75 @@ class ContinualLearner:
                 f"{', '.join(curvature.layers)}"
             )
 
-    def _consolidated(self, loader: Source) -> tuple[Curvature | None, Anchor]:
-        source = self._loader(loader)
-        if self._froze_batchnorm and self.statistics == "batch" and self.approximation is not None:
-            source.require_passes(2, "consolidate after a BatchNorm was frozen")
+    def _require_tasks(self, tasks: Sequence[int]) -> None:
+        known = range(self.task + 1) if self._heads.tasks is None else self._heads.tasks
+        for task in tasks:
+            if task not in known:
+                raise OptionError(
+                    f"task: expected one of {', '.join(map(str, known))}, got {task!r}"
+                )
+
+    def _require_own_layer_apart(self, *shared: str) -> None:
+        """Refuse a layer that is to be every task's own among those that are shared."""
+        own = self._heads.own_layer
+        if own is not None and own in (*shared, *(self.layers or ())):
+            raise OptionError(
+                f"layers: expected shared layers, got {own!r}, the output layer, of which every "
+                "task has one of its own"
+            )
+
+    def _share(self, anchor: Anchor, undo: ExitStack) -> None:
+        """Let the models of all tasks share the BatchNorms that are merged into shared layers."""
+        names = [anchor.batchnorms.get(layer) for layer in anchor]
+        self._heads.share([name for name in names if name is not None], undo)
+
+    def _shared_layers(self, example: Inputs) -> tuple[str, ...] | None:
+        """Names of the layers that are penalised; None for all."""
+        own = self._heads.own_layer
+        if self.layers is not None or own is None:
+            return self.layers
+        with as_found(self.model):
+            self.model.eval()
+            found = find_layers(self.model, coordinates=self.coordinates, example=example)
+        if any(x.name == own and x.batchnorm is not None for x in found):
+            raise UnsupportedLayerError(
+                f"layer {own!r}: expected an output layer that feeds no BatchNorm, got one that "
+                "does, which a new output layer would not fit"
+            )
+        names = tuple(x.name for x in found if x.name != own)
+        if not names:
+            raise OptionError(
+                f"model: expected a trainable layer besides the output layer {own!r}, got none: "
+                "approximation=None and damping=0 hold on to nothing"
+            )
+        return names
+
+    def _example_of(self, source: Loader) -> Inputs:
+        """Two examples of the task: those seen in training, or the loader's first."""
         if self._example is None:
             # The loader may draw its order from torch's random state, which is to stay.
             with as_found(self.model):
                 self._example = source.example()
-        example = self._example.to(device_of(self.model))
-        curvature = None
+        return self._example.to(device_of(self.model))
+
+    def _classes_in(self, source: Loader) -> int:
+        """Count the classes of a task, in one pass."""
+        source.require_passes(2, "fit, which counts the classes of a new output layer (classes=)")
+        # The loader may draw its order from torch's random state, which is to stay.
+        with as_found(self.model):
+            most = max(self.likelihood.classes_in(batch.targets) for batch in source.batches())
+        if most == 0:
+            raise OptionError(
+                f"classes: expected the number of a new layer's outputs, which targets of "
+                f"{self.likelihood!r} do not tell, got none"
+            )
+        return most
+
+    def _consolidated(self, source: Loader) -> tuple[Curvature | None, Anchor]:
+        if self._froze_batchnorm and self.statistics == "batch" and self.approximation is not None:
+            source.require_passes(2, "consolidate after a BatchNorm was frozen")
+        example = self._example_of(source)
+        layers, curvature = self._shared_layers(example), None
         if self.approximation is not None:
             if self._froze_batchnorm and self.statistics == "batch":
                 reparameterize(
@@ -513,14 +693,14 @@ class ContinualLearner:
                 correction=self.correction,
                 generator=self.generator,
                 max_examples=self.max_examples,
-                layers=self.layers,
+                layers=layers,
                 input_fn=self.input_fn,
                 target_fn=self.target_fn,
                 output_fn=self.output_fn,
                 progress=self.progress,
             )
         take_anchor = merged_weights if self.coordinates == "merged" else raw_weights
-        return curvature, take_anchor(self.model, layers=self.layers, example=example)
+        return curvature, take_anchor(self.model, layers=layers, example=example)
 
     def _layers_with_batchnorm(self, example: Inputs) -> list[AffineLayer]:
         with as_found(self.model):
@@ -561,10 +741,17 @@ class _Phase:
     """The optimiser, penalty and BatchNorm mode of one task's training.
 
     Left as a context, it takes its hooks and gradients with it and puts modes back, also where
-    entering it fails.
+    entering it fails. What else was changed before the first step, ``undo`` takes back until then.
     """
 
-    def __init__(self, learner: ContinualLearner, loader: Loader, lr: float, steps: int) -> None:
+    def __init__(
+        self,
+        learner: ContinualLearner,
+        loader: Loader,
+        lr: float,
+        steps: int,
+        undo: ExitStack,
+    ) -> None:
         self.learner = learner
         self.loader = loader
         self.lr = lr
@@ -575,21 +762,19 @@ class _Phase:
         self.finite = _FiniteCheck(deferred=device_of(learner.model).type == "cuda")
         self.penalty: QuadraticPenalty | None = None
         self.still: list[nn.Parameter] = []
-        # What `reparameterize` may write before the first step is made.
-        self._before = kept_batchnorms(learner.model)
+        self._undo = undo
 
     def __enter__(self) -> Self:
+        # What `reparameterize` may write before the first step is made.
+        self._undo.callback(write_all, kept_batchnorms(self.learner.model))
         with ExitStack() as cleanup:
             cleanup.callback(_set_modes, _modes(self.learner.model))
-            with restored_on_failure(self.learner.model):
-                self._begin(cleanup)
+            self._begin(cleanup)
             self._cleanup = cleanup.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._cleanup.close()
-        if kind is not None and self.steps_done == 0:
-            write_all(self._before)
 
     def _begin(self, cleanup: ExitStack) -> None:
         learner = self.learner
@@ -647,6 +832,7 @@ class _Phase:
             self.penalty.precondition(self.optimization.highest_lr)
         self.optimization.step(self.still)
         self.steps_done += 1
+        self._undo.pop_all()
         return loss.detach(), penalty.detach(), *learner.likelihood.correct(outputs, targets)
 
     def _freeze(self, example: Inputs) -> None:

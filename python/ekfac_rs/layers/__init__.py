@@ -4,6 +4,7 @@ from ekfac_rs.layers.base import COORDINATES, AffineLayer, Units
 from ekfac_rs.layers.finding import (
     bind_layers,
     find_layers,
+    find_output_layer,
     require_finite_parameters,
     require_names,
     survey_layers,
@@ -18,6 +19,7 @@ __all__ = [
     "Units",
     "bind_layers",
     "find_layers",
+    "find_output_layer",
     "kind_of",
     "require_finite_parameters",
     "require_names",

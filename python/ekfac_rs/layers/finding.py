@@ -18,7 +18,7 @@ from ekfac_rs.errors import (
     UnsupportedLayerError,
 )
 from ekfac_rs.layers.base import COORDINATES, PARAMETERS, AffineLayer
-from ekfac_rs.layers.dataflow import observe, trace
+from ekfac_rs.layers.dataflow import THE_OUTPUT, observe, trace
 from ekfac_rs.layers.kinds import kind_of, kinds_in_words
 from ekfac_rs.layers.pairing import pair_batchnorms
 
@@ -138,6 +138,43 @@ def bind_layers(model: nn.Module, batchnorms: Mapping[str, str | None]) -> list[
         A name is missing from the model or belongs to a module of another type.
     """
     return [_affine_layer(model, name, batchnorm) for name, batchnorm in batchnorms.items()]
+
+
+def find_output_layer(model: nn.Module, *, example: Any = None) -> str:
+    """Find the one Linear whose output is the model's, as it is.
+
+    Parameters
+    ----------
+    model, example
+        As in `find_layers`.
+
+    Returns
+    -------
+    str
+        Its name.
+
+    Raises
+    ------
+    OptionError
+        There is none, or more than one: only their user can tell which is meant.
+    UnsupportedLayerError
+        The data flow cannot be traced.
+    """
+    watched = _watched(model)
+    flow = trace(model, watched) if example is None else observe(model, watched, example)
+    found = [
+        name
+        for module, name in watched.items()
+        if isinstance(module, nn.Linear)
+        and any(flow.consumers[value] == [THE_OUTPUT] for value in flow.outputs[name])
+    ]
+    if len(found) != 1 or not found[0]:
+        got = ", ".join(map(repr, found)) or "none"
+        raise OptionError(
+            "output_layer: expected one Linear inside the model whose output is the model's, got "
+            f"{got}: name the one that is meant"
+        )
+    return found[0]
 
 
 def uncovered_parameters(
