@@ -127,6 +127,10 @@ class Heads(ABC):
             self.use(task, undo)
             yield self.model
 
+    def grow(self, classes: int, example: Inputs | None, undo: ExitStack) -> str:
+        """Give the output layer as many outputs as there are classes; return its name."""
+        raise OptionError(f"grow: expected one output layer for all tasks, got {self.words}")
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return what the state of the model in use does not hold."""
@@ -149,6 +153,8 @@ class OneHead(Heads):
     def __init__(self, model: nn.Module, output_layer: str | None) -> None:
         self.model = model
         self.output_layer = output_layer
+        # By name, before it ever grew.
+        self._first_outputs: dict[str, int] = {}
 
     @property
     def tasks(self) -> None:
@@ -172,11 +178,34 @@ class OneHead(Heads):
     def use(self, task: int, undo: ExitStack) -> None:
         pass
 
+    def grow(self, classes: int, example: Inputs | None, undo: ExitStack) -> str:
+        name = self.output_layer or found_output_layer(self.model, example)
+        outputs = output_linear(self.model, name).out_features
+        if classes <= outputs:
+            raise OptionError(
+                f"classes: expected more than the {outputs} outputs of layer {name!r}, got "
+                f"{classes}"
+            )
+        self._resize(name, classes, undo)
+        return name
+
+    def _resize(self, name: str, outputs: int, undo: ExitStack) -> None:
+        layer = output_linear(self.model, name)
+        if name not in self._first_outputs:
+            self._first_outputs[name] = layer.out_features
+            undo.callback(self._first_outputs.pop, name)
+        if outputs != layer.out_features:
+            resize(layer, outputs, undo)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind}
+        outputs = {
+            name: output_linear(self.model, name).out_features for name in self._first_outputs
+        }
+        return {"kind": self.kind, "outputs": outputs}
 
     def reshape(self, state: Mapping[str, Any], undo: ExitStack) -> None:
-        pass
+        for name, outputs in (self._first_outputs | state.get("outputs", {})).items():
+            self._resize(name, outputs, undo)
 
     def load_tensors(self, state: Mapping[str, Any]) -> None:
         pass
@@ -459,6 +488,25 @@ def new_linear(like: nn.Linear, outputs: int) -> nn.Linear:
         for parameter in layer.parameters():
             parameter.zero_()
     return layer
+
+
+def resize(layer: nn.Linear, outputs: int, undo: ExitStack) -> None:
+    """Let a Linear have more rows, of zeros, or fewer; the module stays the same."""
+
+    def become(outputs: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        layer.out_features = outputs
+        for name, parameter in parameters.items():
+            layer.register_parameter(name, parameter)
+
+    def resized(parameter: nn.Parameter) -> nn.Parameter:
+        values = parameter.detach().new_zeros(outputs, *parameter.shape[1:])
+        kept = parameter.detach()[:outputs]
+        values[: len(kept)] = kept
+        return nn.Parameter(values, parameter.requires_grad)
+
+    before = dict(layer.named_parameters(recurse=False))
+    undo.callback(become, layer.out_features, before)
+    become(outputs, {name: resized(parameter) for name, parameter in before.items()})
 
 
 def require_same_tensors(

@@ -91,14 +91,15 @@ class ContinualLearner:
         As in `estimate_curvature`.
     head : "new", callable or None
         What a task has of its own, where all else is shared. None: nothing, one output layer
-        serves all tasks. "new": an output layer. The first task's is the model's own; `fit` puts a
-        new one, of zeros, in its place for each later task. A callable gives the whole model of a
-        task, as ``head(task)``, called once for each task after the first (tasks are counted from
-        0, the first task's model is ``model``); models share the modules named in ``layers``, which
-        it needs, with the BatchNorms that belong to them. What a task has of its own is learnt
-        with it, unpenalised, and put aside afterwards, unchanged by later tasks; its curvature is
-        not kept, since nothing would ever be held by it. What else shared modules hold, such as
-        BatchNorms in no shared layer, trains on.
+        serves all tasks; `grow` makes room for more classes in it. "new": an output layer. The
+        first task's is the model's own; for each later task `fit` puts a new one, of zeros, in its
+        place. A callable gives the whole model of a task, as ``head(task)``, called once for each
+        task after the first (tasks are counted from 0, the first task's model is ``model``). It
+        needs ``layers``: the names of modules that all models share, each under the same name,
+        with the BatchNorms that belong to them.
+        What a task has of its own is learnt unpenalised and put aside when the task is over; later
+        tasks do not change it, and so its curvature is not kept: there is nothing to hold. What
+        else is shared, but in no shared layer, trains on.
     output_layer : str, optional
         Name of the output layer, a `torch.nn.Linear`. Default: the Linear whose output is the
         model's, where there is one, found when the first task is consolidated.
@@ -405,7 +406,6 @@ class ContinualLearner:
             )
         adopted = [*self.curvatures, *([] if curvature is None else [curvature])]
         with ExitStack() as undo:
-            self._heads.begin(self.task, undo, None, None)
             self._heads.bind(lambda: None, undo)
             self._require_own_layer_apart(*anchor, *(curvature or ()))
             self._penalty_of(adopted, anchor).close()
@@ -413,6 +413,49 @@ class ContinualLearner:
             undo.pop_all()
         self.curvatures, self.anchor = adopted, anchor
         self._begin_task(self.task + 1)
+
+    def grow(self, classes: int) -> None:
+        """Make room for classes that were not there before, in one output layer for all tasks.
+
+        The output layer's weight and bias become new parameters with more rows, the new ones zero;
+        the module stays the same. Where it is penalised, earlier tasks hold on to their own rows
+        exactly as before, and to nothing of the new ones: their blocks are zero there. ``damping``
+        draws new rows to zero, where they begin, as it does all else to the anchor.
+
+        Parameters
+        ----------
+        classes : int
+            Number of outputs from now on.
+
+        Raises
+        ------
+        OptionError
+            Not more than before; tasks have heads of their own; the output layer cannot be told
+            from the others: name it.
+        UnsupportedLayerError
+            It is no plain Linear, feeds a BatchNorm, or can only be found in a forward pass. A
+            failed call changes nothing.
+        """
+        require_count("classes", classes)
+        example = None if self._example is None else self._example.to(device_of(self.model))
+        with ExitStack() as undo:
+            name = self._heads.grow(classes, example, undo)
+            if self.anchor is not None and self.anchor.batchnorms.get(name) is not None:
+                raise UnsupportedLayerError(
+                    f"layer {name!r}: expected an output layer that feeds no BatchNorm, got one "
+                    "that does, which more outputs would not fit"
+                )
+            curvatures = [
+                curvature.embedded(name, classes) if name in curvature else curvature
+                for curvature in self.curvatures
+            ]
+            undo.pop_all()
+        self.curvatures = curvatures
+        if self.anchor is not None and name in self.anchor:
+            weight = _with_rows(self.anchor[name], classes)
+            self.anchor = Anchor({**self.anchor, name: weight}, self.anchor.batchnorms)
+        if name in self._norms:
+            self._norms[name] = _with_rows(self._norms[name], classes)
 
     def use_task(self, task: int) -> nn.Module:
         """Bring the model of a task that has learnt into use, and return it.
@@ -858,6 +901,12 @@ class _Phase:
             if beta is not None and beta.requires_grad:
                 doubled.append(layer.module.bias)
         return [parameter for parameter in doubled if parameter is not None]
+
+
+def _with_rows(values: Tensor, rows: int) -> Tensor:
+    """Return values with rows of zeros below, so many in all."""
+    more = values.new_zeros(rows - len(values), *values.shape[1:])
+    return torch.cat([values, more])
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:

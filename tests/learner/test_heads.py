@@ -508,8 +508,12 @@ def test_a_task_learnt_elsewhere_is_adopted_without_its_head():
     with pytest.raises(OptionError, match="shared layers, got 'fc'"):
         learner.adopt(whole, ek.merged_weights(learner.model))
     learner.adopt(curvature, ek.merged_weights(learner.model, layers=["body.0", "body.3"]))
+    # Another one, whose head stays where it was learnt.
+    learner.adopt(curvature, learner.anchor)
     learn(learner, LOADERS[1:2])
-    assert learner.evaluate(LOADERS[:2], tasks=[0, 1])[1] > 0.5
+    assert learner.evaluate(LOADERS[:2], tasks=[0, 2])[1] > 0.5
+    with pytest.raises(OptionError, match="one of 0, 2, got 1"):
+        learner.use_task(1)
 
 
 # --- which layer is the output -------------------------------------------------------------------
