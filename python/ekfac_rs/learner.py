@@ -454,8 +454,6 @@ class ContinualLearner:
         if self.anchor is not None and name in self.anchor:
             weight = _with_rows(self.anchor[name], classes)
             self.anchor = Anchor({**self.anchor, name: weight}, self.anchor.batchnorms)
-        if name in self._norms:
-            self._norms[name] = _with_rows(self._norms[name], classes)
 
     def use_task(self, task: int) -> nn.Module:
         """Bring the model of a task that has learnt into use, and return it.

@@ -89,6 +89,9 @@ def test_an_embedded_block_is_the_block_on_its_rows_and_zero_on_others(name):
     assert wide.quadratic(V) == pytest.approx(block.quadratic(V[:3].contiguous()), rel=1e-12)
     torch.testing.assert_close(block.embedded(3).dense(), block.dense(), rtol=0, atol=0)
     assert (wide + wide).trace() == pytest.approx(2.0 * block.trace(), rel=1e-12)
+    solved = wide.solve(V, damping=0.5) if hasattr(wide, "solve") else V / (wide.values + 0.5)
+    torch.testing.assert_close(wide.product(solved) + 0.5 * solved, V, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(solved[3:], 2.0 * V[3:])
     with pytest.raises(OptionError, match="outputs: expected at least the 3 .*got 2"):
         block.embedded(2)
 

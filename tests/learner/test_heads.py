@@ -200,7 +200,7 @@ def test_old_tasks_outputs_stay_bit_for_bit_over_a_frozen_backbone(make):
 
 
 def test_training_with_a_new_output_layer_is_the_loop_written_out_bit_for_bit():
-    learner = learner_of(damping=0.01, scale=3.0)
+    learner = learner_of(damping=0.01, scale=100.0)
     learn(learner, LOADERS[:1])
     expected = copy.deepcopy(learner.model)
     learner.fit(LOADERS[1], epochs=2, lr=0.02)
@@ -213,7 +213,7 @@ def test_training_with_a_new_output_layer_is_the_loop_written_out_bit_for_bit():
     expected.train()
     steps = 2 * len(LOADERS[1])
     with ek.QuadraticPenalty(
-        expected, learner.curvatures, learner.anchor, damping=0.01, scale=3.0
+        expected, learner.curvatures, learner.anchor, damping=0.01, scale=100.0
     ) as penalty:
         for step, (x, y) in enumerate([*LOADERS[1], *LOADERS[1]]):
             optimizer.param_groups[0]["lr"] = 0.01 * (1.0 + math.cos(math.pi * step / steps))
@@ -384,6 +384,30 @@ def test_a_state_that_does_not_fit_changes_nothing(make):
     require_equal(learner, good)
 
 
+@both
+def test_a_state_that_does_not_fit_neither_adds_nor_takes_away_heads(make):
+    states = [everything(learn(make(), LOADERS[:tasks])) for tasks in (1, 3)]
+    for learner, state in ((learn(make()), states[0]), (make(), states[1])):
+        before, layer, tasks = everything(learner), learner.model.fc, learner.task
+        state["model"]["body.0.weight"] = torch.zeros(8, 7)
+        with pytest.raises(IncompatibleError, match="state: expected"):
+            learner.load_state_dict(state)
+        require_equal(learner, before)
+        assert learner.model.fc is layer
+        if tasks:
+            assert len(learner.evaluate(LOADERS)) == 3
+
+
+def test_given_models_go_on_sharing_batchnorms_after_loading_a_state():
+    state = everything(learn(given_models()[0], LOADERS[:1]))
+    learner, models = given_models()
+    models[1].body = copy.copy(models[0].body)
+    models[1].body._modules = dict(models[0].body._modules) | {"1": nn.BatchNorm1d(8)}
+    learner.load_state_dict(state)
+    with pytest.raises(ModelChangedError, match="'body.1'.*model of task 1"):
+        learner.fit(LOADERS[1])
+
+
 def test_a_state_from_before_there_were_heads_is_loaded():
     learner = learn(learner_of(head=None), LOADERS[:1])
     state = everything(learner)
@@ -474,6 +498,25 @@ def test_classes_that_a_task_cannot_have_are_refused():
     given, _ = given_models()
     with pytest.raises(OptionError, match="with a callable as head=, which makes them"):
         given.fit(LOADERS[0], classes=3)
+
+
+def test_an_output_layer_comes_in_the_mode_of_the_one_before():
+    learner = learn(learner_of(), LOADERS[:2])
+    for training in (True, False):
+        learner.model.train(training)
+        for task in (0, 1):
+            assert {m.training for m in learner.use_task(task).modules()} == {training}
+
+
+def test_a_failed_consolidation_does_not_decide_which_layer_is_the_output():
+    learner = learner_of()
+    learner.fit(LOADERS[0])
+    with pytest.raises(EmptyLoaderError):
+        learner.consolidate([])
+    learner.model.fc = nn.Sequential(learner.model.fc)
+    learn(learner)
+    assert set(learner.anchor) == {"body.0", "body.3"}
+    assert learner.model.fc[0].out_features == CLASSES[2]
 
 
 def test_an_output_layer_exchanged_by_hand_is_noticed():

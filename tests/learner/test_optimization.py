@@ -93,7 +93,7 @@ def test_training_is_the_loop_written_out_bit_for_bit(make, scheduler):
 @pytest.mark.parametrize("make", [torch.optim.Adam, groups_of_their_own], ids=str)
 def test_under_a_penalty_the_stable_step_takes_the_highest_rate_so_far(make, scheduler):
     learner = ek.ContinualLearner(
-        net(), damping=0.01, scale=3.0, optimizer=make, scheduler=scheduler
+        net(), damping=0.01, scale=100.0, optimizer=make, scheduler=scheduler
     )
     learner.fit(LOADERS[0], epochs=2, lr=0.02)
     learner.consolidate(LOADERS[0])
@@ -102,7 +102,7 @@ def test_under_a_penalty_the_stable_step_takes_the_highest_rate_so_far(make, sch
 
     ek.reparameterize(expected, LOADERS[1])
     with ek.QuadraticPenalty(
-        expected, learner.curvatures, learner.anchor, damping=0.01, scale=3.0
+        expected, learner.curvatures, learner.anchor, damping=0.01, scale=100.0
     ) as penalty:
         schedule = cosine if scheduler == "cosine" else scheduler
         written_out(expected, LOADERS[1], make, schedule, penalty=penalty)
@@ -272,16 +272,39 @@ def test_what_is_no_optimiser_or_scheduler_is_refused_and_changes_nothing(option
 
 class MoreThanPromised(list):
     def __len__(self):
-        return super().__len__() - 1
+        return super().__len__() - 2
 
 
-def test_a_loader_that_yields_more_than_it_promised_ends_at_rate_zero():
-    learner = ek.ContinualLearner(net(), approximation=None)
-    states = []
+@pytest.mark.parametrize("scheduler", ["cosine", one_cycle], ids=str)
+def test_a_loader_that_yields_more_than_it_promised_keeps_the_last_rate(scheduler):
+    rates = []
+
+    def noted(parameters, lr):
+        rates.append(torch.optim.SGD(parameters, lr=lr))
+        return rates[0]
+
+    learner = ek.ContinualLearner(net(), approximation=None, optimizer=noted, scheduler=scheduler)
+    # A scheduler of one cycle refuses to be stepped past its end.
     learner.fit(
         MoreThanPromised(LOADERS[0]),
-        callback=lambda _, learner: states.append(copy.deepcopy(learner.model.state_dict())),
+        callback=lambda _, learner: rates.append(rates[0].param_groups[0]["lr"]),
     )
-    assert len(states) == len(LOADERS[0])
-    assert torch.equal(states[-1]["0.weight"], states[-2]["0.weight"])
-    assert not torch.equal(states[-2]["0.weight"], states[-3]["0.weight"])
+    assert len(rates) == 1 + len(LOADERS[0])
+    assert rates[1] != rates[2]
+    assert rates[2] == rates[3] == rates[4]
+
+
+def test_gradients_of_what_the_optimiser_does_not_hold_do_not_add_up():
+    learner = ek.ContinualLearner(
+        net(),
+        approximation=None,
+        optimizer=lambda parameters, lr: torch.optim.SGD(parameters[-2:], lr=lr),
+    )
+    gradients = []
+    learner.fit(
+        LOADERS[0][:1] * 3,
+        lr=0.0,
+        callback=lambda _, learner: gradients.append(learner.model[0].weight.grad.clone()),
+    )
+    assert gradients[0].any()
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
