@@ -24,7 +24,7 @@ FLOORS = {
     ),
     "passes": ("curvature.passes", "curvature"),
     "on top": ("penalty", "stability", "metrics", "description"),
-    "learner": ("learner",),
+    "learner": ("heads", "optimization", "learner"),
     "library": ("",),
     "laboratory": ("experiments",),
 }

@@ -1,8 +1,9 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import count, islice
 from typing import Any, Self
 
@@ -34,15 +35,25 @@ from ekfac_rs.curvature import (
     estimate_curvature,
 )
 from ekfac_rs.errors import (
+    EkfacError,
     EmptyLoaderError,
     IncompatibleError,
     NonFiniteError,
     NumericalError,
     OptionError,
+    UnsupportedLayerError,
 )
-from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers
+from ekfac_rs.heads import MakesModel, heads_of, require_same_tensors
+from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers, require_names
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
 from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
+from ekfac_rs.optimization import (
+    MakesOptimizer,
+    MakesScheduler,
+    Optimization,
+    require_optimizer,
+    require_scheduler,
+)
 from ekfac_rs.penalty import QuadraticPenalty
 
 STEPS = ("stable", "explicit")
@@ -52,12 +63,13 @@ class ContinualLearner:
     """Learns tasks one after another under a curvature penalty on merged weights.
 
     For each task call `fit`, then `consolidate`. `fit` trains with SGD and momentum, the learning
-    rate falling to zero along a cosine. From the second task on it first takes the new task's
-    statistics into the BatchNorms (`reparameterize`) and adds the penalty ``scale * sum of the
-    earlier tasks' quadratic forms`` and ``damping`` (see `QuadraticPenalty`); counting tasks as
-    equally important is scale 1. `consolidate` accumulates the task's curvature; the merged view
-    of the weights is the next anchor. The model stays an ordinary, trainable one all along, and
-    is evaluated with its running statistics: one network for all tasks.
+    rate falling to zero along a cosine, or as ``optimizer`` and ``scheduler`` say. From the second
+    task on it first takes the new task's statistics into the BatchNorms (`reparameterize`) and adds
+    the penalty ``scale * sum of the earlier tasks' quadratic forms`` and ``damping`` (see
+    `QuadraticPenalty`); counting tasks as equally important is scale 1. `consolidate` accumulates
+    the task's curvature; the merged view of the weights is the next anchor. The model stays an
+    ordinary, trainable one all along, and is evaluated with its running statistics: one network
+    for all tasks.
 
     Without curvature and damping there is nothing to protect, and this is ordinary fine-tuning:
     the model is trained as it is.
@@ -77,6 +89,25 @@ class ContinualLearner:
         Those under which factors are taken.
     labels, draws, correction, max_examples, generator
         As in `estimate_curvature`.
+    head : "new", callable or None
+        What a task has of its own, where all else is shared. None: nothing, one output layer
+        serves all tasks; `grow` makes room for more classes in it. "new": an output layer. The
+        first task's is the model's own; for each later task `fit` puts a new one, of zeros, in its
+        place. A callable gives the whole model of a task, as ``head(task)``, called once for each
+        task after the first (tasks are counted from 0, the first task's model is ``model``). It
+        needs ``layers``: the names of modules that all models share, each under the same name,
+        with the BatchNorms that belong to them.
+        What a task has of its own is learnt unpenalised and put aside when the task is over; later
+        tasks do not change it, and so its curvature is not kept: there is nothing to hold. What
+        else is shared, but in no shared layer, trains on.
+    output_layer : str, optional
+        Name of the output layer, a `torch.nn.Linear`. Default: the Linear whose output is the
+        model's, where there is one, found when the first task is consolidated.
+    layers : collection of str, optional
+        Names of the layers that curvature, anchor and penalty are on, as in `estimate_curvature`;
+        a layer's BatchNorm is its own. All others train freely, as in ordinary training: their
+        BatchNorms keep their running statistics when a task begins. Default: all but an output
+        layer that a task has of its own, and every trainable parameter must have a block.
     weights : {"kept", "first", "merged"}
         What `reparameterize` does with the weights when a task begins; "first" brings rows back to
         the norms that they had when the learner was made.
@@ -85,9 +116,23 @@ class ContinualLearner:
     step : {"stable", "explicit"}
         "stable" multiplies gradients as `QuadraticPenalty.precondition` does, so that training
         does not diverge on the penalty. "explicit" leaves them alone and warns where the learning
-        rate is too high for that (`QuadraticPenalty.check_lr`).
+        rate is too high for that (`QuadraticPenalty.check_lr`; of SGD alone). Where groups of
+        parameters have learning rates of their own, both look at the highest that there was so
+        far in the task. Optimisers whose steps do not grow with the gradient, such as Adam, do not
+        diverge in either case; for them "stable" turns steps away from what is held on to.
+    optimizer : callable, optional
+        Called as ``optimizer(parameters, lr=lr)`` when a task's training begins, with the list of
+        the model's trainable parameters and the learning rate given to `fit`; returns a
+        `torch.optim.Optimizer`. Torch's own classes are such callables, and so is
+        ``functools.partial(torch.optim.AdamW, weight_decay=0.01)``. Default: SGD with
+        ``momentum``.
+    scheduler : "cosine", callable or None
+        Called as ``scheduler(optimizer, steps)`` with the number of steps that training will take;
+        returns a `torch.optim.lr_scheduler.LRScheduler`, which is stepped after every step of the
+        optimiser. "cosine" lets each group's learning rate fall to 0 along half a cosine; None
+        leaves them alone.
     momentum : float
-        Of SGD.
+        Of the default optimiser; no other is given it.
     input_fn, target_fn, output_fn : callable, optional
         As in `estimate_curvature`, for every loader that the learner is given.
     freeze_bn_after : float
@@ -100,8 +145,10 @@ class ContinualLearner:
 
     Attributes
     ----------
+    model : torch.nn.Module
+        The one in use: the present task's, unless `use_task` has chosen another.
     task : int
-        Number of consolidated tasks.
+        Number of consolidated tasks: the present one's, counted from 0.
     curvatures : list of Curvature
         One for each of them (none where ``approximation`` is None).
     anchor : Anchor or None
@@ -109,7 +156,11 @@ class ContinualLearner:
     Raises
     ------
     OptionError, UnsupportedLossError
-        An unknown option or loss.
+        An unknown option or loss; an optimizer or scheduler that cannot be called; an output layer
+        among shared ones, or a callable as head without the names of these.
+    UnknownLayerError, UnsupportedLayerError
+        ``layers`` or ``output_layer`` names what is no layer of the model; the output layer is no
+        plain Linear.
 
     References
     ----------
@@ -129,10 +180,15 @@ class ContinualLearner:
         labels: str = "mc",
         draws: int = 1,
         correction: str | None = None,
+        head: str | MakesModel | None = None,
+        output_layer: str | None = None,
+        layers: Collection[str] | None = None,
         weights: str = "kept",
         scale: float = 1.0,
         damping: float = 0.0,
         step: str = "stable",
+        optimizer: MakesOptimizer | None = None,
+        scheduler: str | MakesScheduler | None = "cosine",
         momentum: float = 0.9,
         freeze_bn_after: float = 1.0,
         max_examples: int | None = None,
@@ -151,12 +207,17 @@ class ContinualLearner:
             require_choice("correction", correction, CORRECTIONS)
         require_choice("weights", weights, WEIGHTS)
         require_choice("step", step, STEPS)
+        require_optimizer(optimizer)
+        require_scheduler(scheduler)
         require_count("draws", draws)
         require_nonnegative("scale", scale)
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
         require_nonnegative("momentum", momentum)
-        self.model = bare_model(model)
+        model = bare_model(model)
+        if layers is not None:
+            require_names(layers, model)
+        self._heads = heads_of(model, head, output_layer, layers)
         self.likelihood = resolve(loss)
         self.approximation = approximation
         self.coordinates = coordinates
@@ -164,10 +225,13 @@ class ContinualLearner:
         self.labels = labels
         self.draws = draws
         self.correction = correction
+        self.layers = layers if layers is None else tuple(layers)
         self.weights = weights
         self.scale = scale
         self.damping = damping
         self.step = step
+        self.optimizer = optimizer
+        self.scheduler = scheduler
         self.momentum = momentum
         self.freeze_bn_after = freeze_bn_after
         self.max_examples = max_examples
@@ -195,6 +259,7 @@ class ContinualLearner:
         epochs: int | None = None,
         steps: int | None = None,
         lr: float = 0.05,
+        classes: int | None = None,
         callback: Callable[[int, "ContinualLearner"], None] | None = None,
     ) -> list[dict[str, float]]:
         """Train on one task.
@@ -214,7 +279,12 @@ class ContinualLearner:
         steps : int, optional
             Train for so many steps instead, through the loader as often as it takes.
         lr : float
-            Highest learning rate; it falls to 0 along half a cosine over the task.
+            Learning rate that the optimiser is made with; by default the highest: it falls to 0
+            along half a cosine over the task.
+        classes : int, optional
+            Number of outputs of a new output layer (``head="new"``, from the second task on).
+            Default: as many as the targets need, whose classes count from 0; the loader is gone
+            through once more to see.
         callback : callable, optional
             Called as ``callback(step, learner)`` after every step, counted from 1.
 
@@ -227,25 +297,44 @@ class ContinualLearner:
         Raises
         ------
         OptionError
-            Both epochs and steps; a number below 1; an iterator that ends before training does.
+            Both epochs and steps; a number below 1; an iterator that ends before training does;
+            classes where there is no new output layer, or none where targets do not tell;
+            the learner's optimizer or scheduler returned something else, or one whose ``step``
+            needs an argument.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
             A mini-batch of one under batch statistics.
+        ModelChangedError
+            The output layer is not the one that the learner put there; the model of a new task does
+            not share what it should.
         NumericalError
             The loss became NaN or infinite: raised before the step is made, on a GPU after it,
             where a step's loss is read during the next one.
         """
         require_nonnegative("lr", lr)
+        if classes is not None:
+            require_count("classes", classes)
         source = self._loader(loader)
-        passes, total = self._schedule(source, epochs, steps)
-        history = []
-        bar = tqdm(total=total, desc="fit", disable=not self.progress, leave=False)
-        with bar, _Phase(self, source, lr, total) as phase:
+        with ExitStack() as undo:
+            self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
+            passes, total = self._schedule(source, epochs, steps)
+            with _Phase(self, source, lr, total, undo) as phase:
+                return self._trained(phase, passes, callback)
+
+    def _trained(
+        self,
+        phase: "_Phase",
+        passes: int | None,
+        callback: Callable[[int, "ContinualLearner"], None] | None,
+    ) -> list[dict[str, float]]:
+        """Go through the loader so often, or until all steps are made, and report each time."""
+        history, total = [], phase.steps
+        with tqdm(total=total, desc="fit", disable=not self.progress, leave=False) as bar:
             for _ in count() if passes is None else range(passes):
                 means = _Means(device_of(self.model))
                 left = total - phase.steps_done if passes is None else None
-                for batch in islice(source.batches(), left):
+                for batch in islice(phase.loader.batches(), left):
                     loss, penalty, correct, counted = phase.step(batch)
                     means.add(loss, penalty, batch.examples, correct, counted)
                     bar.update()
@@ -272,13 +361,22 @@ class ContinualLearner:
 
         Raises
         ------
+        OptionError, UnknownLayerError
+            The output layer cannot be found; a new task was not fitted; nothing is shared.
         Whatever `estimate_curvature`, `reparameterize` and `merged_weights` raise.
         """
-        if self._protects:
-            with restored_on_failure(self.model):
-                curvature, anchor = self._consolidated(loader)
-            self.curvatures += [] if curvature is None else [curvature]
-            self.anchor = anchor
+        source = self._loader(loader)
+        with ExitStack() as undo:
+            self._heads.begin(self.task, undo, None, None)
+            self._heads.bind(lambda: self._example_of(source), undo)
+            self._require_own_layer_apart()
+            if self._protects:
+                with restored_on_failure(self.model):
+                    curvature, anchor = self._consolidated(source)
+                self._share(anchor, undo)
+                self.curvatures += [] if curvature is None else [curvature]
+                self.anchor = anchor
+            undo.pop_all()
         self._begin_task(self.task + 1)
 
     def adopt(self, curvature: Curvature | None, anchor: Anchor) -> None:
@@ -294,9 +392,11 @@ class ContinualLearner:
         Raises
         ------
         IncompatibleError
-            Another approximation, correction or coordinates than the learner's.
+            Another approximation, correction, coordinates or layers than the learner's.
         ModelChangedError, UnknownLayerError, ShapeError, DtypeError, DeviceError
             The model is not theirs, as for `QuadraticPenalty`. A failed call changes nothing.
+        OptionError, UnsupportedLayerError
+            ``head="new"``, and the output layer can only be found in a forward pass: name it.
         """
         if curvature is not None:
             self._require_of_this_kind(curvature)
@@ -305,13 +405,89 @@ class ContinualLearner:
                 f"curvature: expected one of kind {self.approximation!r}, got none"
             )
         adopted = [*self.curvatures, *([] if curvature is None else [curvature])]
-        self._penalty_of(adopted, anchor).close()
+        with ExitStack() as undo:
+            self._heads.bind(lambda: None, undo)
+            self._require_own_layer_apart(*anchor, *(curvature or ()))
+            self._penalty_of(adopted, anchor).close()
+            self._share(anchor, undo)
+            undo.pop_all()
         self.curvatures, self.anchor = adopted, anchor
         self._begin_task(self.task + 1)
 
+    def grow(self, classes: int) -> None:
+        """Make room for classes that were not there before, in one output layer for all tasks.
+
+        The output layer's weight and bias become new parameters with more rows, the new ones zero;
+        the module stays the same. Where it is penalised, earlier tasks hold on to their own rows
+        exactly as before, and to nothing of the new ones: their blocks are zero there. ``damping``
+        draws new rows to zero, where they begin, as it does all else to the anchor.
+
+        Parameters
+        ----------
+        classes : int
+            Number of outputs from now on.
+
+        Raises
+        ------
+        OptionError
+            Not more than before; tasks have heads of their own; the output layer cannot be told
+            from the others: name it.
+        UnsupportedLayerError
+            It is no plain Linear, feeds a BatchNorm, or can only be found in a forward pass. A
+            failed call changes nothing.
+        """
+        require_count("classes", classes)
+        example = None if self._example is None else self._example.to(device_of(self.model))
+        with ExitStack() as undo:
+            name = self._heads.grow(classes, example, undo)
+            if self.anchor is not None and self.anchor.batchnorms.get(name) is not None:
+                raise UnsupportedLayerError(
+                    f"layer {name!r}: expected an output layer that feeds no BatchNorm, got one "
+                    "that does, which more outputs would not fit"
+                )
+            curvatures = [
+                curvature.embedded(name, classes) if name in curvature else curvature
+                for curvature in self.curvatures
+            ]
+            undo.pop_all()
+        self.curvatures = curvatures
+        if self.anchor is not None and name in self.anchor:
+            weight = _with_rows(self.anchor[name], classes)
+            self.anchor = Anchor({**self.anchor, name: weight}, self.anchor.batchnorms)
+
+    def use_task(self, task: int) -> nn.Module:
+        """Bring the model of a task that has learnt into use, and return it.
+
+        With ``head="new"`` its output layer is put into the model. `fit` and `consolidate` go back
+        to the present task's by themselves; `evaluate` needs none of this.
+
+        Parameters
+        ----------
+        task : int
+            Counted from 0.
+
+        Returns
+        -------
+        torch.nn.Module
+
+        Raises
+        ------
+        OptionError
+            There is no such task, or it has no model yet.
+        ModelChangedError
+            The output layer is not the one that the learner put there.
+        """
+        self._require_tasks([task])
+        with ExitStack() as undo:
+            self._heads.use(task, undo)
+            undo.pop_all()
+        return self.model
+
     @own_modes()
     @torch.no_grad()
-    def evaluate(self, loaders: Sequence[Source]) -> list[float]:
+    def evaluate(
+        self, loaders: Sequence[Source], tasks: Sequence[int] | None = None
+    ) -> list[float]:
         """Accuracy of each loader in eval mode (minus the mean loss for losses without classes).
 
         Targets that count for nothing (``ignore_index``, probabilities of 0) are left out.
@@ -320,6 +496,9 @@ class ContinualLearner:
         ----------
         loaders : sequence of iterables of (x, y)
             As in `estimate_curvature`.
+        tasks : sequence of int, optional
+            For each loader the task whose model is evaluated, where tasks have heads of their own.
+            Default: the first loader is the first task's, the second the second's, and so on.
 
         Returns
         -------
@@ -327,24 +506,39 @@ class ContinualLearner:
 
         Raises
         ------
+        OptionError
+            Not as many tasks as loaders; a task that has no model.
+        ModelChangedError
+            The output layer is not the one that the learner put there.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError, NonFiniteError
             A loader has no examples; a mini-batch does not fit; outputs are NaN or infinite.
         """
+        if tasks is None and self._heads.tasks is None:
+            return [self._evaluated(loader) for loader in loaders]
+        tasks = range(len(loaders)) if tasks is None else tasks
+        if len(tasks) != len(loaders):
+            raise OptionError(f"tasks: expected one for each of {len(loaders)}, got {len(tasks)}")
+        self._require_tasks(tasks)
         results = []
+        for loader, task in zip(loaders, tasks, strict=True):
+            with self._heads.used(task):
+                results.append(self._evaluated(loader))
+        return results
+
+    def _evaluated(self, loader: Source) -> float:
+        """Evaluate the model in use."""
+        result = _Means(device_of(self.model))
         with as_found(self.model):
             self.model.eval()
-            for loader in loaders:
-                result = _Means(device_of(self.model))
-                for batch in self._loader(loader).batches():
-                    outputs, targets = self._outputs(batch)
-                    self.likelihood.validate(outputs, targets)
-                    self.likelihood.check_outputs(outputs, targets)
-                    loss = self.likelihood.loss(outputs, targets)
-                    correct, counted = self.likelihood.correct(outputs, targets)
-                    result.add(loss, torch.zeros_like(loss), batch.examples, correct, counted)
-                means = result.result()
-                results.append(means["accuracy"] if self.likelihood.has_classes else -means["loss"])
-        return results
+            for batch in self._loader(loader).batches():
+                outputs, targets = self._outputs(batch)
+                self.likelihood.validate(outputs, targets)
+                self.likelihood.check_outputs(outputs, targets)
+                loss = self.likelihood.loss(outputs, targets)
+                correct, counted = self.likelihood.correct(outputs, targets)
+                result.add(loss, torch.zeros_like(loss), batch.examples, correct, counted)
+        means = result.result()
+        return means["accuracy"] if self.likelihood.has_classes else -means["loss"]
 
     def penalty(self) -> QuadraticPenalty | None:
         """Penalty that holds the consolidated tasks, or None before the first or without any."""
@@ -372,6 +566,7 @@ class ContinualLearner:
             "task": self.task,
             "anchor": anchor,
             "norms": dict(self._norms),
+            "heads": self._heads.state_dict(),
             "curvatures": [(c.tensors(), c.metadata()) for c in self.curvatures],
         }
 
@@ -381,7 +576,8 @@ class ContinualLearner:
         Raises
         ------
         IncompatibleError
-            The state is not a learner's, or of another kind of model or curvature.
+            The state is not a learner's, or of another kind of model, head or curvature. A failed
+            call changes nothing.
         """
         missing = {"model", "task", "anchor", "norms", "curvatures"} - set(state)
         if missing:
@@ -395,26 +591,35 @@ class ContinualLearner:
             raise IncompatibleError(f"state: expected a learner's state, got {error!r}") from error
         for curvature in curvatures:
             self._require_of_this_kind(curvature)
-        self._require_same_tensors(state["model"])
+        with ExitStack() as undo:
+            self._reshape(state.get("heads", {"kind": "one"}), undo)
+            require_same_tensors(self.model, state["model"])
+            if anchor is not None:
+                self._share(anchor, undo)
+            undo.pop_all()
+        self._heads.load_tensors(state.get("heads", {}))
         self.model.load_state_dict(state["model"])
         self.curvatures, self.anchor = curvatures, anchor
         self._norms = dict(state["norms"])
         self._begin_task(state["task"])
 
-    def _require_same_tensors(self, state: dict[str, Tensor]) -> None:
-        """Refuse a model's state before anything is written of it."""
-        own = self.model.state_dict()
-        names = own.keys() ^ state.keys()
-        if names:
+    def _reshape(self, heads: dict[str, Any], undo: ExitStack) -> None:
+        """Give models and heads the shapes that a state's have."""
+        if heads.get("kind") != self._heads.kind:
             raise IncompatibleError(
-                f"state: expected the tensors of this model, got others: {', '.join(sorted(names))}"
+                f"state: expected one of {self._heads.words}, got one of another kind of head"
             )
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise IncompatibleError(
-                    f"state: expected {name!r} of shape {tuple(tensor.shape)}, got "
-                    f"{tuple(state[name].shape)}"
-                )
+        try:
+            self._heads.reshape(heads, undo)
+        except EkfacError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise IncompatibleError(f"state: expected a learner's state, got {error!r}") from error
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in use."""
+        return self._heads.model
 
     @property
     def _protects(self) -> bool:
@@ -433,21 +638,89 @@ class ContinualLearner:
                 f"curvature: expected {self.approximation!r}{corrected} in {self.coordinates} "
                 f"coordinates, got {curvature!r}"
             )
+        if self.layers is not None and set(self.layers) != set(curvature.layers):
+            raise IncompatibleError(
+                f"curvature: expected one of the layers {', '.join(self.layers)}, got "
+                f"{', '.join(curvature.layers)}"
+            )
 
-    def _consolidated(self, loader: Source) -> tuple[Curvature | None, Anchor]:
-        source = self._loader(loader)
-        if self._froze_batchnorm and self.statistics == "batch" and self.approximation is not None:
-            source.require_passes(2, "consolidate after a BatchNorm was frozen")
+    def _require_tasks(self, tasks: Sequence[int]) -> None:
+        known = range(self.task + 1) if self._heads.tasks is None else self._heads.tasks
+        for task in tasks:
+            if task not in known:
+                raise OptionError(
+                    f"task: expected one of {', '.join(map(str, known))}, got {task!r}"
+                )
+
+    def _require_own_layer_apart(self, *shared: str) -> None:
+        """Refuse a layer that is to be every task's own among those that are shared."""
+        own = self._heads.own_layer
+        if own is not None and own in (*shared, *(self.layers or ())):
+            raise OptionError(
+                f"layers: expected shared layers, got {own!r}, the output layer, of which every "
+                "task has one of its own"
+            )
+
+    def _share(self, anchor: Anchor, undo: ExitStack) -> None:
+        """Let the models of all tasks share the BatchNorms that are merged into shared layers."""
+        names = [anchor.batchnorms.get(layer) for layer in anchor]
+        self._heads.share([name for name in names if name is not None], undo)
+
+    def _shared_layers(self, example: Inputs) -> tuple[str, ...] | None:
+        """Names of the layers that are penalised; None for all."""
+        own = self._heads.own_layer
+        if self.layers is not None or own is None:
+            return self.layers
+        with as_found(self.model):
+            self.model.eval()
+            found = find_layers(self.model, coordinates=self.coordinates, example=example)
+        if any(x.name == own and x.batchnorm is not None for x in found):
+            raise UnsupportedLayerError(
+                f"layer {own!r}: expected an output layer that feeds no BatchNorm, got one that "
+                "does, which a new output layer would not fit"
+            )
+        names = tuple(x.name for x in found if x.name != own)
+        if not names:
+            raise OptionError(
+                f"model: expected a trainable layer besides the output layer {own!r}, got none: "
+                "approximation=None and damping=0 hold on to nothing"
+            )
+        return names
+
+    def _example_of(self, source: Loader) -> Inputs:
+        """Two examples of the task: those seen in training, or the loader's first."""
         if self._example is None:
             # The loader may draw its order from torch's random state, which is to stay.
             with as_found(self.model):
                 self._example = source.example()
-        example = self._example.to(device_of(self.model))
-        curvature = None
+        return self._example.to(device_of(self.model))
+
+    def _classes_in(self, source: Loader) -> int:
+        """Count the classes of a task, in one pass."""
+        source.require_passes(2, "fit, which counts the classes of a new output layer (classes=)")
+        # The loader may draw its order from torch's random state, which is to stay.
+        with as_found(self.model):
+            most = max(self.likelihood.classes_in(batch.targets) for batch in source.batches())
+        if most == 0:
+            raise OptionError(
+                f"classes: expected the number of a new layer's outputs, which targets of "
+                f"{self.likelihood!r} do not tell, got none"
+            )
+        return most
+
+    def _consolidated(self, source: Loader) -> tuple[Curvature | None, Anchor]:
+        if self._froze_batchnorm and self.statistics == "batch" and self.approximation is not None:
+            source.require_passes(2, "consolidate after a BatchNorm was frozen")
+        example = self._example_of(source)
+        layers, curvature = self._shared_layers(example), None
         if self.approximation is not None:
             if self._froze_batchnorm and self.statistics == "batch":
                 reparameterize(
-                    self.model, source, max_examples=self.max_examples, input_fn=self.input_fn
+                    self.model,
+                    source,
+                    layers=self.layers,
+                    max_examples=self.max_examples,
+                    input_fn=self.input_fn,
                 )
             curvature = estimate_curvature(
                 self.model,
@@ -461,18 +734,19 @@ class ContinualLearner:
                 correction=self.correction,
                 generator=self.generator,
                 max_examples=self.max_examples,
+                layers=layers,
                 input_fn=self.input_fn,
                 target_fn=self.target_fn,
                 output_fn=self.output_fn,
                 progress=self.progress,
             )
         take_anchor = merged_weights if self.coordinates == "merged" else raw_weights
-        return curvature, take_anchor(self.model, example=example)
+        return curvature, take_anchor(self.model, layers=layers, example=example)
 
     def _layers_with_batchnorm(self, example: Inputs) -> list[AffineLayer]:
         with as_found(self.model):
             self.model.eval()
-            found = find_layers(self.model, example=example)
+            found = find_layers(self.model, layers=self.layers, example=example)
         return [layer for layer in found if layer.batchnorm is not None]
 
     def _loader(self, source: Source) -> Loader:
@@ -508,10 +782,17 @@ class _Phase:
     """The optimiser, penalty and BatchNorm mode of one task's training.
 
     Left as a context, it takes its hooks and gradients with it and puts modes back, also where
-    entering it fails.
+    entering it fails. What else was changed before the first step, ``undo`` takes back until then.
     """
 
-    def __init__(self, learner: ContinualLearner, loader: Loader, lr: float, steps: int) -> None:
+    def __init__(
+        self,
+        learner: ContinualLearner,
+        loader: Loader,
+        lr: float,
+        steps: int,
+        undo: ExitStack,
+    ) -> None:
         self.learner = learner
         self.loader = loader
         self.lr = lr
@@ -521,21 +802,20 @@ class _Phase:
         self.freeze_at = round(learner.freeze_bn_after * steps) if later else steps
         self.finite = _FiniteCheck(deferred=device_of(learner.model).type == "cuda")
         self.penalty: QuadraticPenalty | None = None
-        # What `reparameterize` may write before the first step is made.
-        self._before = kept_batchnorms(learner.model)
+        self.still: list[nn.Parameter] = []
+        self._undo = undo
 
     def __enter__(self) -> Self:
+        # What `reparameterize` may write before the first step is made.
+        self._undo.callback(write_all, kept_batchnorms(self.learner.model))
         with ExitStack() as cleanup:
             cleanup.callback(_set_modes, _modes(self.learner.model))
-            with restored_on_failure(self.learner.model):
-                self._begin(cleanup)
+            self._begin(cleanup)
             self._cleanup = cleanup.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._cleanup.close()
-        if kind is not None and self.steps_done == 0:
-            write_all(self._before)
 
     def _begin(self, cleanup: ExitStack) -> None:
         learner = self.learner
@@ -546,13 +826,17 @@ class _Phase:
         self.penalty = learner.penalty()
         if self.penalty is not None:
             cleanup.callback(self.penalty.close)
-            if learner.step == "explicit":
-                self.penalty.check_lr(self.lr, learner.momentum)
-        parameters = [p for p in learner.model.parameters() if p.requires_grad]
-        if not parameters:
-            raise OptionError("model: expected trainable parameters, got none")
-        self.optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=learner.momentum)
+        self.optimization = Optimization(
+            [p for p in learner.model.parameters() if p.requires_grad],
+            self.lr,
+            self.steps,
+            learner.optimizer or partial(torch.optim.SGD, momentum=learner.momentum),
+            learner.scheduler,
+        )
         cleanup.callback(learner.model.zero_grad, set_to_none=True)
+        sgd = self.optimization.sgd()
+        if self.penalty is not None and learner.step == "explicit" and sgd is not None:
+            self.penalty.check_lr(*sgd)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One optimiser step; returns loss, penalty and hits (`Likelihood.correct`), not waiting.
@@ -564,10 +848,6 @@ class _Phase:
             learner._example = batch.inputs.first(2).clone()
         if self.steps_done == self.freeze_at and self.freeze_at < self.steps:
             self._freeze(batch.inputs.first(2))
-        # A loader may yield more than its length promised.
-        share = min(self.steps_done / self.steps, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.5 * self.lr * (1.0 + math.cos(math.pi * share))
         outputs, targets = learner._outputs(batch)
         if self.steps_done == 0 or not outputs.is_cuda:
             learner.likelihood.validate(outputs, targets)
@@ -585,39 +865,46 @@ class _Phase:
                 ) from error
             total = loss + penalty
         self.finite.add(self.steps_done + 1, total.detach())
-        self.optimizer.zero_grad(set_to_none=True)
+        # An optimiser may hold less than the model, and more.
+        learner.model.zero_grad(set_to_none=True)
+        self.optimization.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if self.penalty is not None and learner.step == "stable":
-            self.penalty.precondition(self.lr)
-        self.optimizer.step()
+            self.penalty.precondition(self.optimization.highest_lr)
+        self.optimization.step(self.still)
         self.steps_done += 1
+        self._undo.pop_all()
         return loss.detach(), penalty.detach(), *learner.likelihood.correct(outputs, targets)
 
     def _freeze(self, example: Inputs) -> None:
         """From here on BatchNorms use their running statistics; nothing is folded."""
-        redundant = self._doubled(example) if self.penalty is not None else set()
+        self.still = self._doubled(example) if self.penalty is not None else []
         for module in self.learner.model.modules():
             if isinstance(module, _BatchNorm) and module.training:
                 module.eval()
                 self.learner._froze_batchnorm = True
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in redundant]
 
-    def _doubled(self, example: Inputs) -> set[int]:
-        """Identities of what a frozen BatchNorm doubles: its gamma, and the bias before its own.
+    def _doubled(self, example: Inputs) -> list[nn.Parameter]:
+        """Return what a frozen BatchNorm doubles: its gamma, and the bias before its own.
 
         Of one that its user froze, what is trained of it is theirs to say.
         """
-        doubled: set[int] = set()
+        doubled: list[nn.Parameter | None] = []
         for layer in self.learner._layers_with_batchnorm(example):
             gamma, beta = layer.batchnorm.weight, layer.batchnorm.bias
             if not layer.batchnorm.training or not layer.absorbs_scale:
                 continue
             if layer.like.requires_grad:
-                doubled.add(id(gamma))
+                doubled.append(gamma)
             if beta is not None and beta.requires_grad:
-                doubled.add(id(layer.bias()))
-        return doubled
+                doubled.append(layer.module.bias)
+        return [parameter for parameter in doubled if parameter is not None]
+
+
+def _with_rows(values: Tensor, rows: int) -> Tensor:
+    """Return values with rows of zeros below, so many in all."""
+    more = values.new_zeros(rows - len(values), *values.shape[1:])
+    return torch.cat([values, more])
 
 
 def _modes(model: nn.Module) -> dict[nn.Module, bool]:
@@ -720,6 +1007,7 @@ def _reparameterize_if_any(learner: ContinualLearner, loader: Loader) -> None:
                 loader,
                 weights=learner.weights,
                 norms=learner._norms if learner.weights == "first" else None,
+                layers=learner.layers,
                 max_examples=learner.max_examples,
                 input_fn=learner.input_fn,
             )

@@ -127,6 +127,10 @@ class Likelihood(ABC):
         none = outputs.new_zeros((), dtype=torch.int64)
         return none, none
 
+    def classes_in(self, targets: Tensor) -> int:
+        """Return how many classes outputs need for these targets; 0 where they do not tell."""
+        return 0
+
     @abstractmethod
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Weight ``c`` of each target in its example's loss, broadcastable to ``outputs``.
@@ -316,6 +320,12 @@ class CrossEntropy(Likelihood):
             classes, counted = targets, self._counted(targets)
         hit = counted & (outputs.argmax(dim=1) == classes)
         return hit.sum(), counted.sum()
+
+    def classes_in(self, targets: Tensor) -> int:
+        if targets.is_floating_point():
+            return targets.shape[1] if targets.dim() > 1 else 0
+        counted = targets[self._counted(targets)]
+        return int(counted.max()) + 1 if counted.numel() else 0
 
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():

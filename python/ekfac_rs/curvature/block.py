@@ -90,6 +90,16 @@ class Block(ABC):
         """
 
     @abstractmethod
+    def embedded(self, outputs: int) -> Self:
+        """Return the block of ``outputs`` rows whose first ones are this block's, zero on others.
+
+        Raises
+        ------
+        OptionError
+            Fewer rows than the block has, or rows that fall into groups.
+        """
+
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Return what the block is made of under keys for a file."""
 
@@ -147,6 +157,17 @@ def dense_logdet(block: Block, damping: float, closed: str, instead: str = "") -
             f" with damping {damping}"
         )
     return 2.0 * float(factor.diagonal().log().sum())
+
+
+def more_outputs(block: Block, outputs: int, groups: int = 1) -> int:
+    """Return how many rows `Block.embedded` puts below a block's."""
+    D, _ = block.shape
+    if outputs < D or (groups > 1 and outputs != D):
+        raise OptionError(
+            f"outputs: expected at least the {D} of {block!r}, "
+            f"{'in as many groups, ' if groups > 1 else ''}got {outputs}"
+        )
+    return outputs - D
 
 
 def require_same_kind(mine: Block, theirs: object) -> None:

@@ -6,9 +6,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
-from ekfac_rs.curvature.block import Block, Terms, mixed_terms
+from ekfac_rs.curvature.block import Block, Terms, mixed_terms, more_outputs
 from ekfac_rs.curvature.kronecker import KroneckerSum, eigh
 from ekfac_rs.errors import (
     DtypeError,
@@ -103,6 +104,10 @@ class ColumnwiseSum(Block):
                 for a, G in self.terms
             ]
         )
+
+    def embedded(self, outputs: int) -> "ColumnwiseSum":
+        rows = more_outputs(self, outputs)
+        return ColumnwiseSum([(a, F.pad(G, (0, rows, 0, rows))) for a, G in self.terms])
 
     def tensors(self) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}

@@ -118,6 +118,28 @@ class Curvature(Mapping[str, Block]):
         """Return the curvature on another device or in another dtype."""
         return replace(self, blocks={n: block.to(device, dtype) for n, block in self.items()})
 
+    def embedded(self, layer: str, outputs: int) -> "Curvature":
+        """Return the curvature of a layer with more outputs, zero on those that are new.
+
+        That of weights whose new rows are zero, as far as they were there: `ContinualLearner.grow`.
+
+        Parameters
+        ----------
+        layer : str
+            Its name.
+        outputs : int
+            At least as many as the layer's block has rows.
+
+        Raises
+        ------
+        UnknownLayerError
+            The layer has no block.
+        OptionError
+            Fewer outputs, or a layer with groups.
+        """
+        # The signature stays: rows of zeros at the end add nothing to it.
+        return replace(self, blocks={**self.blocks, layer: self[layer].embedded(outputs)})
+
     def merge(self, other: "Curvature") -> "Curvature":
         """Union of two passes over disjoint mini-batches, exactly as one pass over both.
 

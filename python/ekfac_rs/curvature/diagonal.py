@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ekfac_rs._checks import require_finite
-from ekfac_rs.curvature.block import Block
+from ekfac_rs.curvature.block import Block, more_outputs
 from ekfac_rs.errors import IncompatibleError, ShapeError
 
 
@@ -100,6 +101,10 @@ class DiagonalBlock(Block):
         self, other: "DiagonalBlock", share: float, examples: Sequence[int], others: Sequence[int]
     ) -> "DiagonalBlock":
         return DiagonalBlock(torch.lerp(other.values, self.values, share))
+
+    def embedded(self, outputs: int) -> "DiagonalBlock":
+        rows = more_outputs(self, outputs)
+        return DiagonalBlock(F.pad(self.values, (0, 0, 0, rows)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"diagonal": self.values}

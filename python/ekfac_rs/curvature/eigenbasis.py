@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
 from ekfac_rs._lanczos import top_eigenvalue
-from ekfac_rs.curvature.block import Block, dense_logdet
+from ekfac_rs.curvature.block import Block, dense_logdet, more_outputs
 from ekfac_rs.curvature.columnwise import ColumnwiseSum
 from ekfac_rs.curvature.kronecker import KroneckerSum, eigh
 from ekfac_rs.errors import (
@@ -302,6 +303,16 @@ class EigenbasisSum(Block):
         others: Sequence[int],
     ) -> "EigenbasisSum":
         return self * share + other * (1.0 - share)
+
+    def embedded(self, outputs: int) -> "EigenbasisSum":
+        rows = more_outputs(self, outputs, self.groups)
+        terms = []
+        for U, Q, values in self.terms:
+            # Orthonormal columns below, too; their eigenvalues are zero.
+            wider = F.pad(Q, (0, rows, 0, rows))
+            wider.diagonal(dim1=-2, dim2=-1)[..., Q.shape[-1] :] = 1.0
+            terms.append((U, wider, F.pad(values, (0, 0, 0, rows))))
+        return EigenbasisSum(terms)
 
     # --- spectrum ---
 

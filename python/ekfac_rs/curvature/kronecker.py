@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ekfac_rs import _core
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
 from ekfac_rs._tensors import borrow
-from ekfac_rs.curvature.block import Block, dense_logdet, mixed_terms
+from ekfac_rs.curvature.block import Block, dense_logdet, mixed_terms, more_outputs
 from ekfac_rs.errors import (
     DtypeError,
     IncompatibleError,
@@ -204,6 +205,10 @@ class KroneckerSum(Block):
         self, other: "KroneckerSum", share: float, examples: Sequence[int], others: Sequence[int]
     ) -> "KroneckerSum":
         return KroneckerSum(mixed_terms(self.terms, other.terms, share, examples, others))
+
+    def embedded(self, outputs: int) -> "KroneckerSum":
+        rows = more_outputs(self, outputs, self.groups)
+        return KroneckerSum([(A, F.pad(G, (0, rows, 0, rows))) for A, G in self.terms])
 
     def tensors(self) -> dict[str, Tensor]:
         return {

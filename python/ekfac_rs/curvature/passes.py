@@ -150,8 +150,10 @@ def estimate_curvature(
     Raises
     ------
     OptionError
-        An unknown option, draws or correction_batches below 1, an unknown layer name, "tf32" on
-        the CPU, or an iterator as loader where a correction needs to go through it again.
+        An unknown option, draws or correction_batches below 1, "tf32" on the CPU, or an iterator as
+        loader where a correction needs to go through it again.
+    UnknownLayerError
+        ``layers`` names what is no layer of the model.
     CudaError, OutOfMemoryError
         The model is on a GPU and CUDA cannot be used there, or has no room for the factors.
     UnsupportedLayerError, UnsupportedLossError

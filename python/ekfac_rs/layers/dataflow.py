@@ -25,6 +25,9 @@ from ekfac_rs.layers.base import AffineCall, Arguments, Function
 from ekfac_rs.layers.kinds import argument_names, kind_of
 from ekfac_rs.loading import Inputs
 
+# Who consumes what the model returns.
+THE_OUTPUT = "the model's output"
+
 # What a function may tell about a module's tensor without using its values.
 _FACTS = (
     *(bool, int, str, torch.Size, torch.dtype, torch.device),
@@ -311,7 +314,7 @@ def trace(model: nn.Module, watched: Mapping[nn.Module, str]) -> DataFlow:
         if node.op == "get_attr" or _is_fact_of(node):
             continue
         caller, others = _own_call(node, model, stored, tensors, watched, flow)
-        label = _label(node) if caller is None else watched[caller]
+        label = watched[caller] if caller is not None else _label(node)
         if caller is not None:
             flow.inputs[label].extend(node.all_input_nodes[:1])
             flow.outputs[label].append(node)
@@ -364,6 +367,8 @@ def _is_fact_of(node: fx.Node) -> bool:
 
 
 def _label(node: fx.Node) -> str:
+    if node.op == "output":
+        return THE_OUTPUT
     if node.target is getattr:
         return str(node.args[1])
     return getattr(node.target, "__name__", str(node.target))
@@ -422,5 +427,5 @@ def observe(model: nn.Module, watched: Mapping[nn.Module, str], example: Any) ->
         output = Inputs.of(example).call(model)
     for value in tree_leaves(output):
         if isinstance(value, Tensor):
-            observer.flow.consumers[observer.key(value)].append("the model's output")
+            observer.flow.consumers[observer.key(value)].append(THE_OUTPUT)
     return observer.flow

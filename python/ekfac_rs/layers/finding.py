@@ -11,9 +11,14 @@ from torch.nn.parameter import is_lazy
 from ekfac_rs._checks import require_choice, require_finite
 from ekfac_rs._modes import plain_name, submodule
 from ekfac_rs._tensors import is_supported
-from ekfac_rs.errors import ModelChangedError, OptionError, UnsupportedLayerError
+from ekfac_rs.errors import (
+    ModelChangedError,
+    OptionError,
+    UnknownLayerError,
+    UnsupportedLayerError,
+)
 from ekfac_rs.layers.base import COORDINATES, PARAMETERS, AffineLayer
-from ekfac_rs.layers.dataflow import observe, trace
+from ekfac_rs.layers.dataflow import THE_OUTPUT, observe, trace
 from ekfac_rs.layers.kinds import kind_of, kinds_in_words
 from ekfac_rs.layers.pairing import pair_batchnorms
 
@@ -59,14 +64,17 @@ def find_layers(
         computes with other weights, statistics or constants than it keeps, or something else
         computes with its own; its weights are parametrised, lazy or no real floating-point numbers.
     OptionError
-        ``layers`` is no collection of names, or names what is not there.
+        ``layers`` is no collection of names.
+    UnknownLayerError
+        It names what is not there.
     """
     require_choice("coordinates", coordinates, COORDINATES)
     watched = _watched(model)
     if layers is None:
         _require_known_kinds(model)
     else:
-        _require_names(layers, model)
+        require_names(layers, model)
+        _require_possible(layers, model)
     found, problems = _survey(model, watched, coordinates, example)
     if layers is not None:
         _require_not_merged(layers, found)
@@ -130,6 +138,43 @@ def bind_layers(model: nn.Module, batchnorms: Mapping[str, str | None]) -> list[
         A name is missing from the model or belongs to a module of another type.
     """
     return [_affine_layer(model, name, batchnorm) for name, batchnorm in batchnorms.items()]
+
+
+def find_output_layer(model: nn.Module, *, example: Any = None) -> str:
+    """Find the one Linear whose output is the model's, as it is.
+
+    Parameters
+    ----------
+    model, example
+        As in `find_layers`.
+
+    Returns
+    -------
+    str
+        Its name.
+
+    Raises
+    ------
+    OptionError
+        There is none, or more than one: only their user can tell which is meant.
+    UnsupportedLayerError
+        The data flow cannot be traced.
+    """
+    watched = _watched(model)
+    flow = trace(model, watched) if example is None else observe(model, watched, example)
+    found = [
+        name
+        for module, name in watched.items()
+        if isinstance(module, nn.Linear)
+        and any(flow.consumers[value] == [THE_OUTPUT] for value in flow.outputs[name])
+    ]
+    if len(found) != 1 or not found[0]:
+        got = ", ".join(map(repr, found)) or "none"
+        raise OptionError(
+            "output_layer: expected one Linear inside the model whose output is the model's, got "
+            f"{got}: name the one that is meant"
+        )
+    return found[0]
 
 
 def uncovered_parameters(
@@ -198,24 +243,40 @@ def _require_not_merged(names: Collection[str], found: Collection[AffineLayer]) 
             )
 
 
-def _require_names(layers: Collection[str], model: nn.Module) -> None:
-    """Refuse what names no layer, and a layer that can have no block."""
+def require_names(layers: Collection[str], model: nn.Module) -> None:
+    """Refuse what names no layer.
+
+    Raises
+    ------
+    OptionError
+        No collection of names, or an empty one.
+    UnknownLayerError
+        A name is no affine layer's.
+    """
     names = isinstance(layers, Collection) and all(isinstance(name, str) for name in layers)
     if isinstance(layers, str | bytes) or not names:
         raise OptionError(f"layers: expected a collection of names, got {layers!r}")
     if not layers:
         raise OptionError("layers: expected at least one name, got none")
-    modules = {plain_name(n): m for n, m in model.named_modules() if kind_of(m) is not None}
-    unknown = sorted(set(layers) - set(modules))
+    unknown = sorted(set(layers) - set(_modules_of_kinds(model)))
     if unknown:
-        raise OptionError(
+        raise UnknownLayerError(
             f"layers: expected names of affine layers of the model, got {', '.join(unknown)}"
         )
+
+
+def _require_possible(layers: Collection[str], model: nn.Module) -> None:
+    """Refuse layers that can have no block."""
+    modules = _modules_of_kinds(model)
     for name in layers:
         kind = kind_of(modules[name])
         reason = None if kind is None else kind.why_unsupported(modules[name])
         if reason is not None:
             raise UnsupportedLayerError(f"layer {name!r}: {reason}")
+
+
+def _modules_of_kinds(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(n): m for n, m in model.named_modules() if kind_of(m) is not None}
 
 
 def _affine_layer(model: nn.Module, name: str, batchnorm_name: str | None) -> AffineLayer:

@@ -1,0 +1,179 @@
+"""Optimisers and schedules as a user gives them, for one task's training."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from ekfac_rs._checks import require_choice
+from ekfac_rs.errors import OptionError
+
+# Called as ``optimizer(parameters, lr=lr)``, as torch's own classes can be.
+MakesOptimizer = Callable[..., Optimizer]
+# Called as ``scheduler(optimizer, steps)``.
+MakesScheduler = Callable[[Optimizer, int], LRScheduler]
+
+SCHEDULES = ("cosine",)
+
+
+def require_optimizer(optimizer: object) -> None:
+    """Raise `OptionError` unless this is None or makes optimisers, as far as can be told."""
+    if optimizer is not None and not callable(optimizer):
+        raise OptionError(
+            "optimizer: expected a callable of (parameters, lr=...) like torch.optim.Adam, got "
+            f"{type(optimizer).__name__}"
+        )
+
+
+def require_scheduler(scheduler: object) -> None:
+    """Raise `OptionError` unless this is None, a schedule's name or makes schedulers."""
+    if scheduler is not None and not callable(scheduler):
+        require_choice("scheduler", scheduler, SCHEDULES)
+
+
+class Optimization:
+    """An optimiser and its learning rates over the steps of one task.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        To be trained.
+    lr : float
+    steps : int
+        How many there will be; a loader may yield more than its length promised.
+    optimizer : callable
+    scheduler : "cosine", callable or None
+        None leaves learning rates alone.
+
+    Attributes
+    ----------
+    optimizer : torch.optim.Optimizer
+
+    Raises
+    ------
+    OptionError
+        What a callable returns is no optimiser, one of other parameters, or no scheduler; its
+        ``step`` needs an argument.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        steps: int,
+        optimizer: MakesOptimizer,
+        scheduler: str | MakesScheduler | None,
+    ) -> None:
+        if not parameters:
+            raise OptionError("model: expected trainable parameters, got none")
+        # A list of its own: torch may keep the one it is given.
+        self.optimizer = _checked_optimizer(optimizer(list(parameters), lr=lr), parameters)
+        self._steps, self._steps_done, self._highest_lr = steps, 0, 0.0
+        # A scheduler may begin with a warm-up: the rate that was asked for counts, too.
+        self._note_lr()
+        self._scheduler: LRScheduler | None = None
+        if callable(scheduler):
+            self._scheduler = _checked_scheduler(scheduler(self.optimizer, steps))
+        elif scheduler is not None:
+            self._scheduler = LambdaLR(self.optimizer, lambda step: half_cosine(step / steps))
+        self._note_lr()
+
+    @property
+    def highest_lr(self) -> float:
+        """Highest learning rate that any group of parameters has had so far.
+
+        Raises
+        ------
+        OptionError
+            A group has none.
+        """
+        for number, group in enumerate(self.optimizer.param_groups):
+            if not _has_lr(group):
+                raise OptionError(
+                    f"optimizer: expected a number as 'lr' of every group, got "
+                    f"{group.get('lr')!r} in group {number} of {type(self.optimizer).__name__}; "
+                    "step='explicit' does without"
+                )
+        return self._highest_lr
+
+    def sgd(self) -> tuple[float, float] | None:
+        """Learning rate and momentum of SGD's fastest group; None where it is no SGD."""
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return None
+        fastest = max(self.optimizer.param_groups, key=lambda group: float(group["lr"]))
+        return self.highest_lr, float(fastest["momentum"])
+
+    def step(self, still: Iterable[nn.Parameter]) -> None:
+        """Make a step, and go on to the next learning rate.
+
+        Parameters
+        ----------
+        still : iterable of Parameter
+            Those that stay where they are, whatever the optimiser remembers of them.
+        """
+        # Optimisers pass over what has no gradient: their groups and states stay their own.
+        for parameter in still:
+            parameter.grad = None
+        self.optimizer.step()
+        self._steps_done += 1
+        if self._scheduler is not None and self._steps_done <= self._steps:
+            self._scheduler.step()
+            self._note_lr()
+
+    def _note_lr(self) -> None:
+        rates = [float(group["lr"]) for group in self.optimizer.param_groups if _has_lr(group)]
+        self._highest_lr = max([self._highest_lr, *rates])
+
+
+def half_cosine(share: float) -> float:
+    """Part of the highest learning rate when this share of the steps is made, from 1 to 0."""
+    return 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def _has_lr(group: dict[str, Any]) -> bool:
+    return isinstance(group.get("lr"), int | float | torch.Tensor)
+
+
+def _checked_optimizer(made: object, parameters: Sequence[nn.Parameter]) -> Optimizer:
+    if not isinstance(made, Optimizer):
+        raise OptionError(
+            f"optimizer: expected one that returns a torch.optim.Optimizer, got {_named(made)}"
+        )
+    _require_plain_step("optimizer", made)
+    theirs = {id(p) for group in made.param_groups for p in group["params"]}
+    if theirs.isdisjoint(map(id, parameters)):
+        raise OptionError(
+            f"optimizer: expected a {type(made).__name__} of the model's parameters, got one of "
+            "others"
+        )
+    return made
+
+
+def _checked_scheduler(made: object) -> LRScheduler:
+    if not isinstance(made, LRScheduler):
+        raise OptionError(
+            "scheduler: expected one that returns a torch.optim.lr_scheduler.LRScheduler "
+            f"(scheduler=None leaves the learning rate alone), got {_named(made)}"
+        )
+    _require_plain_step("scheduler", made)
+    return made
+
+
+def _require_plain_step(argument: str, made: Optimizer | LRScheduler) -> None:
+    """Refuse what wants a closure, as LBFGS does, or a metric, as ReduceLROnPlateau."""
+    for name, parameter in inspect.signature(made.step).parameters.items():
+        variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not variable:
+            raise OptionError(
+                f"{argument}: expected one whose step() needs nothing, got a "
+                f"{type(made).__name__}, which needs {name!r}"
+            )
+
+
+def _named(made: object) -> str:
+    return "None" if made is None else f"a {type(made).__name__}"
