@@ -26,7 +26,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 # Files that take longest: begun first, they do not run alone at the end.
-LONG = ("gpu/test_emulated.py", "experiments/test_finegrained.py", "exactness/test_convolutions.py")
+LONG = (
+    *("gpu/test_emulated.py", "experiments/test_finegrained.py", "exactness/test_convolutions.py"),
+    *("penalty/test_stable_step.py", "exactness/test_corrections.py", "test_memory.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,12 +23,12 @@ FLOORS = {
         *("curvature.eigenbasis", "curvature.corrections"),
     ),
     "passes": ("curvature.passes", "curvature"),
-    "on top": ("penalty", "stability", "metrics", "description"),
-    "learner": ("heads", "optimization", "learner"),
+    "on top": ("penalty", "stability", "metrics", "description", "scales"),
+    "learner": ("learning",),
     "library": ("",),
     "laboratory": ("experiments",),
 }
-PUBLIC = {"", "errors", "metrics", "likelihood"}
+PUBLIC = {"", "errors", "metrics", "likelihood", "scales"}
 
 
 def modules(folder):
@@ -117,16 +117,16 @@ def test_the_document_names_every_inhabitant():
 @pytest.mark.parametrize(
     ("module", "line", "named"),
     [
-        ("errors", "import ekfac_rs.learner", "errors imports learner of a floor above"),
+        ("errors", "import ekfac_rs.learning", "errors imports learning of a floor above"),
         ("layers.linear", "from ekfac_rs import likelihood", "layers.linear imports likelihood"),
         ("curvature.files", "from ekfac_rs.curvature.passes import x", "imports curvature.passes"),
         ("curvature.settings", "from ekfac_rs.curvature.curvature import x", "circle: "),
         ("layers.base", "from ekfac_rs.layers.finding import x", "circle: "),
-        ("learner", "def f():\n    import ekfac_rs", "learner imports  of a floor above"),
+        ("learning", "def f():\n    import ekfac_rs", "learning imports  of a floor above"),
         ("penalty", "from ekfac_rs.experiments import runs", "imports experiments.runs of a floor"),
         ("experiments.runs", "from ekfac_rs._checks import x", "_checks, which is not public"),
         ("experiments.runs", "from ekfac_rs.layers import x", "layers, which is not public"),
-        ("experiments.data.idx", "import ekfac_rs.learner", "learner, which is not public"),
+        ("experiments.data.idx", "import ekfac_rs.learning", "learning, which is not public"),
         ("experiments.pictures", "from ekfac_rs.experiments import report", "circle: "),
         ("cellar", "", "cellar: on no floor"),
     ],

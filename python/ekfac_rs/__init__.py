@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  first: it makes the CUDA libraries visible to the Rust core
 
-from ekfac_rs import errors, likelihood, metrics
+from ekfac_rs import errors, likelihood, metrics, scales
 from ekfac_rs._core import build_info, num_threads, set_num_threads
 from ekfac_rs._cuda import cuda_info
 from ekfac_rs.batchnorm import (
@@ -24,7 +24,7 @@ from ekfac_rs.curvature import (
 )
 from ekfac_rs.description import Description, describe
 from ekfac_rs.errors import EkfacError
-from ekfac_rs.learner import ContinualLearner
+from ekfac_rs.learning import ContinualLearner
 from ekfac_rs.metrics import AccuracyMatrix
 from ekfac_rs.penalty import QuadraticPenalty, StabilityWarning
 
@@ -57,6 +57,7 @@ __all__ = [
     "num_threads",
     "raw_weights",
     "reparameterize",
+    "scales",
     "set_num_threads",
     "weight_norms",
 ]

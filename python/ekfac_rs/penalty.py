@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, Self
 
@@ -75,6 +75,13 @@ class QuadraticPenalty:
     coordinates : {"merged", "raw"}, optional
         Needed only without curvatures. Default: theirs, else "merged".
 
+    Attributes
+    ----------
+    predicted_increase : float or Tensor
+        ``1/2 * sum_l <D_l, sum_t H_tl D_l>`` when the penalty was last called: how much the sum of
+        the earlier tasks' mean losses has grown since the anchor, in the curvatures' view. On a
+        GPU a tensor there, which nobody has waited for.
+
     Raises
     ------
     IncompatibleError
@@ -106,9 +113,9 @@ class QuadraticPenalty:
         coordinates: str | None = None,
     ) -> None:
         require_nonnegative("damping", damping)
-        require_nonnegative("scale", scale)
         curvatures = [curvatures] if isinstance(curvatures, Curvature) else list(curvatures)
-        self.damping, self.scale = float(damping), float(scale)
+        self.damping, self.scale = float(damping), scale
+        self.predicted_increase: float | Tensor = 0.0
         self.coordinates = _common_coordinates(curvatures, coordinates)
         self._model = model = bare_model(model)
         self._layers = _bind(model, curvatures, anchor, self.coordinates)
@@ -159,10 +166,28 @@ class QuadraticPenalty:
         if self._stable.is_due(modes):
             self._stable.look({layer.name: self._situation(layer) for layer in self._layers}, modes)
         operators = [self._operators[layer.name] for layer in self._layers]
-        value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, *deviations)
+        squares = _Squares(deviations[0])
+        value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, squares, *deviations)
+        self.predicted_increase = squares.increase
         if not value.is_cuda and not is_finite(value):
             self._raise_non_finite(deviations)
         return value
+
+    @property
+    def scale(self) -> float:
+        """Multiplies the curvatures' sum; it may change between two calls.
+
+        Raises
+        ------
+        OptionError
+            It is set to something negative or not finite.
+        """
+        return self._scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        require_nonnegative("scale", scale)
+        self._scale = float(scale)
 
     def deviations(self) -> dict[str, Tensor]:
         """Return each layer's current weights less the anchor, of shape (D, K)."""
@@ -246,7 +271,7 @@ class QuadraticPenalty:
         with without_autocast(self._layers[0].like.device):
             if not self._stable.steps:
                 self._stable.steps = {x.name: self._stable_step(x) for x in self._layers}
-            self._stable.apply(lr)
+            self._stable.apply(lr, self.scale)
 
     def _uses_batch(self, layer: AffineLayer) -> bool:
         return layer.name in self._batches and bool(layer.batchnorm.training)
@@ -269,20 +294,19 @@ class QuadraticPenalty:
             layer,
             self.coordinates == "merged",
             getattr(operator, "block", None),
-            self.scale,
             self.damping,
-            self._hessian(layer),
+            partial(self._hessian, layer),
             self._anchor[layer.name],
         )
 
-    def _hessian(self, layer: AffineLayer) -> Hessian:
-        """Product with the penalty's Hessian in the weights it lives on."""
+    def _hessian(self, layer: AffineLayer, scale: float) -> Hessian:
+        """Product with the penalty's Hessian, at a scale, in the weights it lives on."""
         operator = self._operators[layer.name]
 
         def product(V: Tensor) -> Tensor:
             V, moved = V.contiguous(), torch.empty(V.shape, dtype=V.dtype, device=V.device)
             operator.apply(V, moved)
-            return moved.mul_(self.scale).add_(V, alpha=self.damping)
+            return moved.mul_(scale).add_(V, alpha=self.damping)
 
         return product
 
@@ -306,7 +330,9 @@ class QuadraticPenalty:
 
         moments = self._input_moments.get(layer.name) if layer.batchnorm.training else None
         situation = self._running(layer) if moments is None else moments.situation(layer)
-        return top_eigenvalue_of_parameters(View(layer, situation), self._hessian(layer))
+        return top_eigenvalue_of_parameters(
+            View(layer, situation), self._hessian(layer, self.scale)
+        )
 
     def _require_unchanged(self, layer: AffineLayer) -> None:
         expected = ((layer.name, layer.module), (layer.batchnorm_name, layer.batchnorm))
@@ -507,37 +533,70 @@ def _operator(blocks: Sequence[Block], like: Tensor) -> _Operator:
     return _DiagonalOperator(total) if isinstance(total, DiagonalBlock) else _BlockOperator(total)
 
 
+class _Squares:
+    """Sums over the layers, each a float or, on a GPU, a tensor that nobody has waited for.
+
+    Attributes
+    ----------
+    increase
+        Half of ``sum_l <D_l, H_l D_l>``.
+    distance
+        Half of ``sum_l |D_l|**2``.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self.increase: float | Tensor = 0.0
+        self.distance: float | Tensor = 0.0
+
+    def add(self, curved: float | Tensor, flat: float | Tensor) -> None:
+        self.increase += 0.5 * self._there(curved)
+        self.distance += 0.5 * self._there(flat)
+
+    def total(self, scale: float, damping: float) -> Tensor:
+        total = scale * self.increase
+        if damping:
+            total += damping * self.distance
+        if not isinstance(total, Tensor):
+            # Not in one step: a float out of the dtype's range would be an error, not infinite.
+            total = self._like.new_full((), total, dtype=torch.float64)
+        return total.to(self._like.dtype)
+
+    def _there(self, part: float | Tensor) -> float | Tensor:
+        # Layers may be on several devices.
+        return part.to(self._like.device) if isinstance(part, Tensor) else part
+
+
 class _Quadratic(torch.autograd.Function):
     """``1/2 sum_l <D_l, (scale H_l + damping) D_l>``; the product made for the value is kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, operators: Sequence[_Operator], scale: float, damping: float, *deviations: Tensor
+        ctx: Any,
+        operators: Sequence[_Operator],
+        scale: float,
+        damping: float,
+        squares: _Squares,
+        *deviations: Tensor,
     ) -> Tensor:
-        first = deviations[0]
-        value: float | Tensor = 0.0
         gradients = []
         for operator, D in zip(operators, deviations, strict=True):
             D = D.contiguous()
             gradient = torch.empty_like(D)
-            part = scale * operator.apply(D, gradient)
+            curved, flat = operator.apply(D, gradient), 0.0
             gradient.mul_(scale)
             if damping:
-                part += damping * torch.linalg.vector_norm(D).double() ** 2
+                flat = torch.linalg.vector_norm(D).double() ** 2
                 gradient.add_(D, alpha=damping)
             gradients.append(gradient)
-            # Layers may be on several devices.
-            value += part.to(first.device) if isinstance(part, Tensor) else part
+            squares.add(curved, flat)
         ctx.save_for_backward(*gradients)
-        if not isinstance(value, Tensor):
-            # Not in one step: a float out of the dtype's range would be an error, not infinite.
-            value = first.new_full((), value, dtype=torch.float64)
-        return (0.5 * value).to(first.dtype)
+        return squares.total(scale, damping)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *(grad.to(g.device) * g for g in ctx.saved_tensors))
+        return (None, None, None, None, *(grad.to(g.device) * g for g in ctx.saved_tensors))
 
 
 # --- moments of inputs --------------------------------------------------------------------------

@@ -44,7 +44,6 @@ MODELS = {
     "regnet_y_400mf": Row(from_torchvision("regnet_y_400mf"), 53, 33, 0),
     "timm resnet18": Row(from_timm("resnet18"), 20, 1, 0),
     "timm resnet50": Row(from_timm("resnet50"), 53, 1, 0),
-    "timm wide_resnet50_2": Row(from_timm("wide_resnet50_2"), 53, 1, 0),
     "timm mobilenetv2_100": Row(from_timm("mobilenetv2_100"), 52, 1, 0),
     "timm mobilenetv3_small_100": Row(from_timm("mobilenetv3_small_100"), 34, 20, 0),
     "timm mobilenetv3_large_100": Row(from_timm("mobilenetv3_large_100"), 46, 18, 0),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs import learner as learner_module
 from ekfac_rs.errors import EmptyLoaderError, NumericalError
+from ekfac_rs.learning import training
 from nets import mlp, random_batchnorms
 
 
@@ -432,7 +432,7 @@ def test_without_batchnorm_a_later_task_takes_no_pass_more():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_deferred_check_reads_a_step_during_the_next_and_names_it(bad):
-    check = learner_module._FiniteCheck(deferred=True)
+    check = training.FiniteCheck(deferred=True)
     check.add(1, torch.tensor(0.5))
     check.add(2, torch.tensor(bad))
     with pytest.raises(NumericalError, match=f"got {bad} at step 2; the weights have moved on"):
@@ -441,7 +441,7 @@ def test_a_deferred_check_reads_a_step_during_the_next_and_names_it(bad):
 
 
 def test_the_last_deferred_step_is_checked_on_finishing():
-    check = learner_module._FiniteCheck(deferred=True)
+    check = training.FiniteCheck(deferred=True)
     check.finish()
     check.add(1, torch.tensor(math.nan))
     with pytest.raises(NumericalError, match="at step 1; the weights"):
@@ -450,7 +450,7 @@ def test_the_last_deferred_step_is_checked_on_finishing():
 
 
 def test_an_immediate_check_reads_the_step_itself():
-    check = learner_module._FiniteCheck(deferred=False)
+    check = training.FiniteCheck(deferred=False)
     check.add(1, torch.tensor(0.5))
     with pytest.raises(NumericalError, match="got nan at step 2$"):
         check.add(2, torch.tensor(math.nan))
@@ -484,7 +484,7 @@ def test_a_total_on_a_gpu_is_copied_at_once_and_read_after_its_own_event(monkeyp
     first, second = OnAGpu(0.5), OnAGpu(0.5)
     streams = iter([first, second])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
-    check = learner_module._FiniteCheck(deferred=True)
+    check = training.FiniteCheck(deferred=True)
     check.add(1, first)
     assert first.done == ["copy to cpu without waiting", "record"]
     check.add(2, second)
@@ -495,8 +495,8 @@ def test_a_total_on_a_gpu_is_copied_at_once_and_read_after_its_own_event(monkeyp
 @pytest.fixture
 def deferred(monkeypatch):
     """Check every fit as on a GPU."""
-    immediate = learner_module._FiniteCheck
-    monkeypatch.setattr(learner_module, "_FiniteCheck", lambda deferred: immediate(deferred=True))
+    immediate = training.FiniteCheck
+    monkeypatch.setattr(training, "FiniteCheck", lambda deferred: immediate(deferred=True))
 
 
 def fit_on_a_bad_step(step, steps):

@@ -1,6 +1,6 @@
 """The step that stays stable on a penalty: linearly implicit, layer by layer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from ekfac_rs._lanczos import top_eigenvalue
 from ekfac_rs.curvature import Block
 from ekfac_rs.errors import ModelChangedError, NumericalError
 from ekfac_rs.layers import AffineLayer
-from ekfac_rs.stability.bounds import Part, bound_of
+from ekfac_rs.stability.bounds import Bound, Part, bound_of
 from ekfac_rs.stability.eigenvalue import Hessian, seen_from_parameters
 from ekfac_rs.stability.view import Situation, View
 
@@ -22,8 +22,8 @@ _FACTOR, _MOST_FACTORS = 1.5, 40
 
 # Steps between two looks at where the model is: in the beginning, and once it has got going.
 _FIRST_INTERVAL, _INTERVAL = 10, 100
-# A learning rate that rises is prepared for this much more.
-_HEADROOM = 1.5
+# A learning rate or scale that rises is prepared for this much more; a scale may fall this far.
+_HEADROOM, _SLACK = 1.5, 2.0
 
 
 class StableStep:
@@ -40,10 +40,10 @@ class StableStep:
         Whether the penalty is on the layer's merged weights.
     block : Block or None
         Of all tasks.
-    scale, damping : float
+    damping : float
         The penalty's.
     hessian : callable
-        Product with ``scale * block + damping``.
+        Product with ``scale * block + damping``, given ``scale``.
     like : Tensor of shape (D, K)
         Weights that the penalty is on.
 
@@ -61,22 +61,27 @@ class StableStep:
         layer: AffineLayer,
         merged: bool,
         block: Block | None,
-        scale: float,
         damping: float,
-        hessian: Hessian,
+        hessian: Callable[[float], Hessian],
         like: Tensor,
     ) -> None:
         self._layer = layer
         self._merged = merged and layer.batchnorm is not None
-        self._hessian = hessian
-        self._bound = bound_of(block, scale, damping, like)
-        self._least_strength = 1.0 / (_SAFE * self._bound.terms)
+        self._hessian_at = hessian
+        self._bound_at: Callable[[float], Bound] = lambda scale: bound_of(
+            block, scale, damping, like
+        )
+        self._scale = -1.0
         self._parts: list[Part] = []
-        self.strength = self._bound.terms**-0.5
+        self.strength = 0.0
         self.top = 0.0
 
-    def prepare(self, situation: Situation | None, lr: float) -> None:
-        """Take ``K`` where the model is now, as strong as learning rates up to ``lr`` need it."""
+    def prepare(self, situation: Situation | None, lr: float, scale: float) -> None:
+        """Take ``K`` where the model is now, as strong as learning rates up to ``lr`` need it.
+
+        And penalties up to ``scale``.
+        """
+        self._take_scale(scale)
         self._parts, self.top = [], 0.0
         view = View(self._layer, situation if self._merged else None)
         if not view.parameters or self._bound.is_zero or lr == 0.0:
@@ -100,6 +105,14 @@ class StableStep:
                 X = part.operator.inverse(X, self.strength * lr)
                 for parameter, gradient in part.scattered(X, gradients).items():
                     gradients[parameter].copy_(gradient)
+
+    def _take_scale(self, scale: float) -> None:
+        if scale == self._scale:
+            return
+        self._scale, self._hessian = scale, self._hessian_at(scale)
+        self._bound = self._bound_at(scale)
+        self._least_strength = 1.0 / (_SAFE * self._bound.terms)
+        self.strength = self.strength or self._bound.terms**-0.5
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return self._layer.parameters("merged" if self._merged else "raw")
@@ -152,7 +165,7 @@ class StableSteps:
         self.steps: dict[str, StableStep] = {}
         self._situations: dict[str, Situation | None] = {}
         self._modes: tuple[bool, ...] = ()
-        self._prepared_lr = -1.0
+        self._prepared: tuple[float, float] | None = None
         self._count, self._next = 0, 0
 
     def is_due(self, modes: tuple[bool, ...]) -> bool:
@@ -162,20 +175,36 @@ class StableSteps:
 
     def look(self, situations: dict[str, Situation | None], modes: tuple[bool, ...]) -> None:
         """Take the layers' situations."""
-        self._situations, self._modes, self._prepared_lr = situations, modes, -1.0
+        self._situations, self._modes, self._prepared = situations, modes, None
 
-    def apply(self, lr: float) -> None:
-        """Multiply the gradients of all layers."""
+    def apply(self, lr: float, scale: float) -> None:
+        """Multiply the gradients of all layers, for a learning rate and a penalty's scale."""
         if not self._situations:
             raise ModelChangedError("precondition: expected a call of penalty() before, got none")
-        if lr > self._prepared_lr:
-            # Where it rises in every step, as in a warm-up, not every one needs another look.
-            prepared_lr = lr * (_HEADROOM if self._prepared_lr > 0.0 else 1.0)
+        if not self._is_prepared(lr, scale):
+            lr_and_scale = self._with_headroom(lr, scale)
             for name, step in self.steps.items():
-                step.prepare(self._situations[name], prepared_lr)
-            self._prepared_lr = prepared_lr
+                step.prepare(self._situations[name], *lr_and_scale)
+            self._prepared = lr_and_scale
             # Gains and inputs move fastest in the beginning.
             self._next = self._count + min(_INTERVAL, max(_FIRST_INTERVAL, self._count))
         for step in self.steps.values():
             step.apply(lr)
         self._count += 1
+
+    def _is_prepared(self, lr: float, scale: float) -> bool:
+        if self._prepared is None:
+            return False
+        prepared_lr, prepared_scale = self._prepared
+        # A step for a much larger penalty would be stable, too, but slow.
+        return lr <= prepared_lr and prepared_scale / _SLACK <= scale <= prepared_scale
+
+    def _with_headroom(self, lr: float, scale: float) -> tuple[float, float]:
+        """Prepare for more of what rises: in a warm-up, say, not every step needs another look."""
+        if self._prepared is None:
+            return lr, scale
+        prepared_lr, prepared_scale = self._prepared
+        return (
+            lr * (_HEADROOM if lr > prepared_lr > 0.0 else 1.0),
+            scale * (_HEADROOM if scale > prepared_scale else 1.0),
+        )

@@ -267,6 +267,7 @@ class NewHeads(Heads):
         if self._layers:
             return
         if self.output_layer is None:
+            undo.callback(setattr, self, "output_layer", None)
             self.output_layer = found_output_layer(self.model, example())
         undo.callback(self._layers.clear)
         self._layers[0] = output_linear(self.model, self.output_layer)

@@ -1,16 +1,13 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from itertools import count, islice
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
 from ekfac_rs._modes import bare_model, own_modes
@@ -20,7 +17,6 @@ from ekfac_rs.batchnorm import (
     Anchor,
     as_found,
     device_of,
-    frozen_batchnorms,
     merged_weights,
     raw_weights,
     reparameterize,
@@ -38,23 +34,32 @@ from ekfac_rs.errors import (
     EkfacError,
     EmptyLoaderError,
     IncompatibleError,
-    NonFiniteError,
-    NumericalError,
     OptionError,
     UnsupportedLayerError,
 )
-from ekfac_rs.heads import MakesModel, heads_of, require_same_tensors
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers, require_names
-from ekfac_rs.likelihood import LABELS, Likelihood, resolve
-from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
-from ekfac_rs.optimization import (
+from ekfac_rs.learning.heads import MakesModel, heads_of, require_same_tensors
+from ekfac_rs.learning.optimization import (
     MakesOptimizer,
     MakesScheduler,
     Optimization,
     require_optimizer,
     require_scheduler,
 )
+from ekfac_rs.learning.training import (
+    Means,
+    Plan,
+    ScaleOfSteps,
+    SoFar,
+    Training,
+    modes_of,
+    put_in_train_mode,
+    set_modes,
+)
+from ekfac_rs.likelihood import LABELS, Likelihood, resolve
+from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
 from ekfac_rs.penalty import QuadraticPenalty
+from ekfac_rs.scales import Fixed, Halving, ScaleRule, Selection, rule_of
 
 STEPS = ("stable", "explicit")
 
@@ -111,7 +116,9 @@ class ContinualLearner:
     weights : {"kept", "first", "merged"}
         What `reparameterize` does with the weights when a task begins; "first" brings rows back to
         the norms that they had when the learner was made.
-    scale, damping : float
+    scale : float, {"counting", "adaptive", "auto", "halving"} or ScaleRule
+        Of the penalty: a number, or the rule that chooses it (`ekfac_rs.scales`).
+    damping : float
         Of the penalty.
     step : {"stable", "explicit"}
         "stable" multiplies gradients as `QuadraticPenalty.precondition` does, so that training
@@ -152,6 +159,8 @@ class ContinualLearner:
     curvatures : list of Curvature
         One for each of them (none where ``approximation`` is None).
     anchor : Anchor or None
+    selection : list of Selection
+        What the rule for the scale did, one for each call of `fit` under a penalty.
 
     Raises
     ------
@@ -184,7 +193,7 @@ class ContinualLearner:
         output_layer: str | None = None,
         layers: Collection[str] | None = None,
         weights: str = "kept",
-        scale: float = 1.0,
+        scale: float | str | ScaleRule = 1.0,
         damping: float = 0.0,
         step: str = "stable",
         optimizer: MakesOptimizer | None = None,
@@ -210,7 +219,7 @@ class ContinualLearner:
         require_optimizer(optimizer)
         require_scheduler(scheduler)
         require_count("draws", draws)
-        require_nonnegative("scale", scale)
+        rule_of(scale)
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
         require_nonnegative("momentum", momentum)
@@ -243,13 +252,10 @@ class ContinualLearner:
         self.task = 0
         self.curvatures: list[Curvature] = []
         self.anchor: Anchor | None = None
+        self.selection: list[Selection] = []
         # For weights="first": those that the learner was given.
         self._norms = weight_norms(self.model)
-        # Of the task since the last consolidation, once seen: without one nothing tells whether
-        # a BatchNorm after a Linear is over its outputs.
-        self._example: Inputs | None = None
-        # Whether the weights have moved on under frozen statistics since.
-        self._froze_batchnorm = False
+        self._so_far = SoFar()
 
     @own_modes()
     def fit(
@@ -260,6 +266,7 @@ class ContinualLearner:
         steps: int | None = None,
         lr: float = 0.05,
         classes: int | None = None,
+        validation: Source | None = None,
         callback: Callable[[int, "ContinualLearner"], None] | None = None,
     ) -> list[dict[str, float]]:
         """Train on one task.
@@ -285,22 +292,26 @@ class ContinualLearner:
             Number of outputs of a new output layer (``head="new"``, from the second task on).
             Default: as many as the targets need, whose classes count from 0; the loader is gone
             through once more to see.
+        validation : iterable of (x, y), or a function that returns one, optional
+            Of the task, for ``scale="halving"`` alone. Default: ``loader`` itself.
         callback : callable, optional
-            Called as ``callback(step, learner)`` after every step, counted from 1.
+            Called as ``callback(step, learner)`` after every step, counted from 1; with
+            ``scale="halving"``, in every try anew.
 
         Returns
         -------
         list of dict
             For each epoch, or pass through the loader, the means over examples of "loss" (without
-            penalty), "penalty" and "accuracy" (nan for losses without classes) during training.
+            penalty), "penalty" and "accuracy" (nan for losses without classes) during training; of
+            the last try with ``scale="halving"``.
 
         Raises
         ------
         OptionError
             Both epochs and steps; a number below 1; an iterator that ends before training does;
             classes where there is no new output layer, or none where targets do not tell;
-            the learner's optimizer or scheduler returned something else, or one whose ``step``
-            needs an argument.
+            validation where nothing is tried; the learner's optimizer or scheduler returned
+            something else, or one whose ``step`` needs an argument.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
@@ -316,35 +327,116 @@ class ContinualLearner:
         if classes is not None:
             require_count("classes", classes)
         source = self._loader(loader)
+        rule = rule_of(self.scale)
+        if validation is not None and not isinstance(rule, Halving):
+            raise OptionError('validation: expected none but with scale="halving"')
         with ExitStack() as undo:
             self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
-            passes, total = self._schedule(source, epochs, steps)
-            with _Phase(self, source, lr, total, undo) as phase:
-                return self._trained(phase, passes, callback)
+            plan = self._plan(source, epochs, steps)
+            once = partial(self._fitted, source, lr, plan, callback, undo)
+            if isinstance(rule, Halving) and self._is_penalised:
+                return self._fitted_by_halving(rule, once, source, plan, validation or loader)
+            return once(rule)
 
-    def _trained(
+    def _fitted(
         self,
-        phase: "_Phase",
-        passes: int | None,
+        source: Loader,
+        lr: float,
+        plan: Plan,
         callback: Callable[[int, "ContinualLearner"], None] | None,
+        undo: ExitStack,
+        rule: ScaleRule | None,
+        selection: Selection | None = None,
     ) -> list[dict[str, float]]:
-        """Go through the loader so often, or until all steps are made, and report each time."""
-        history, total = [], phase.steps
-        with tqdm(total=total, desc="fit", disable=not self.progress, leave=False) as bar:
-            for _ in count() if passes is None else range(passes):
-                means = _Means(device_of(self.model))
-                left = total - phase.steps_done if passes is None else None
-                for batch in islice(phase.loader.batches(), left):
-                    loss, penalty, correct, counted = phase.step(batch)
-                    means.add(loss, penalty, batch.examples, correct, counted)
-                    bar.update()
-                    if callback is not None:
-                        callback(phase.steps_done, self)
-                phase.finite.finish()
-                history.append(means.result())
-                if passes is None and phase.steps_done == total:
-                    break
+        """Train once, under a penalty where there is a rule for its scale."""
+        with ExitStack() as cleanup:
+            training = self._training(source, lr, plan, undo, cleanup, rule, selection)
+            told = None if callback is None else lambda step: callback(step, self)
+            return training.run(source, told, self.progress)
+
+    def _fitted_by_halving(
+        self,
+        rule: Halving,
+        once: Callable[..., list[dict[str, float]]],
+        source: Loader,
+        plan: Plan,
+        validation: Source,
+    ) -> list[dict[str, float]]:
+        """Train without a penalty, and then under ever weaker ones until that is enough."""
+        source.require_passes((plan.passes or 2) * 2, 'fit with scale="halving"')
+        selection = Selection(repr(rule), self.task)
+        begun = [(tensor, tensor.clone()) for tensor in self.model.state_dict().values()]
+        once(None)
+        reference = self._evaluated(validation)
+        selection.tries.append((0.0, reference))
+        self.selection.append(selection)
+        for number in range(rule.tries):
+            write_all(begun)
+            self._so_far = SoFar()
+            scale = rule.start / 2.0**number
+            selection.clear_steps()
+            history = once(Fixed(scale), selection)
+            reached = self._evaluated(validation)
+            selection.tries.append((scale, reached))
+            if rule.is_enough(reached, reference):
+                break
         return history
+
+    def _training(
+        self,
+        source: Loader,
+        lr: float,
+        plan: Plan,
+        undo: ExitStack,
+        cleanup: ExitStack,
+        rule: ScaleRule | None,
+        selection: Selection | None,
+    ) -> Training:
+        """Prepare a task's training.
+
+        ``cleanup`` takes its hooks and gradients with it and puts modes back; what else is changed
+        before the first step, ``undo`` takes back until then.
+        """
+        model = self.model
+        undo.callback(write_all, kept_batchnorms(model))
+        cleanup.callback(set_modes, modes_of(model))
+        protected = self.anchor is not None and self.coordinates == "merged"
+        if protected and plan.freeze_at > 0:
+            self._reparameterize_if_any(source)
+        put_in_train_mode(model)
+        penalty = None if rule is None else self.penalty()
+        control = None
+        if rule is not None and penalty is not None:
+            cleanup.callback(penalty.close)
+            if selection is None:
+                selection = Selection(repr(rule), self.task)
+                self.selection.append(selection)
+                undo.callback(self.selection.pop)
+            control = ScaleOfSteps(rule.control(self.task, plan.steps), penalty, selection)
+        optimization = Optimization(
+            [p for p in model.parameters() if p.requires_grad],
+            lr,
+            plan.steps,
+            self.optimizer or partial(torch.optim.SGD, momentum=self.momentum),
+            self.scheduler,
+        )
+        cleanup.callback(model.zero_grad, set_to_none=True)
+        sgd = optimization.sgd()
+        if penalty is not None and self.step == "explicit" and sgd is not None:
+            penalty.check_lr(*sgd)
+        return Training(
+            model,
+            self.likelihood,
+            self._outputs,
+            optimization,
+            penalty,
+            control,
+            stable=self.step == "stable",
+            doubled=self._doubled,
+            plan=plan,
+            so_far=self._so_far,
+            begun=undo.pop_all,
+        )
 
     @own_modes()
     def consolidate(self, loader: Source) -> None:
@@ -437,7 +529,8 @@ class ContinualLearner:
             failed call changes nothing.
         """
         require_count("classes", classes)
-        example = None if self._example is None else self._example.to(device_of(self.model))
+        example = self._so_far.example
+        example = None if example is None else example.to(device_of(self.model))
         with ExitStack() as undo:
             name = self._heads.grow(classes, example, undo)
             if self.anchor is not None and self.anchor.batchnorms.get(name) is not None:
@@ -527,7 +620,7 @@ class ContinualLearner:
 
     def _evaluated(self, loader: Source) -> float:
         """Evaluate the model in use."""
-        result = _Means(device_of(self.model))
+        result = Means(device_of(self.model))
         with as_found(self.model):
             self.model.eval()
             for batch in self._loader(loader).batches():
@@ -542,9 +635,13 @@ class ContinualLearner:
 
     def penalty(self) -> QuadraticPenalty | None:
         """Penalty that holds the consolidated tasks, or None before the first or without any."""
-        if self.anchor is None or (not self.curvatures and not self.damping):
+        if self.anchor is None or not self._is_penalised:
             return None
         return self._penalty_of(self.curvatures, self.anchor)
+
+    @property
+    def _is_penalised(self) -> bool:
+        return self.anchor is not None and bool(self.curvatures or self.damping)
 
     def _penalty_of(self, curvatures: list[Curvature], anchor: Anchor) -> QuadraticPenalty:
         return QuadraticPenalty(
@@ -552,7 +649,7 @@ class ContinualLearner:
             curvatures,
             anchor,
             damping=self.damping,
-            scale=self.scale,
+            scale=rule_of(self.scale).control(max(self.task, 1), steps=1).scale,
             coordinates=self.coordinates,
         )
 
@@ -567,6 +664,7 @@ class ContinualLearner:
             "anchor": anchor,
             "norms": dict(self._norms),
             "heads": self._heads.state_dict(),
+            "selection": [selection.as_dict() for selection in self.selection],
             "curvatures": [(c.tensors(), c.metadata()) for c in self.curvatures],
         }
 
@@ -587,6 +685,7 @@ class ContinualLearner:
                 Curvature.from_tensors(tensors, meta) for tensors, meta in state["curvatures"]
             ]
             anchor = None if state["anchor"] is None else Anchor(**state["anchor"])
+            selection = [Selection.from_dict(values) for values in state.get("selection", [])]
         except (KeyError, TypeError, ValueError) as error:
             raise IncompatibleError(f"state: expected a learner's state, got {error!r}") from error
         for curvature in curvatures:
@@ -599,7 +698,7 @@ class ContinualLearner:
             undo.pop_all()
         self._heads.load_tensors(state.get("heads", {}))
         self.model.load_state_dict(state["model"])
-        self.curvatures, self.anchor = curvatures, anchor
+        self.curvatures, self.anchor, self.selection = curvatures, anchor, selection
         self._norms = dict(state["norms"])
         self._begin_task(state["task"])
 
@@ -627,7 +726,7 @@ class ContinualLearner:
         return self.approximation is not None or self.damping > 0.0
 
     def _begin_task(self, task: int) -> None:
-        self.task, self._example, self._froze_batchnorm = task, None, False
+        self.task, self._so_far = task, SoFar()
 
     def _require_of_this_kind(self, curvature: Curvature) -> None:
         settings = curvature.settings
@@ -689,11 +788,11 @@ class ContinualLearner:
 
     def _example_of(self, source: Loader) -> Inputs:
         """Two examples of the task: those seen in training, or the loader's first."""
-        if self._example is None:
+        if self._so_far.example is None:
             # The loader may draw its order from torch's random state, which is to stay.
             with as_found(self.model):
-                self._example = source.example()
-        return self._example.to(device_of(self.model))
+                self._so_far.example = source.example()
+        return self._so_far.example.to(device_of(self.model))
 
     def _classes_in(self, source: Loader) -> int:
         """Count the classes of a task, in one pass."""
@@ -709,12 +808,13 @@ class ContinualLearner:
         return most
 
     def _consolidated(self, source: Loader) -> tuple[Curvature | None, Anchor]:
-        if self._froze_batchnorm and self.statistics == "batch" and self.approximation is not None:
+        behind = self._so_far.froze_batchnorm and self.statistics == "batch"
+        if behind and self.approximation is not None:
             source.require_passes(2, "consolidate after a BatchNorm was frozen")
         example = self._example_of(source)
         layers, curvature = self._shared_layers(example), None
         if self.approximation is not None:
-            if self._froze_batchnorm and self.statistics == "batch":
+            if behind:
                 reparameterize(
                     self.model,
                     source,
@@ -753,15 +853,13 @@ class ContinualLearner:
         device = device_of(self.model)
         return Loader(source, device, input_fn=self.input_fn, target_fn=self.target_fn)
 
-    def _schedule(
-        self, source: Loader, epochs: int | None, steps: int | None
-    ) -> tuple[int | None, int]:
-        """Return passes through the loader (None for as many as it takes) and steps in all."""
+    def _plan(self, source: Loader, epochs: int | None, steps: int | None) -> Plan:
+        """Count passes and steps."""
         if epochs is not None and steps is not None:
             raise OptionError(f"fit: expected epochs or steps, got {epochs} and {steps}")
         if steps is not None:
             require_count("steps", steps)
-            return None, steps
+            return self._plan_of(None, steps)
         passes = 1 if epochs is None else epochs
         require_count("epochs", passes)
         source.require_passes(passes + (not source.has_length), "fit without steps=")
@@ -770,119 +868,16 @@ class ContinualLearner:
             mini_batches = source.mini_batches()
         if mini_batches == 0:
             raise EmptyLoaderError("loader: expected at least one batch of examples, got none")
-        return passes, passes * mini_batches
+        return self._plan_of(passes, passes * mini_batches)
+
+    def _plan_of(self, passes: int | None, steps: int) -> Plan:
+        later = self.task > 0
+        return Plan(passes, steps, round(self.freeze_bn_after * steps) if later else steps)
 
     def _outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Call the model; returns outputs and targets as the loss takes them."""
         outputs = outputs_of(self.model, batch.inputs, self.output_fn)
         return self.likelihood.arranged(outputs, batch.targets, batch.examples)
-
-
-class _Phase:
-    """The optimiser, penalty and BatchNorm mode of one task's training.
-
-    Left as a context, it takes its hooks and gradients with it and puts modes back, also where
-    entering it fails. What else was changed before the first step, ``undo`` takes back until then.
-    """
-
-    def __init__(
-        self,
-        learner: ContinualLearner,
-        loader: Loader,
-        lr: float,
-        steps: int,
-        undo: ExitStack,
-    ) -> None:
-        self.learner = learner
-        self.loader = loader
-        self.lr = lr
-        self.steps = steps
-        self.steps_done = 0
-        later = learner.task > 0
-        self.freeze_at = round(learner.freeze_bn_after * steps) if later else steps
-        self.finite = _FiniteCheck(deferred=device_of(learner.model).type == "cuda")
-        self.penalty: QuadraticPenalty | None = None
-        self.still: list[nn.Parameter] = []
-        self._undo = undo
-
-    def __enter__(self) -> Self:
-        # What `reparameterize` may write before the first step is made.
-        self._undo.callback(write_all, kept_batchnorms(self.learner.model))
-        with ExitStack() as cleanup:
-            cleanup.callback(_set_modes, _modes(self.learner.model))
-            self._begin(cleanup)
-            self._cleanup = cleanup.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._cleanup.close()
-
-    def _begin(self, cleanup: ExitStack) -> None:
-        learner = self.learner
-        protected = learner.anchor is not None and learner.coordinates == "merged"
-        if protected and self.freeze_at > 0:
-            _reparameterize_if_any(learner, self.loader)
-        _put_in_train_mode(learner.model)
-        self.penalty = learner.penalty()
-        if self.penalty is not None:
-            cleanup.callback(self.penalty.close)
-        self.optimization = Optimization(
-            [p for p in learner.model.parameters() if p.requires_grad],
-            self.lr,
-            self.steps,
-            learner.optimizer or partial(torch.optim.SGD, momentum=learner.momentum),
-            learner.scheduler,
-        )
-        cleanup.callback(learner.model.zero_grad, set_to_none=True)
-        sgd = self.optimization.sgd()
-        if self.penalty is not None and learner.step == "explicit" and sgd is not None:
-            self.penalty.check_lr(*sgd)
-
-    def step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One optimiser step; returns loss, penalty and hits (`Likelihood.correct`), not waiting.
-
-        On a GPU only the first step looks at its targets.
-        """
-        learner = self.learner
-        if self.steps_done == 0:
-            learner._example = batch.inputs.first(2).clone()
-        if self.steps_done == self.freeze_at and self.freeze_at < self.steps:
-            self._freeze(batch.inputs.first(2))
-        outputs, targets = learner._outputs(batch)
-        if self.steps_done == 0 or not outputs.is_cuda:
-            learner.likelihood.validate(outputs, targets)
-        if self.steps_done == 0:
-            with suppress(NonFiniteError):  # the loss is not finite either, and says so below
-                learner.likelihood.check_outputs(outputs, targets)
-        loss = learner.likelihood.loss(outputs, targets)
-        total, penalty = loss, torch.zeros_like(loss)
-        if self.penalty is not None:
-            try:
-                penalty = self.penalty()
-            except NonFiniteError as error:
-                raise NumericalError(
-                    f"fit: diverged at step {self.steps_done + 1}: {error}"
-                ) from error
-            total = loss + penalty
-        self.finite.add(self.steps_done + 1, total.detach())
-        # An optimiser may hold less than the model, and more.
-        learner.model.zero_grad(set_to_none=True)
-        self.optimization.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        if self.penalty is not None and learner.step == "stable":
-            self.penalty.precondition(self.optimization.highest_lr)
-        self.optimization.step(self.still)
-        self.steps_done += 1
-        self._undo.pop_all()
-        return loss.detach(), penalty.detach(), *learner.likelihood.correct(outputs, targets)
-
-    def _freeze(self, example: Inputs) -> None:
-        """From here on BatchNorms use their running statistics; nothing is folded."""
-        self.still = self._doubled(example) if self.penalty is not None else []
-        for module in self.learner.model.modules():
-            if isinstance(module, _BatchNorm) and module.training:
-                module.eval()
-                self.learner._froze_batchnorm = True
 
     def _doubled(self, example: Inputs) -> list[nn.Parameter]:
         """Return what a frozen BatchNorm doubles: its gamma, and the bias before its own.
@@ -890,7 +885,7 @@ class _Phase:
         Of one that its user froze, what is trained of it is theirs to say.
         """
         doubled: list[nn.Parameter | None] = []
-        for layer in self.learner._layers_with_batchnorm(example):
+        for layer in self._layers_with_batchnorm(example):
             gamma, beta = layer.batchnorm.weight, layer.batchnorm.bias
             if not layer.batchnorm.training or not layer.absorbs_scale:
                 continue
@@ -900,114 +895,25 @@ class _Phase:
                 doubled.append(layer.module.bias)
         return [parameter for parameter in doubled if parameter is not None]
 
+    def _reparameterize_if_any(self, loader: Loader) -> None:
+        """Put BatchNorm back in one pass, where the first mini-batch shows one that a layer has."""
+        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+            return
+        with as_found(self.model):
+            if self._layers_with_batchnorm(loader.example()):
+                loader.require_passes(2, "fit, whose BatchNorms take new statistics first")
+                reparameterize(
+                    self.model,
+                    loader,
+                    weights=self.weights,
+                    norms=self._norms if self.weights == "first" else None,
+                    layers=self.layers,
+                    max_examples=self.max_examples,
+                    input_fn=self.input_fn,
+                )
+
 
 def _with_rows(values: Tensor, rows: int) -> Tensor:
     """Return values with rows of zeros below, so many in all."""
     more = values.new_zeros(rows - len(values), *values.shape[1:])
     return torch.cat([values, more])
-
-
-def _modes(model: nn.Module) -> dict[nn.Module, bool]:
-    return {module: module.training for module in model.modules()}
-
-
-def _set_modes(modes: dict[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
-
-
-def _put_in_train_mode(model: nn.Module) -> None:
-    """Put a model that is in eval mode as a whole in train mode, frozen BatchNorms apart."""
-    if model.training:
-        return
-    frozen = frozen_batchnorms(model)
-    model.train()
-    for name in frozen:
-        model.get_submodule(name).eval()
-
-
-class _FiniteCheck:
-    """Refuses a step's total that is not finite: at once or, deferred, during the next step.
-
-    A GPU's host would otherwise wait in every step for the device to get there. Deferred, it has
-    one step queued in the meantime and never more.
-    """
-
-    def __init__(self, deferred: bool) -> None:
-        self.deferred = deferred
-        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-
-    def add(self, step: int, total: Tensor) -> None:
-        """Take a step's total and check it or, deferred, the one before."""
-        if self.deferred:
-            self.finish()
-        copied = None
-        if total.is_cuda:
-            # Reading the tensor later would wait for all that is queued by then; the event is
-            # over as soon as the copy is.
-            stream = torch.cuda.current_stream(total.device)
-            total = total.to("cpu", non_blocking=True)
-            copied = stream.record_event()
-        self._pending = step, total, copied
-        if not self.deferred:
-            self.finish()
-
-    def finish(self) -> None:
-        """Check what has not been checked yet."""
-        if self._pending is None:
-            return
-        (step, total, copied), self._pending = self._pending, None
-        if copied is not None:
-            copied.synchronize()
-        if not math.isfinite(float(total)):
-            since = "; the weights have moved on by one step" if self.deferred else ""
-            raise NumericalError(
-                f"fit: expected a finite loss, got {float(total)} at step {step}{since}"
-            )
-
-
-class _Means:
-    """Running means, summed where the values are: only the result is waited for.
-
-    Of loss and penalty over examples, of hits over the targets that count.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.examples = 0
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def add(
-        self, loss: Tensor, penalty: Tensor, examples: int, correct: Tensor, counted: Tensor
-    ) -> None:
-        self.examples += examples
-        loss, penalty, correct, counted = (
-            value.to(self.sums) for value in (loss, penalty, correct, counted)
-        )
-        self.sums += torch.stack([examples * loss, examples * penalty, correct, counted])
-
-    def result(self) -> dict[str, float]:
-        loss, penalty, correct, counted = self.sums.tolist()
-        return {
-            "loss": loss / self.examples,
-            "penalty": penalty / self.examples,
-            "accuracy": correct / counted if counted else math.nan,
-        }
-
-
-def _reparameterize_if_any(learner: ContinualLearner, loader: Loader) -> None:
-    """Put BatchNorm back in one pass, unless the first mini-batch shows none that a layer has."""
-    model = learner.model
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return
-    with as_found(model):
-        if learner._layers_with_batchnorm(loader.example()):
-            loader.require_passes(2, "fit, whose BatchNorms take new statistics first")
-            reparameterize(
-                model,
-                loader,
-                weights=learner.weights,
-                norms=learner._norms if learner.weights == "first" else None,
-                layers=learner.layers,
-                max_examples=learner.max_examples,
-                input_fn=learner.input_fn,
-            )

@@ -1,0 +1,327 @@
+"""How strong a task's penalty is: rules that choose its scale without data of earlier tasks.
+
+A rule knows what a learner knows while it trains: the new task's loss, and how much the curvatures
+predict the earlier tasks' losses to have grown. `ContinualLearner` takes a rule, or the name of one
+of these with its defaults, as ``scale=``, and tells what a rule did in ``learner.selection``.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ekfac_rs._checks import require_choice, require_count, require_nonnegative
+from ekfac_rs.errors import OptionError
+
+__all__ = ["Adaptive", "Budget", "Control", "Fixed", "Halving", "ScaleRule", "Selection", "rule_of"]
+
+
+class Control:
+    """A scale over the steps of one task; this one stays as it is.
+
+    Parameters
+    ----------
+    scale : float
+
+    Attributes
+    ----------
+    scale : float
+        For the next step.
+    budget : float or None
+        What the predicted increase is steered to, per earlier task.
+    """
+
+    budget: float | None = None
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def update(self, loss: float, increase: float) -> None:
+        """Take note of a step.
+
+        Parameters
+        ----------
+        loss : float
+            Of the new task's mini-batch.
+        increase : float
+            Predicted for the **sum** of the earlier tasks' mean losses
+            (`QuadraticPenalty.predicted_increase`).
+        """
+
+
+class ScaleRule(ABC):
+    """Chooses the scale of every task's penalty."""
+
+    @abstractmethod
+    def control(self, tasks: int, steps: int) -> Control:
+        """Begin a task.
+
+        Parameters
+        ----------
+        tasks : int
+            Earlier ones, at least 1.
+        steps : int
+            That the task takes.
+        """
+
+
+@dataclass(frozen=True)
+class Fixed(ScaleRule):
+    """One scale throughout: a number as ``scale=``, or ``"counting"`` for 1.
+
+    With scale 1 the tasks' losses are equally important: the sum of the earlier tasks' quadratic
+    forms beside the new task's loss. The paper's rule by counting, importance T/(T+1) for the mean
+    over T tasks and 1/(T+1) for the new one, is the same up to a factor at the learning rate.
+
+    Attributes
+    ----------
+    scale : float
+    """
+
+    scale: float
+
+    def __post_init__(self) -> None:
+        require_nonnegative("scale", self.scale)
+
+    def control(self, tasks: int, steps: int) -> Control:
+        """Begin a task with this scale."""
+        return Control(float(self.scale))
+
+
+@dataclass(frozen=True)
+class Adaptive(ScaleRule):
+    """The paper's idea: weighted losses of old and new tasks "converge to similar values".
+
+    The formula is not in the paper's text; this is a dual ascent. ``log scale`` moves by
+    ``rate / steps * (L_s - L_t) / (L_s + L_t)`` after each step, with ``L_s = scale * predicted
+    increase`` and ``L_t`` the new task's loss: the larger one gets more weight. Where ``L_t`` stays
+    large, as in short runs, that weakens the penalty.
+
+    Attributes
+    ----------
+    bound : float
+        The scale stays between 1 / bound and bound.
+    rate : float
+        How far ``log scale`` can move in a task, times ``log bound``.
+
+    References
+    ----------
+    Lee, Hong, Joo, Kim, CVPR 2020, section 5 (the aim).
+    """
+
+    bound: float = 30.0
+    rate: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.bound) and self.bound >= 1.0):
+            raise OptionError(f"bound: expected a finite number >= 1, got {self.bound!r}")
+        require_nonnegative("rate", self.rate)
+
+    def control(self, tasks: int, steps: int) -> Control:
+        """Begin a task with scale 1."""
+        return _AdaptiveControl(math.log(self.bound), self.rate / steps)
+
+
+class _AdaptiveControl(Control):
+    def __init__(self, log_bound: float, step: float) -> None:
+        super().__init__(1.0)
+        self._log_bound, self._step, self._log_scale = log_bound, step * log_bound, 0.0
+
+    def update(self, loss: float, increase: float) -> None:
+        old, new = self.scale * increase, loss
+        if old + new > 0.0:
+            moved = self._log_scale + self._step * (old - new) / (old + new)
+            self._log_scale = min(max(moved, -self._log_bound), self._log_bound)
+            self.scale = math.exp(self._log_scale)
+
+
+@dataclass(frozen=True)
+class Budget(ScaleRule):
+    """Ours: as weak as a budget for the earlier tasks allows.
+
+    The predicted increase of the earlier tasks' losses, per task, is steered to ``increase`` by
+    dual ascent within the run, no restarts: ``log scale`` moves by ``rate / steps`` times the
+    logarithm of what is predicted over what is allowed, held between -1 and 1.
+
+    Attributes
+    ----------
+    increase : float
+        The budget: of an earlier task's mean loss, in the loss's own units, by each new task.
+    start : float
+        Scale of a task's first step.
+    bound : float
+        The scale stays between 1 / bound and bound.
+    rate : float
+        How far ``log scale`` can move in a task.
+    """
+
+    increase: float = 0.01
+    start: float = 3.0
+    bound: float = 1000.0
+    rate: float = 16.0
+
+    def __post_init__(self) -> None:
+        for name in ("increase", "start", "rate"):
+            require_nonnegative(name, getattr(self, name))
+        if not (math.isfinite(self.bound) and self.bound >= 1.0):
+            raise OptionError(f"bound: expected a finite number >= 1, got {self.bound!r}")
+
+    def control(self, tasks: int, steps: int) -> Control:
+        """Begin a task with the scale to start with."""
+        return _BudgetControl(self, tasks, steps)
+
+
+class _BudgetControl(Control):
+    def __init__(self, rule: Budget, tasks: int, steps: int) -> None:
+        super().__init__(rule.start)
+        self.budget = rule.increase
+        self._allowed = rule.increase * tasks
+        self._step, self._log_bound = rule.rate / steps, math.log(rule.bound)
+        self._log_scale = math.log(rule.start)
+
+    def update(self, loss: float, increase: float) -> None:
+        over = math.log(max(increase, 1e-30) / self._allowed)
+        moved = self._log_scale + self._step * min(max(over, -1.0), 1.0)
+        self._log_scale = min(max(moved, -self._log_bound), self._log_bound)
+        self.scale = math.exp(self._log_scale)
+
+
+@dataclass(frozen=True)
+class Halving(ScaleRule):
+    """Begin strong, and halve until the new task is learnt nearly as well as without a penalty.
+
+    A baseline: `ContinualLearner.fit` learns the task once without penalty, for reference, and then
+    anew from where it began with ``start``, half of it and so on, until the accuracy comes within
+    ``tolerance`` of the reference's. That takes several times as long as one run.
+
+    Attributes
+    ----------
+    start : float
+    tolerance : float
+        Share of the reference's accuracy that may be missing (of minus the loss, where there are no
+        classes).
+    tries : int
+        At most so many; the last one counts in any case.
+
+    References
+    ----------
+    De Lange et al., "A continual learning survey", TPAMI 2021, section 5 (stability decay).
+    Masana et al., "Class-incremental learning: survey", TPAMI 2022 (FACIL).
+    """
+
+    start: float = 100.0
+    tolerance: float = 0.02
+    tries: int = 10
+
+    def __post_init__(self) -> None:
+        require_nonnegative("start", self.start)
+        require_nonnegative("tolerance", self.tolerance)
+        require_count("tries", self.tries)
+
+    def control(self, tasks: int, steps: int) -> Control:
+        """Begin the first try."""
+        return Control(float(self.start))
+
+    def is_enough(self, reached: float, reference: float) -> bool:
+        """Whether an accuracy, or minus a loss, is within tolerance of the reference's."""
+        return reached >= reference - self.tolerance * abs(reference)
+
+
+@dataclass
+class Selection:
+    """What a rule did in one task, step by step.
+
+    Attributes
+    ----------
+    rule : str
+        In words.
+    tasks : int
+        Earlier ones.
+    scale, loss, increase : list of float
+        At each step: the penalty's scale, the new task's loss, and the predicted increase of the
+        earlier tasks' mean losses, a mean over these tasks.
+    budget : float or None
+        What ``increase`` was steered to.
+    tries : list of (float, float)
+        Of `Halving`: scales and what they reached; the first is the reference, without penalty.
+    """
+
+    rule: str
+    tasks: int
+    budget: float | None = None
+    scale: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    increase: list[float] = field(default_factory=list)
+    tries: list[tuple[float, float]] = field(default_factory=list)
+
+    def clear_steps(self) -> None:
+        """Forget the steps, to begin again."""
+        self.scale, self.loss, self.increase = [], [], []
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers, in JSON's own types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Return what `as_dict` was called on."""
+        return cls(**{**values, "tries": [tuple(pair) for pair in values["tries"]]})
+
+    def plot(self, path: str | Path) -> None:
+        """Draw budget, predicted increase, loss and scale over the steps.
+
+        Parameters
+        ----------
+        path : str or Path
+            Of the picture; its suffix tells the format.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not there: ``pip install ekfac-rs[experiments]``.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        FigureCanvasAgg(figure)
+        losses, scales = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        steps = range(1, len(self.scale) + 1)
+        losses.set_title(f"{self.rule}; earlier tasks: {self.tasks}")
+        losses.plot(steps, self.loss, color="0.8", label="new task's loss")
+        losses.plot(steps, self.increase, label="predicted increase per earlier task")
+        if self.budget is not None:
+            losses.axhline(self.budget, linestyle="--", color="black", label="budget")
+        losses.set_yscale("log")
+        losses.legend()
+        scales.plot(steps, self.scale)
+        scales.set_yscale("log")
+        scales.set(xlabel="step", ylabel="scale")
+        figure.savefig(path)
+
+
+_BY_NAME: dict[str, Callable[[], ScaleRule]] = {
+    "counting": lambda: Fixed(1.0),
+    "adaptive": Adaptive,
+    "auto": Budget,
+    "halving": Halving,
+}
+SCALES = tuple(_BY_NAME)
+
+
+def rule_of(scale: float | str | ScaleRule) -> ScaleRule:
+    """Return the rule that a learner was asked for by ``scale``.
+
+    Raises
+    ------
+    OptionError
+        A negative number, an unknown name, or something else.
+    """
+    if isinstance(scale, ScaleRule):
+        return scale
+    if isinstance(scale, str):
+        require_choice("scale", scale, SCALES)
+        return _BY_NAME[scale]()
+    return Fixed(scale)

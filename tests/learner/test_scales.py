@@ -1,0 +1,273 @@
+"""Rules that choose the scale of a task's penalty, and what they tell of it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import ekfac_rs as ek
+from ekfac_rs.errors import OptionError
+from ekfac_rs.scales import Adaptive, Budget, Fixed, Halving, Selection, rule_of
+from nets import classification_loader
+
+LOADERS = [
+    classification_loader(6, 3, examples=64, batch_size=16, dtype=torch.float32, seed=seed)
+    for seed in (0, 1, 2)
+]
+
+
+def net():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def learner_of(scale, **options):
+    options = {"approximation": "xkfac", "damping": 0.01} | options
+    generator = torch.Generator().manual_seed(0)
+    return ek.ContinualLearner(net(), scale=scale, generator=generator, **options)
+
+
+def after_first_task(scale, **options):
+    learner = learner_of(scale, **options)
+    learner.fit(LOADERS[0], epochs=3, lr=0.1)
+    learner.consolidate(LOADERS[0])
+    return learner
+
+
+def weights(learner):
+    return torch.cat([p.detach().flatten() for p in learner.model.state_dict().values()])
+
+
+# --- every rule's report -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [2.0, "counting", "adaptive", "auto"])
+def test_every_step_is_written_down(scale):
+    learner = after_first_task(scale)
+    assert learner.selection == []
+    learner.fit(LOADERS[1], epochs=2, lr=0.1)
+    (selection,) = learner.selection
+    assert selection.tasks == 1
+    for numbers in (selection.scale, selection.loss, selection.increase):
+        assert len(numbers) == 2 * len(LOADERS[1])
+        assert all(math.isfinite(number) for number in numbers)
+    assert selection.increase[0] == pytest.approx(0.0, abs=0.2)
+    assert max(selection.increase) > 0.0
+
+
+def test_what_is_predicted_is_the_quadratic_form_of_the_sum_of_curvatures():
+    learner = after_first_task(5.0)
+    learner.fit(LOADERS[1], lr=0.1)
+    learner.consolidate(LOADERS[1])
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            parameter += 0.1
+    learner.model.eval()
+    with learner.penalty() as penalty, torch.no_grad():
+        value = float(penalty())
+        deviations = penalty.deviations()
+    forms = [
+        curvature[name].quadratic(D.detach().contiguous())
+        for curvature in learner.curvatures
+        for name, D in deviations.items()
+    ]
+    assert float(penalty.predicted_increase) == pytest.approx(0.5 * sum(forms), rel=1e-5)
+    squares = sum(float(D.square().sum()) for D in deviations.values())
+    expected = 5.0 * float(penalty.predicted_increase) + 0.5 * 0.01 * squares
+    assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_report_is_a_mean_over_earlier_tasks():
+    learner = after_first_task(1.0)
+    learner.fit(LOADERS[1], lr=0.1)
+    learner.consolidate(LOADERS[1])
+    seen = []
+    learner.fit(LOADERS[2], lr=0.1, callback=lambda step, _: seen.append(step))
+    last = learner.selection[-1]
+    assert last.tasks == 2
+    penalties = [s * 2 * increase for s, increase in zip(last.scale, last.increase, strict=True)]
+    history = learner.fit(LOADERS[2], lr=0.0)
+    assert len(seen) == len(penalties)
+    again = learner.selection[-1]
+    mean = sum(s * 2 * i for s, i in zip(again.scale, again.increase, strict=True)) / len(seen)
+    assert history[0]["penalty"] >= mean > 0.0
+
+
+def test_a_report_goes_with_the_state_and_is_drawn(tmp_path):
+    learner = after_first_task("adaptive")
+    learner.fit(LOADERS[1], lr=0.1)
+    again = learner_of("adaptive")
+    again.load_state_dict(learner.state_dict())
+    assert again.selection == learner.selection
+    learner.selection[0].plot(tmp_path / "selection.png")
+    assert (tmp_path / "selection.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_states_from_before_there_were_reports_are_loaded():
+    learner = after_first_task(1.0)
+    state = learner.state_dict()
+    del state["selection"]
+    learner.load_state_dict(state)
+    assert learner.selection == []
+
+
+# --- numbers -------------------------------------------------------------------------------------
+
+
+def test_counting_is_a_scale_of_one():
+    by_number, by_name = after_first_task(1.0), after_first_task("counting")
+    for learner in (by_number, by_name):
+        learner.fit(LOADERS[1], lr=0.1)
+    assert torch.equal(weights(by_number), weights(by_name))
+
+
+def test_a_scale_may_change_between_two_calls_and_steps_stay_stable():
+    learner = after_first_task(1.0)
+    model = copy.deepcopy(learner.model)
+    x = LOADERS[1][0][0]
+
+    def gradients(scales, lr=50.0):
+        learner.model.load_state_dict(model.state_dict())
+        with learner.penalty() as penalty:
+            for scale in scales:
+                penalty.scale = scale
+                learner.model.zero_grad()
+                with torch.no_grad():
+                    for number, p in enumerate(learner.model.parameters()):
+                        p.copy_(list(model.parameters())[number] + 0.01)
+                learner.model.train()
+                learner.model(x)
+                penalty().backward()
+                penalty.precondition(lr)
+        return torch.cat([p.grad.flatten() for p in learner.model.parameters()])
+
+    # A step far above the explicit limit overshoots unless it was prepared for this scale.
+    for risen in (gradients([1.0, 1000.0]), gradients([1000.0, 1.0, 1000.0])):
+        assert float(50.0 * risen.norm()) < 10.0 * float(50.0 * gradients([1000.0]).norm())
+
+
+# --- adaptive ------------------------------------------------------------------------------------
+
+losses = st.lists(st.tuples(st.floats(0.0, 1e3), st.floats(0.0, 1e3)), min_size=1, max_size=200)
+
+
+@given(losses, st.floats(1.0, 100.0), st.floats(0.0, 1e3))
+def test_the_adaptive_scale_goes_to_the_larger_loss_within_its_bounds(seen, bound, rate):
+    control = Adaptive(bound, rate).control(tasks=3, steps=len(seen))
+    assert control.scale == 1.0
+    for loss, increase in seen:
+        before = control.scale
+        control.update(loss, increase)
+        assert 1.0 / bound * 0.999 <= control.scale <= bound * 1.001
+        if before * increase > loss:
+            assert control.scale >= before
+        elif before * increase < loss:
+            assert control.scale <= before
+
+
+def test_the_adaptive_scale_settles_where_weighted_losses_are_equal():
+    control = Adaptive(bound=1e3, rate=20.0).control(tasks=1, steps=2000)
+    for _ in range(2000):
+        # What is held on to moves less under a stronger penalty: weighted, its loss is 7 / scale.
+        control.update(loss=0.5, increase=7.0 / control.scale**2)
+    assert control.scale == pytest.approx(14.0, rel=1e-3)
+
+
+def test_the_adaptive_scale_of_a_run_is_what_its_report_gives():
+    learner = after_first_task(Adaptive(bound=10.0, rate=3.0))
+    learner.fit(LOADERS[1], epochs=3, lr=0.1)
+    (seen,) = learner.selection
+    log_scale, steps = 0.0, len(seen.scale)
+    for scale, loss, increase in zip(seen.scale, seen.loss, seen.increase, strict=True):
+        assert scale == pytest.approx(math.exp(log_scale))
+        share = (scale * increase - loss) / (scale * increase + loss)
+        log_scale += 3.0 / steps * math.log(10.0) * share
+        log_scale = max(-math.log(10.0), min(math.log(10.0), log_scale))
+
+
+# --- halving -------------------------------------------------------------------------------------
+
+
+def test_halving_ends_at_the_first_scale_that_is_enough_and_is_that_run():
+    rule = Halving(start=1e4, tolerance=0.1, tries=20)
+    learner, plain = after_first_task(rule), after_first_task(rule)
+    begun = copy.deepcopy(learner.model.state_dict())
+    learner.fit(LOADERS[1], epochs=6, lr=0.1)
+    (selection,) = learner.selection
+    (zero, reference), *tries = selection.tries
+    assert zero == 0.0
+    scales = [scale for scale, _ in tries]
+    assert scales == [1e4 / 2**number for number in range(len(tries))]
+    assert 1 < len(tries) < 20
+    reached = [accuracy for _, accuracy in tries]
+    assert all(accuracy < reference - 0.1 * reference for accuracy in reached[:-1])
+    assert reached[-1] >= reference - 0.1 * reference
+    assert learner.evaluate([LOADERS[1]])[0] == reached[-1]
+
+    plain.model.load_state_dict(begun)
+    plain.scale = scales[-1]
+    plain.fit(LOADERS[1], epochs=6, lr=0.1)
+    assert torch.equal(weights(plain), weights(learner))
+    assert selection.scale == plain.selection[-1].scale
+
+
+def test_halving_is_judged_on_validation_data_where_there_are_any():
+    learner = after_first_task(Halving(start=1.0, tries=1))
+    learner.fit(LOADERS[1], lr=0.1, validation=LOADERS[2])
+    assert learner.selection[0].tries[-1][1] == learner.evaluate([LOADERS[2]])[0]
+    with pytest.raises(OptionError, match="validation: expected none"):
+        after_first_task(1.0).fit(LOADERS[1], validation=LOADERS[2])
+
+
+def test_halving_without_anything_to_hold_is_plain_training():
+    learner = learner_of("halving")
+    learner.fit(LOADERS[0], lr=0.1)
+    plain = learner_of(1.0)
+    plain.fit(LOADERS[0], lr=0.1)
+    assert torch.equal(weights(learner), weights(plain))
+    assert learner.selection == []
+
+
+@given(st.floats(-10.0, 10.0), st.floats(0.0, 1.0), st.floats(0.0, 10.0))
+def test_tolerance_is_a_share_of_the_reference(reference, tolerance, missing):
+    enough = Halving(tolerance=tolerance).is_enough(reference - missing, reference)
+    assert enough == (reference - missing >= reference - tolerance * abs(reference))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf, "largest", None, [1.0]], ids=repr)
+def test_no_other_scale_is_taken(scale):
+    with pytest.raises(OptionError, match="scale: expected"):
+        learner_of(scale)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Adaptive(bound=0.5),
+        lambda: Adaptive(rate=-1.0),
+        lambda: Budget(increase=-1.0),
+        lambda: Budget(bound=math.inf),
+        lambda: Halving(tries=0),
+        lambda: Halving(start=-1.0),
+        lambda: Fixed(math.nan),
+    ],
+)
+def test_rules_refuse_options_that_cannot_be(make):
+    with pytest.raises(OptionError):
+        make()
+
+
+def test_a_rule_is_its_own_and_names_are_those_of_rules():
+    rule = Adaptive(bound=3.0)
+    assert rule_of(rule) is rule
+    assert rule_of(2) == Fixed(2)
+    assert rule_of("halving") == Halving()
+    assert Selection.from_dict(Selection("rule", 1).as_dict()) == Selection("rule", 1)
