@@ -75,13 +75,6 @@ class QuadraticPenalty:
     coordinates : {"merged", "raw"}, optional
         Needed only without curvatures. Default: theirs, else "merged".
 
-    Attributes
-    ----------
-    predicted_increase : float or Tensor
-        ``1/2 * sum_l <D_l, sum_t H_tl D_l>`` when the penalty was last called: how much the sum of
-        the earlier tasks' mean losses has grown since the anchor, in the curvatures' view. On a
-        GPU a tensor there, which nobody has waited for.
-
     Raises
     ------
     IncompatibleError
@@ -115,7 +108,8 @@ class QuadraticPenalty:
         require_nonnegative("damping", damping)
         curvatures = [curvatures] if isinstance(curvatures, Curvature) else list(curvatures)
         self.damping, self.scale = float(damping), scale
-        self.predicted_increase: float | Tensor = 0.0
+        self._increase: float | Tensor = 0.0
+        self._saw_batches = False
         self.coordinates = _common_coordinates(curvatures, coordinates)
         self._model = model = bare_model(model)
         self._layers = _bind(model, curvatures, anchor, self.coordinates)
@@ -168,10 +162,31 @@ class QuadraticPenalty:
         operators = [self._operators[layer.name] for layer in self._layers]
         squares = _Squares(deviations[0])
         value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, squares, *deviations)
-        self.predicted_increase = squares.increase
+        self._increase, self._saw_batches = squares.increase, any(modes)
         if not value.is_cuda and not is_finite(value):
             self._raise_non_finite(deviations)
         return value
+
+    @torch.no_grad()
+    def predicted_increase(self) -> float | Tensor:
+        """How much the earlier tasks' mean losses have grown since the anchor, by the curvatures.
+
+        ``1/2 * sum_l <D_l, sum_t H_tl D_l>``, a sum over tasks, under **running** statistics: those
+        of mini-batches add noise, which the consolidated model has none of.
+
+        Returns
+        -------
+        float or Tensor
+            On a GPU a tensor there, which nobody has waited for.
+        """
+        if not self._saw_batches:
+            return self._increase  # the last call's product serves
+        squares = _Squares(next(iter(self._anchor.values())))
+        for layer in self._layers:
+            self._require_unchanged(layer)
+            D = (self._settled_weight(layer) - self._anchor[layer.name]).contiguous()
+            squares.add(self._operators[layer.name].apply(D, torch.empty_like(D)), 0.0)
+        return squares.increase
 
     @property
     def scale(self) -> float:
@@ -316,10 +331,18 @@ class QuadraticPenalty:
 
     def _current_weight(self, layer: AffineLayer) -> Tensor:
         # Half precision would not hold a deviation: its gradients are rounded, nothing else.
+        if self.coordinates == "raw" or layer.batchnorm is None:
+            return self._settled_weight(layer)
+        if layer.batchnorm.training:
+            return layer.merged_weight(*self._batches[layer.name].moments())
+        return self._settled_weight(layer)
+
+    def _settled_weight(self, layer: AffineLayer) -> Tensor:
+        """Weights under running statistics, or those of the mini-batch where there are no such."""
         dtype = accumulation_dtype(layer.like.dtype)
         if self.coordinates == "raw" or layer.batchnorm is None:
             return layer.raw_weight().to(dtype)
-        if layer.batchnorm.training:
+        if layer.batchnorm.running_var is None and layer.name in self._batches:
             return layer.merged_weight(*self._batches[layer.name].moments())
         return layer.merged_weight(*(s.to(dtype) for s in layer.running_statistics()))
 

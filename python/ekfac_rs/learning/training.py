@@ -19,6 +19,10 @@ from ekfac_rs.loading import Batch, Inputs, Loader
 from ekfac_rs.penalty import QuadraticPenalty
 from ekfac_rs.scales import Control, Selection
 
+# Steps between two predictions of what earlier tasks lose: another product with the curvatures
+# while BatchNorms use the statistics of mini-batches.
+_PREDICTION_INTERVAL = 4
+
 # Outputs and targets of a mini-batch, as the loss takes them.
 Outputs = Callable[[Batch], tuple[Tensor, Tensor]]
 
@@ -262,6 +266,7 @@ class ScaleOfSteps:
     def __init__(self, control: Control, penalty: QuadraticPenalty, selection: Selection) -> None:
         self._control, self._penalty, self._selection = control, penalty, selection
         self._pending: _Copied | None = None
+        self._increase = torch.zeros(())
         selection.budget = control.budget
 
     def take(self) -> None:
@@ -272,8 +277,10 @@ class ScaleOfSteps:
         """Take a step's loss, and what its penalty predicted."""
         self.finish()
         self._selection.scale.append(self._penalty.scale)
-        increase = torch.as_tensor(self._penalty.predicted_increase).to(loss.device, torch.float64)
-        self._pending = _Copied(torch.stack([loss.detach().double(), increase]))
+        if len(self._selection.scale) % _PREDICTION_INTERVAL == 1:
+            increase = torch.as_tensor(self._penalty.predicted_increase())
+            self._increase = increase.to(loss.device, torch.float64)
+        self._pending = _Copied(torch.stack([loss.detach().double(), self._increase]))
         if not loss.is_cuda:
             self.finish()
 
