@@ -69,14 +69,21 @@ class Bound(ABC):
         """Yield the parts of ``K`` seen from the parameters, good for ``(I + c K)^-1``."""
 
 
-def bound_of(block: Block | None, scale: float, damping: float, like: Tensor) -> Bound:
-    """Return the bound of ``scale * block + damping``; ``like`` has the shape of weights."""
-    if isinstance(block, EigenbasisSum):
-        block = block.above()
-    if isinstance(block, KroneckerSum | ColumnwiseSum):
-        return _KroneckerBound(block, scale, damping)
-    values = block.values if isinstance(block, DiagonalBlock) else torch.zeros_like(like)
-    return _DiagonalBound(scale * values + damping)
+def bound_of(blocks: Sequence[tuple[float, Block]], damping: float, like: Tensor) -> Bound:
+    """Return the bound of blocks times their scales, and damping.
+
+    Parameters
+    ----------
+    blocks : sequence of (float, Block)
+        All diagonal or none.
+    damping : float
+    like : Tensor of shape (D, K)
+        Of the weights' shape.
+    """
+    diagonal = [scale * b.values for scale, b in blocks if isinstance(b, DiagonalBlock)]
+    if len(diagonal) == len(blocks):
+        return _DiagonalBound(reduce(add, diagonal, torch.zeros_like(like)) + damping)
+    return _KroneckerBound([term for scaled in blocks for term in _terms_of(*scaled)], damping)
 
 
 class _KroneckerBound(Bound):
@@ -86,10 +93,9 @@ class _KroneckerBound(Bound):
     terms are positive semi-definite (method: stable step). Groups of a single row add up exactly.
     """
 
-    def __init__(self, block: KroneckerSum | ColumnwiseSum, scale: float, damping: float) -> None:
-        stacks = [tuple(_by_group(factor, block) for factor in term) for term in block.terms]
-        A, G, self.terms = _above(stacks)
-        self._A, self._G = _damped(A, scale * G, damping)
+    def __init__(self, terms: Sequence[tuple[Tensor, ...]], damping: float) -> None:
+        A, G, self.terms = _above(terms)
+        self._A, self._G = _damped(A, G, damping)
         self.is_zero = not bool(self._A.any() and self._G.any())
         self._constant: Spectrum | None = None
 
@@ -186,9 +192,19 @@ def _kept_columns(view: View, K: int) -> slice:
     return slice(0 if view.weight is not None else inputs, K if view.bias is not None else inputs)
 
 
-def _by_group(factor: Tensor, block: KroneckerSum | ColumnwiseSum) -> Tensor:
-    """View a factor with an axis of groups: matrices ``[groups, n, n]``, diagonals ``[1, n]``."""
-    return factor if isinstance(block, KroneckerSum) and factor.dim() == 3 else factor[None]
+def _terms_of(scale: float, block: Block) -> list[tuple[Tensor, ...]]:
+    """Return terms above a block, each with an axis of groups.
+
+    Matrices are ``[groups, n, n]``, diagonals ``[1, n]``.
+    """
+    if isinstance(block, EigenbasisSum):
+        block = block.above()
+    if isinstance(block, KroneckerSum):
+        stacks = [(A, G) if A.dim() == 3 else (A[None], G[None]) for A, G in block.terms]
+    else:
+        assert isinstance(block, ColumnwiseSum)
+        stacks = [(a[None], G[None]) for a, G in block.terms]
+    return [(A, scale * G) for A, G in stacks]
 
 
 def _above(terms: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, int]:
