@@ -1,4 +1,4 @@
-"""Transfer from a pretrained network: choice, runs, the whole study, and its command line."""
+"""Transfer from a pretrained network: choice, runs, the whole comparison, and its command line."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from torch import nn
 import ekfac_rs as ek
 from ekfac_rs.errors import InternalError, NonFiniteError, OptionError
 from ekfac_rs.experiments.__main__ import main
+from ekfac_rs.experiments.comparison import Comparison
 from ekfac_rs.experiments.data import ImageSet
 from ekfac_rs.experiments.finegrained import (
     FOLDERS,
@@ -24,7 +25,6 @@ from ekfac_rs.experiments.finegrained import (
 )
 from ekfac_rs.experiments.networks import ARCHITECTURES, Architecture
 from ekfac_rs.experiments.report import GridPoint
-from ekfac_rs.experiments.study import Study
 from ekfac_rs.experiments.transfer import SourceConfig, TargetConfig, Transfer, TransferData
 
 FILES = ("results.json", "table.md", "trade_off.png", "accuracies.png")
@@ -151,7 +151,7 @@ def test_the_strongest_penalty_within_the_tolerance_is_chosen(rows, chosen):
         assert (setting["lr"], setting["scale"]) == chosen
 
 
-def test_strength_is_damping_for_l2_sp_and_none_for_fine_tuning():
+def test_strength_is_damping_for_l2_and_none_for_fine_tuning():
     def grid(*settings):
         return [GridPoint(setting, score, None, None, 1.0) for setting, score in settings]
 
@@ -312,35 +312,35 @@ def test_what_happens_to_the_weights_is_part_of_the_run(transfer):
     assert kept.history != merged.history
 
 
-# The study
+# The comparison
 
-STUDIED = ("fine-tuning", "l2-sp", "xkfac")
+COMPARED = ("fine-tuning", "l2", "xkfac")
 
 
 def run_files(output):
     return {path.name: path.stat().st_mtime_ns for path in (output / "runs").iterdir()}
 
 
-def run_study(data, weights, output, methods=STUDIED):
+def compare(data, weights, output, methods=COMPARED):
     experiment = FineGrained(TINY, data, weights, {"source": "shades"}, ["A note."])
-    return Study(experiment, output, methods, progress=False).run()
+    return Comparison(experiment, output, methods, progress=False).run()
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory, data, weights):
-    """Folder and table of a study of three methods."""
-    output = tmp_path_factory.mktemp("study")
+def compared(tmp_path_factory, data, weights):
+    """Folder and table of a comparison of three methods."""
+    output = tmp_path_factory.mktemp("comparison")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "tiny", TINY_ARCHITECTURE)
-        return output, run_study(data, weights, output)
+        return output, compare(data, weights, output)
 
 
-def test_a_study_is_complete_and_goes_on_where_it_was(studied, data, weights):
-    output, table = studied
+def test_a_comparison_is_complete_and_goes_on_where_it_was(compared, data, weights):
+    output, table = compared
     for name in FILES:
         assert (output / name).stat().st_size > 0
     assert "- A note." in table
-    for method in STUDIED:
+    for method in COMPARED:
         assert f"| {METHODS[method].label} |" in table
     content = json.loads((output / "results.json").read_text())
     assert content["source"] == "shades"
@@ -360,24 +360,24 @@ def test_a_study_is_complete_and_goes_on_where_it_was(studied, data, weights):
     lost.unlink()
     for path in (output / "curvature").iterdir():
         path.unlink()
-    run_study(data, weights, output)
+    compare(data, weights, output)
     after = json.loads(lost.read_text())
     assert after["accuracy"] == before["accuracy"]
     assert {name for name, time in run_files(output).items() if files[name] != time} == {lost.name}
 
 
 def test_the_choice_does_not_look_at_the_source_or_the_test_images(
-    studied, tmp_path, data, weights
+    compared, tmp_path, data, weights
 ):
-    methods = ["l2-sp", "xkfac"]
+    methods = ["l2", "xkfac"]
     images = data.target_test
     wrong = dataclasses.replace(
         data, target_test=ImageSet(images.images, (images.labels + 1) % 3, images.classes)
     )
-    run_study(wrong, weights, tmp_path, methods)
+    compare(wrong, weights, tmp_path, methods)
     chosen = [
         {key: json.loads((folder / "results.json").read_text())["methods"][key]["setting"]}
-        for folder in (tmp_path, studied[0])
+        for folder in (tmp_path, compared[0])
         for key in methods
     ]
     assert chosen[:2] == chosen[2:]
@@ -471,7 +471,7 @@ def test_resnet50_goes_through_the_whole_command(
         *("--image-size", "64", "--batch-size", "4", "--epochs", "1", "--seeds", "0"),
         *("--lrs", "1e-3", "--scales", "1", "--output", str(output)),
         # Cheap in a network of this size; the factors are the other methods' and other tests'.
-        *("--methods", "fine-tuning", "diagonal"),
+        *("--methods", "fine-tuning", "ewc"),
     ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out

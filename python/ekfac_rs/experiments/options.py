@@ -5,7 +5,19 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-__all__ = ["batch_size", "fraction", "natural", "number", "option", "positive"]
+__all__ = [
+    "SCALE_STRATEGIES",
+    "batch_size",
+    "fraction",
+    "natural",
+    "number",
+    "option",
+    "positive",
+    "scale",
+]
+
+# What the learner takes as a scale beside numbers: strategies that set it themselves.
+SCALE_STRATEGIES = ("counting", "adaptive", "auto", "halving")
 
 
 def option(
@@ -49,6 +61,11 @@ def number(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
     return value
+
+
+def scale(text: str) -> float | str:
+    """Read a finite number from 0 on, or one of `SCALE_STRATEGIES`."""
+    return text if text in SCALE_STRATEGIES else number(text)
 
 
 def fraction(text: str) -> float:

@@ -1,5 +1,6 @@
 """Pictures of results: curves over the tasks, trade-offs, bars."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-__all__ = ["TradeOff", "draw_bars", "draw_curves", "draw_trade_offs"]
+from ekfac_rs.experiments.intervals import Interval, Outcome, best_at, interval
+
+__all__ = [
+    "Frontier",
+    "TradeOff",
+    "draw_bars",
+    "draw_curves",
+    "draw_frontiers",
+    "draw_trade_offs",
+]
 
 # Paul Tol's "muted" scheme: told apart with any common colour vision, and in print.
 _COLOURS = (
@@ -68,10 +78,9 @@ def draw_trade_offs(
             # Larger markers for stronger penalties.
             sizes = 12.0 * np.arange(1, len(x) + 1)
             axes.scatter(x, y, s=sizes, c=style["color"], marker=style["marker"], linewidths=0)
-        x, y = np.array(trade_off.finals).T
-        spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in (x, y)]
+        x, y = (interval(values) for values in zip(*trade_off.finals, strict=True))
         axes.errorbar(
-            *(x.mean(), y.mean(), spread[1], spread[0]),
+            *(x.mean, y.mean, _half_width(y), _half_width(x)),
             color=style["color"],
             marker=style["marker"],
             markersize=9,
@@ -80,6 +89,72 @@ def draw_trade_offs(
             label=trade_off.label,
             zorder=3,
         )
+    _finish_plane(figure, axes, xlabel, ylabel, path)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What all settings of one method made of two aims.
+
+    Attributes
+    ----------
+    label
+        Of the method.
+    outcomes
+        One for each setting; without any the method is left out of the picture.
+    """
+
+    label: str
+    outcomes: Sequence[Outcome]
+
+
+def draw_frontiers(
+    path: Path,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    frontiers: Sequence[Frontier],
+    reference: float,
+) -> None:
+    """Draw each method's settings, and the staircase of the best source at equal target accuracy.
+
+    A band is the 95 % interval of the setting that a step of the staircase belongs to.
+
+    Parameters
+    ----------
+    path, title, xlabel, ylabel
+        The file and its texts.
+    frontiers
+        One for each method.
+    reference
+        What the source's accuracy was before: a dashed line.
+    """
+    figure, (axes,) = _figure(title, panels=1)
+    axes.axhline(reference, color="#666666", linestyle="--", linewidth=1.0, label="source, before")
+    for frontier, style in zip(frontiers, _styles(len(frontiers)), strict=True):
+        if not frontier.outcomes:
+            continue
+        x, y = _means(frontier.outcomes)
+        axes.scatter(
+            *(x, y),
+            s=30.0,
+            c=style["color"],
+            marker=style["marker"],
+            linewidths=0,
+            label=frontier.label,
+        )
+        steps = _staircase(frontier.outcomes)
+        axes.plot(steps.levels, steps.means, color=style["color"], linewidth=1.4)
+        axes.fill_between(
+            *(steps.levels, steps.means - steps.half_widths, steps.means + steps.half_widths),
+            color=style["color"],
+            alpha=0.1,
+            linewidth=0,
+        )
+    _finish_plane(figure, axes, xlabel, ylabel, path)
+
+
+def _finish_plane(figure: Figure, axes: Axes, xlabel: str, ylabel: str, path: Path) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
@@ -87,10 +162,42 @@ def draw_trade_offs(
     figure.savefig(path)
 
 
+@dataclass(frozen=True)
+class _Staircase:
+    """Corners, each step given by its left and its right end."""
+
+    levels: npt.NDArray[np.float64]
+    means: npt.NDArray[np.float64]
+    half_widths: npt.NDArray[np.float64]
+
+
+def _staircase(outcomes: Sequence[Outcome]) -> _Staircase:
+    """Return `best_at` over all levels from the lowest target accuracy up."""
+    targets = sorted({float(np.mean(outcome.target)) for outcome in outcomes})
+    corners = []
+    left = targets[0]
+    for level in targets:
+        kept = best_at(level, outcomes)
+        assert kept is not None  # one of them has this level
+        corners += [(left, kept.mean, _half_width(kept)), (level, kept.mean, _half_width(kept))]
+        left = level
+    return _Staircase(*np.array(corners).T)
+
+
+def _means(outcomes: Sequence[Outcome]) -> tuple[list[float], list[float]]:
+    targets = [float(np.mean(outcome.target)) for outcome in outcomes]
+    return targets, [float(np.mean(outcome.source)) for outcome in outcomes]
+
+
+def _half_width(found: Interval) -> float:
+    """Return what can be drawn: nothing for a single run."""
+    return 0.0 if math.isnan(found.half_width) else found.half_width
+
+
 def draw_bars(
     path: Path, title: str, ylabel: str, bars: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> None:
-    """Draw groups of bars, each a mean over runs with its standard deviation.
+    """Draw groups of bars, each a mean over runs with its 95 % interval.
 
     Parameters
     ----------
@@ -105,9 +212,9 @@ def draw_bars(
     width = 0.8 / len(names)
     groups = np.arange(len(bars))
     for i, name in enumerate(names):
-        values = [by_name[name] for by_name in bars.values()]
-        means = [float(np.mean(runs)) for runs in values]
-        spreads = [float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0 for runs in values]
+        found = [interval(by_name[name]) for by_name in bars.values()]
+        means = [each.mean for each in found]
+        spreads = [_half_width(each) for each in found]
         places = groups + (i - (len(names) - 1) / 2) * width
         axes.barh(places, means, width, xerr=spreads, label=name, color=_COLOURS[(3 * i + 2) % 9])
         for place, mean in zip(places, means, strict=True):
@@ -126,7 +233,7 @@ def draw_curves(
     ylabel: str,
     curves: Mapping[str, Sequence[npt.NDArray[np.float64]]],
 ) -> None:
-    """Draw one curve per method, mean and band of one standard deviation over the seeds.
+    """Draw one curve per method: mean over the seeds, with a band of its 95 % interval.
 
     Where some methods are far below the others, a second panel shows the upper ones enlarged.
     """
@@ -188,7 +295,7 @@ def _draw_curve(
         tasks, mean, color=style["color"], marker=style["marker"], linewidth=1.8, markersize=4.5
     )
     if len(curves) > 1:
-        spread = np.std(curves, axis=0, ddof=1)
+        spread = np.array([interval(values).half_width for values in np.transpose(curves)])
         axes.fill_between(
             tasks, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0
         )

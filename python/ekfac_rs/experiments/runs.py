@@ -45,7 +45,7 @@ __all__ = [
 Config = Mapping[str, Any]
 Execute = Callable[[Config], "RunRecord"]
 
-# What a setting may do to a run. Any other error is a fault, and ends the study.
+# What a setting may do to a run. Any other error is a fault, and ends the comparison.
 DIVERGENCE = (NonFiniteError, NumericalError)
 
 

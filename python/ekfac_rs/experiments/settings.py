@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.experiments.options import batch_size, natural, number, option, positive
+from ekfac_rs.experiments.options import batch_size, natural, number, option, positive, scale
 
 __all__ = [
     "CURVATURES",
@@ -19,6 +19,7 @@ __all__ = [
     "RunConfig",
     "Setting",
     "grid",
+    "setting_text",
     "setting_words",
     "strength_of",
 ]
@@ -66,7 +67,7 @@ class RunConfig:
     curvature: str = "none"
     weights: str = "kept"
     step: str = "stable"
-    scale: float = 1.0
+    scale: float | str = 1.0
     damping: float = 0.0
     freeze_bn_after: float = 1.0
 
@@ -77,12 +78,13 @@ class RunConfig:
 
     def learner(self, model: nn.Module, **options: Any) -> ek.ContinualLearner:
         """Return a learner that has learnt nothing yet."""
+        scale: Any = self.scale  # A number, or the name of what chooses one.
         return ek.ContinualLearner(
             model,
             loss="cross_entropy",
             weights=self.weights,
             step=self.step,
-            scale=self.scale,
+            scale=scale,
             damping=self.damping,
             momentum=self.momentum,
             freeze_bn_after=self.freeze_bn_after,
@@ -98,20 +100,29 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Size and grid of a study; an experiment adds what it has beside.
+    """Size and grid of a comparison; an experiment adds what it has beside.
 
     Attributes
     ----------
     name
         On the command line; empty for what holds without one.
+    methods
+        Compared where none are named; empty for all that the experiment has.
     seeds, grid_seed
         Of the final runs; of the grid, none of them.
     frozen_lrs
         Where BatchNorm is frozen, as many: a deep network bears only smaller ones then. Empty for
         those of `lrs`.
+    scheduled_lrs
+        Where BatchNorm is frozen in the course of a task, as many. Empty for those of `lrs`.
     plain_lrs
-        Of fine-tuning, which has no other axis: as many as the others have settings. Empty to
-        spread them, from a third of the lowest of `lrs` to three times the highest.
+        Of fine-tuning. Empty to spread them, from a third of the lowest of `lrs` to three times
+        the highest, as many as the others have settings.
+    plain_epochs
+        Of fine-tuning, which has no penalty to trade one task for another by: the length of
+        training and its rate are what it has. Empty for `epochs`.
+    strategy_lrs
+        Where a named strategy sets the scale. Empty for the middle one of `lrs`.
     diagonal_scales
         Of the diagonal curvature's penalty, as many. Empty for `scales`.
     l2
@@ -126,6 +137,7 @@ class Preset:
     """
 
     name: str = ""
+    methods: tuple[str, ...] = ()
     epochs: int = field(metadata=option(positive, "epochs per task"))
     batch_size: int = field(metadata=option(batch_size, "at least 2, for BN"))
     seeds: tuple[int, ...] = field(metadata=option(natural, "one final run each"))
@@ -134,16 +146,31 @@ class Preset:
         default=(),
         metadata=option(number, "those with BatchNorm frozen, as many; else as --lrs"),
     )
+    scheduled_lrs: tuple[float, ...] = field(
+        default=(),
+        metadata=option(
+            number, "those with BatchNorm frozen in the course of a task, as many; else as --lrs"
+        ),
+    )
     plain_lrs: tuple[float, ...] = field(
         default=(),
         metadata=option(
             number,
-            "those of fine-tuning, as many as the other methods have settings; else spread, from "
-            "a third of the lowest to three times the highest of --lrs",
+            "those of fine-tuning; else spread, from a third of the lowest to three times the "
+            "highest of --lrs",
         ),
     )
-    scales: tuple[float, ...] = field(
-        metadata=option(number, "scales of the curvature's penalty in the grid")
+    plain_epochs: tuple[int, ...] = field(
+        default=(), metadata=option(positive, "numbers of epochs of fine-tuning; else as --epochs")
+    )
+    strategy_lrs: tuple[float, ...] = field(
+        default=(),
+        metadata=option(
+            number, "those where a named strategy sets the scale; else the middle one of --lrs"
+        ),
+    )
+    scales: tuple[float | str, ...] = field(
+        metadata=option(scale, "scales of the curvature's penalty in the grid")
     )
     diagonal_scales: tuple[float, ...] = field(
         default=(),
@@ -176,9 +203,13 @@ class Preset:
         values = getattr(self, name)
         if not isinstance(values, tuple):
             return (values,)
-        if name == "plain_lrs" and not values:
+        if values:
+            return values
+        if name == "plain_lrs":
             return self._spread_lrs()
-        return values or self.axis(_FOLLOWED[name])
+        if name == "strategy_lrs":
+            return [self.lrs[len(self.lrs) // 2]]
+        return self.axis(_FOLLOWED[name])
 
     def _spread_lrs(self) -> list[float]:
         count = len(grid(lr=self.lrs, scale=self.scales, crossed=self.crossed))
@@ -189,7 +220,14 @@ class Preset:
 
 
 # Axis -> the one that it follows where it is empty.
-_FOLLOWED = {"frozen_lrs": "lrs", "plain_lrs": "lrs", "diagonal_scales": "scales"}
+_FOLLOWED = {
+    "frozen_lrs": "lrs",
+    "scheduled_lrs": "lrs",
+    "plain_lrs": "lrs",
+    "plain_epochs": "epochs",
+    "strategy_lrs": "lrs",
+    "diagonal_scales": "scales",
+}
 
 
 @dataclass(frozen=True)
@@ -211,6 +249,11 @@ class Method:
     fixed: Setting
     axes: Mapping[str, str]
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether it holds on to anything: fine-tuning alone does not."""
+        return self.fixed.get("curvature", "none") != "none" or "damping" in self.axes
+
     def settings(self, preset: Preset) -> list[Setting]:
         """Return the settings to try."""
         axes = {name: preset.axis(values) for name, values in self.axes.items()}
@@ -230,8 +273,20 @@ def grid(*, crossed: bool = False, **axes: Sequence[float | str]) -> list[Settin
 
 
 def strength_of(setting: Setting) -> float:
-    """Return how strong a setting's penalty is: its scale, else its damping; 0 without either."""
-    return float(setting.get("scale", setting.get("damping", 0.0)))
+    """Return how strong a setting's penalty is: its scale, else its damping; 0 without either.
+
+    What a named strategy makes of the scale is not known beforehand: that counts as 0, too.
+    """
+    strength = setting.get("scale", setting.get("damping", 0.0))
+    return 0.0 if isinstance(strength, str) else float(strength)
+
+
+def setting_text(setting: Setting) -> str:
+    """Return the setting in words fit for a table."""
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in setting.items()
+    )
 
 
 def setting_words(setting: Setting) -> list[str]:

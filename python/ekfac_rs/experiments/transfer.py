@@ -180,6 +180,11 @@ class TransferData:
         ]
         return cls(source_train, source_test, target_train, target_validation, target_test), notes
 
+    def part(self, images: int) -> Self:
+        """Take at most so many images of each set, every class in proportion."""
+        sets = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return type(self)(*(each.part(images) for each in sets))
+
     @cached_property
     def source_digest(self) -> str:
         """Fingerprint of the source's images."""
