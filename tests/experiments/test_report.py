@@ -8,8 +8,6 @@ import pytest
 from ekfac_rs.errors import FileFormatError
 from ekfac_rs.experiments.__main__ import EXPERIMENTS
 from ekfac_rs.experiments.report import (
-    STREAM,
-    TRANSFER,
     GridPoint,
     MethodResult,
     markdown_table,

@@ -181,6 +181,8 @@ class Comparison:
         Several comparisons may share one.
     progress
         Print the plan and show progress bars.
+    estimate
+        Say how long runs take, too, where that can be estimated, which takes some time.
 
     Raises
     ------
@@ -200,6 +202,7 @@ class Comparison:
         threads_each: int = 1,
         store: Path | None = None,
         progress: bool = True,
+        estimate: bool = True,
     ) -> None:
         self.experiment = experiment
         self.output = output
@@ -207,6 +210,7 @@ class Comparison:
         self.workers = workers
         self.threads_each = threads_each
         self.progress = progress
+        self.estimate = estimate
         self.methods = _methods_of(experiment, methods)
         self.settings = {
             key: method.settings(experiment.preset) for key, method in self.methods.items()
@@ -380,7 +384,7 @@ class Comparison:
         return self.experiment.choose(finalists or points)
 
     def announcement(self) -> str:
-        """Say what there is to do and, where it is known, about how long it takes."""
+        """Say what there is to do and, where that is asked for and known, how long it takes."""
         stages = self._stages()
         idle = not any(stage.missing for stage in stages.values())
         texts = [
@@ -458,6 +462,8 @@ class Comparison:
         return [run for run in runs if self._store.find(run) is None]
 
     def _duration(self, runs: Sequence[PlannedRun]) -> str:
+        if not self.estimate:
+            return ""
         seconds = [self.experiment.seconds(run.config) for run in runs]
         known = [value for value in seconds if value is not None]
         return f" ({sum(known) / 60 / self.workers:.1f} minutes)" if known else ""

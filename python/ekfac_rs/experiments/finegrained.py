@@ -74,8 +74,8 @@ class TransferPreset(Preset):
         Height and width of all images.
     crop
         As in `ekfac_rs.experiments.data.ImageTree.read`.
-    source_images
-        Read at most so many of each of the source's splits.
+    source_images, target_images
+        Read at most so many of each of the source's, or the target's, splits; None for all.
     every_setting
         Make final runs of every setting, see `Experiment`.
     tolerance
@@ -101,6 +101,7 @@ class TransferPreset(Preset):
             "images are kept in memory",
         ),
     )
+    target_images: int | None = None
     every_setting: bool = False
     tolerance: float = field(
         default=0.01,
@@ -298,7 +299,9 @@ class FineGrained(Experiment):
         source = source or _data("source-data", preset.source, data_dir)
         target = target or _data("target-data", preset.target, data_dir)
         data, notes = TransferData.read(
-            source, target, preset.image_size, preset.crop, preset.source_images
+            *(source, target, preset.image_size, preset.crop),
+            source_images=preset.source_images,
+            target_images=preset.target_images,
         )
         about = {
             "source": {"data": source.name, "weights": weights.name},

@@ -200,7 +200,7 @@ class PermutedMnist(Stream):
     default = PRESETS["quick"]
     methods = METHODS
     runs_type = PermutedRuns
-    probe_batches = 40
+    probe_batches = 20
     preset: PermutedPreset
     data: Mnist
 

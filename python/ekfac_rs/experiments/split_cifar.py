@@ -182,7 +182,6 @@ class SplitRuns(StreamRuns):
 
     config_type = SplitConfig
     classes = CLASSES_PER_TASK
-    learner_options: Mapping[str, Any] = {"head": "new", "output_layer": "linear"}
 
     def __init__(self, data: SplitImages) -> None:
         self._data = data
@@ -190,6 +189,10 @@ class SplitRuns(StreamRuns):
     def tasks(self, config: SplitConfig) -> "_Split":
         """Return the tasks, each of the next few classes in a seed's own order."""
         return _Split(config, self._data)
+
+    def learner_options(self) -> Mapping[str, Any]:
+        """Give each task an output layer of its own."""
+        return {"head": "new", "output_layer": "linear"}
 
     def network(self, config: SplitConfig) -> nn.Module:
         """Return a ResNet whose output layer is the first task's."""
@@ -220,7 +223,7 @@ class SplitCifar(Stream):
     default = PRESETS["quick"]
     methods = METHODS
     runs_type = SplitRuns
-    probe_batches = 6
+    probe_batches = 2
     preset: SplitPreset
     data: SplitImages
 

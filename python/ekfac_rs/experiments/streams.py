@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -125,13 +125,10 @@ class StreamRuns(ABC):
         Of the configs.
     classes
         Outputs of the network: a run that diverged scores chance.
-    learner_options
-        Of `ekfac_rs.ContinualLearner`, beside those that the config gives.
     """
 
     config_type: ClassVar[type[StreamConfig]]
     classes: ClassVar[int]
-    learner_options: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def __init__(self, data: Any) -> None: ...
@@ -143,6 +140,10 @@ class StreamRuns(ABC):
     @abstractmethod
     def network(self, config: Any) -> nn.Module:
         """Return the network of a run, untrained."""
+
+    def learner_options(self) -> Mapping[str, Any]:
+        """Return options of `ekfac_rs.ContinualLearner` beside those that the config gives."""
+        return {}
 
     def __call__(self, config: Config) -> RunRecord:
         """Make the run of a config."""
@@ -161,7 +162,7 @@ def learn_stream(runs: StreamRuns, config: StreamConfig) -> RunRecord:
         runs.network(config),
         max_examples=config.factor_examples,
         generator=torch.Generator().manual_seed(config.seed),
-        **runs.learner_options,
+        **runs.learner_options(),
     )
     rows: list[list[float]] = []
     history: list[list[dict[str, float | None]]] = []
@@ -214,7 +215,7 @@ class Stream(Experiment):
     def __init__(self, preset: StreamPreset, data: Any) -> None:
         self.preset = preset
         self.data = data
-        self._speeds: dict[str, _Speed] = {}
+        self._speeds: dict[tuple[str, bool], _Speed] = {}
 
     @property
     @abstractmethod
@@ -263,9 +264,10 @@ class Stream(Experiment):
     def seconds(self, config: Config) -> float:
         """Time a few mini-batches for each curvature."""
         run = self.runs_type.config_type(**config)
-        if run.curvature not in self._speeds:
-            self._speeds[run.curvature] = self._measured(run)
-        return self._speeds[run.curvature].seconds(run, *self.counts(run.examples, run.split))
+        kind = run.curvature, run.is_fine_tuning
+        if kind not in self._speeds:
+            self._speeds[kind] = self._measured(run)
+        return self._speeds[kind].seconds(run, *self.counts(run.examples, run.split))
 
     def counts(self, examples: int | None, split: str) -> tuple[int, int]:
         """Return the numbers of images that a task is learnt from and evaluated on.
@@ -316,7 +318,7 @@ class Stream(Experiment):
         return preset.examples if preset.grid_examples is None else preset.grid_examples
 
     def _measured(self, like: StreamConfig) -> "_Speed":
-        """Time two tasks of a few mini-batches, the second one with the penalty of the first."""
+        """Time streams of a few tasks of a few mini-batches each."""
         few = self.probe_batches * like.batch_size / self.task_share / (1 - VALIDATION_SHARE)
         examples = min(math.ceil(few), self.images[0])
         learnt, evaluated = self.counts(examples, "validation")
@@ -332,48 +334,69 @@ class Stream(Experiment):
         runs = self.runs_type(self.data)
         with threads(1):
             learn_stream(runs, dataclasses.replace(probe, tasks=1))  # The first takes longer.
-            one = learn_stream(runs, dataclasses.replace(probe, tasks=1)).seconds
-            two = learn_stream(runs, dataclasses.replace(probe, tasks=2)).seconds
-        return _Speed.of(one, two, math.ceil(learnt / like.batch_size), evaluated)
+            seconds = {
+                tasks: learn_stream(runs, dataclasses.replace(probe, tasks=tasks)).seconds
+                for tasks in (1, 2, 4)
+            }
+        return _Speed.of(seconds, math.ceil(learnt / like.batch_size), evaluated)
 
 
 @dataclass(frozen=True)
 class _Speed:
-    """What things cost on this machine with one curvature, in seconds."""
+    """What things cost on this machine with one curvature, in seconds.
+
+    Attributes
+    ----------
+    training_step
+        Without penalty.
+    penalty, penalty_of_a_task
+        Of a step with one: whatever it holds, and for each task that it holds.
+    factor_batch
+        Of a curvature.
+    evaluated_image
+        One.
+    """
 
     training_step: float
+    penalty: float
     penalty_of_a_task: float
     factor_batch: float
     evaluated_image: float
 
     @classmethod
-    def of(
-        cls, one: Mapping[str, float], two: Mapping[str, float], batches: int, evaluated: int
-    ) -> "_Speed":
-        """Take the seconds of a run of one task and of one of two apart.
+    def of(cls, seconds: Mapping[int, Mapping[str, float]], batches: int, evaluated: int) -> Self:
+        """Take the seconds of streams of one, two and four tasks apart.
 
         Parameters
         ----------
-        one, two
-            Seconds by part. Three tasks are evaluated in the longer run.
+        seconds
+            By number of tasks and part.
         batches
             That a task has.
         evaluated
             Images that a task is evaluated on.
         """
+        step = seconds[1]["fit"] / batches
+        # The second task holds one, the third and fourth another two and three.
+        second = max(seconds[2]["fit"] / batches - 2 * step, 0.0)
+        all_later = max(seconds[4]["fit"] / batches - 4 * step, 0.0)
+        of_a_task = min(max((all_later - 3 * second) / 3, 0.0), second)
         return cls(
-            training_step=one["fit"] / batches,
-            penalty_of_a_task=max(two["fit"] - 2 * one["fit"], 0.0) / batches,
-            factor_batch=two["consolidate"] / (2 * batches),
-            evaluated_image=two["evaluate"] / (3 * evaluated),
+            training_step=step,
+            penalty=second - of_a_task,
+            penalty_of_a_task=of_a_task,
+            factor_batch=seconds[4]["consolidate"] / (4 * batches),
+            evaluated_image=seconds[4]["evaluate"] / (10 * evaluated),
         )
 
     def seconds(self, run: StreamConfig, learnt: int, evaluated: int) -> float:
         """Estimate what `run` takes with so many images in a task."""
         steps = run.epochs * learnt / run.batch_size
         factor_batches = min(run.factor_examples, learnt) / run.batch_size
+        held = (run.tasks - 1) / 2  # On average.
+        later = (run.tasks - 1) / run.tasks
         return run.tasks * (
-            steps * (self.training_step + (run.tasks - 1) / 2 * self.penalty_of_a_task)
+            steps * (self.training_step + later * self.penalty + held * self.penalty_of_a_task)
             + factor_batches * self.factor_batch
             + (run.tasks + 1) / 2 * evaluated * self.evaluated_image
         )

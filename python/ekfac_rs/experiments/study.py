@@ -12,9 +12,10 @@ from pathlib import Path
 from ekfac_rs.errors import OptionError
 from ekfac_rs.experiments import finegrained, permuted_mnist, split_cifar
 from ekfac_rs.experiments.comparison import Comparison, Experiment
-from ekfac_rs.experiments.finegrained import FineGrained
+from ekfac_rs.experiments.finegrained import FineGrained, TransferPreset
 from ekfac_rs.experiments.permuted_mnist import PermutedMnist
 from ekfac_rs.experiments.report import counted, environment, read_results, summary_table
+from ekfac_rs.experiments.runs import PlannedRun
 from ekfac_rs.experiments.settings import Preset
 from ekfac_rs.experiments.split_cifar import SplitCifar
 
@@ -138,21 +139,23 @@ class Study:
             threads_each=experiment.threads_each(self.processors, workers),
             store=self.output / "runs",
             progress=self.progress,
+            estimate=not self.quick,
         )
 
     def _announcement(self, comparisons: Mapping[str, Comparison]) -> str:
-        """Say how many runs there are to make, and about how long they take."""
-        lines, sums = [], [0, 0.0, 0.0]
-        for name, comparison in comparisons.items():
-            runs = comparison.to_make()
-            seconds = [comparison.experiment.seconds(run.config) or 0.0 for run in runs]
-            lines.append(f"{name}: {_amount(len(runs), sum(seconds))}")
-            for i, more in enumerate((len(runs), sum(seconds), sum(seconds) / comparison.workers)):
-                sums[i] += more
-        count, seconds_on_one, seconds_here = sums
-        lines.append(f"in all: {_amount(int(count), seconds_on_one)}")
-        lines[-1] += f", about {seconds_here / 60:.0f} minutes here"
-        return "\n".join(lines)
+        """Say how many runs there are to make and, but for the quick form, how long they take."""
+        runs = {name: comparison.to_make() for name, comparison in comparisons.items()}
+        count = sum(map(len, runs.values()))
+        if self.quick:
+            return f"{counted(count, 'run')} to make, in {counted(len(runs), 'part')}"
+        seconds = {name: _seconds(comparisons[name].experiment, runs[name]) for name in runs}
+        here = sum(seconds[name] / comparisons[name].workers for name in runs)
+        return "\n".join(
+            (
+                *(f"{name}: {_amount(len(runs[name]), seconds[name])}" for name in runs),
+                f"in all: {_amount(count, sum(seconds.values()))}, {here / 3600:.1f} hours here",
+            )
+        )
 
     def _report(self) -> str:
         """Write what all parts that are finished have found."""
@@ -202,25 +205,34 @@ def _section(name: str, folder: Path, question: str) -> list[str]:
     ]
 
 
+def _seconds(experiment: Experiment, runs: Sequence[PlannedRun]) -> float:
+    """Return about how long runs take on one processor."""
+    return sum(experiment.seconds(run.config) or 0.0 for run in runs)
+
+
 def _amount(runs: int, seconds: float) -> str:
     """Say how many runs, and how long they take on one processor."""
     return f"{counted(runs, 'run')}, about {seconds / 3600:.1f} core-hours"
 
 
+# --- the parts -----------------------------------------------------------------------------------
+
 # The same for all streams of permuted images, so that parts find each other's runs.
-_STREAM = dataclasses.replace(
+_PERMUTED = dataclasses.replace(
     permuted_mnist.PRESETS["full"],
     name="study",
-    examples=20_000,
+    examples=15_000,
     factor_examples=5_000,
     grid_tasks=10,
     finalists=0,
     crossed=True,
+    lrs=(0.03, 0.1, 0.3),
+    frozen_lrs=(0.01, 0.03, 0.1),
     plain_lrs=(0.001, 0.003, 0.01, 0.03, 0.1),
     plain_epochs=(1, 2),
     strategy_lrs=(0.1,),
 )
-_QUICK_STREAM = dataclasses.replace(
+_QUICK_PERMUTED = dataclasses.replace(
     permuted_mnist.PRESETS["quick"],
     name="study-quick",
     examples=4_000,
@@ -236,81 +248,131 @@ _QUICK_STREAM = dataclasses.replace(
     l2=(0.1, 1.0),
     factor_examples=1_000,
 )
+_DEEP = (100,) * 6
 _BEST = ("fine-tuning", "kfac-frozen", "kfac-train", "xkfac", "scheduled-kfac-first")
-_QUICK_METHODS = ("fine-tuning", "kfac-frozen", "xkfac")
-_QUICK_TRANSFER = ("fine-tuning", "kfac-frozen", "xkfac-nested")
+_QUICK = ("fine-tuning", "kfac-frozen", "xkfac")
+_CIFAR = finegrained.PRESETS["cifar-clothing"]
+_LITE0 = finegrained.PRESETS["lite0-clothing"]
+
+
+def _quick_transfer(preset: TransferPreset) -> TransferPreset:
+    """Return a form with few images."""
+    return dataclasses.replace(
+        preset,
+        name="study-quick",
+        methods=("fine-tuning", "kfac-frozen", "xkfac-nested"),
+        source_images=300,
+        target_images=400,
+        every_setting=True,
+        epochs=1,
+        seeds=(0, 1),
+    )
+
 
 PARTS: dict[str, Part] = {
     "permuted-mnist": Part(
         PermutedMnist,
         dataclasses.replace(
-            _STREAM,
+            _PERMUTED,
             methods=(
-                *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-frozen-explicit", "kfac-eval"),
-                *("kfac-train", "kfac-train-first", "kfac-train-explicit", "xkfac", "xkfac-first"),
-                *("xkfac-explicit", "xkfac-merged", "scheduled-kfac", "scheduled-kfac-first"),
-                *("scheduled-xkfac", "scheduled-xkfac-first"),
+                *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-eval", "kfac-train"),
+                *("kfac-train-first", "kfac-train-explicit", "xkfac", "xkfac-explicit"),
+                *("xkfac-merged", "scheduled-kfac", "scheduled-kfac-first", "scheduled-xkfac"),
+                "scheduled-xkfac-first",
             ),
         ),
         dataclasses.replace(
-            _QUICK_STREAM, methods=("fine-tuning", "l2", "ewc", *_QUICK_METHODS[1:], "kfac-train")
+            _QUICK_PERMUTED, methods=(*_QUICK, "l2", "ewc", "kfac-train", "scheduled-kfac-first")
         ),
-        "Which curvature, which step, what happens to BatchNorm and to the weights' norms? "
-        "Every layer is a Linear here, for which nested XK-FAC is XK-FAC.",
+        "Which curvature, which step, and what of BatchNorm and of the weights' norms? Every layer "
+        "is a Linear here, for which nested XK-FAC is XK-FAC.",
     ),
     "permuted-mnist-whole": Part(
         PermutedMnist,
-        dataclasses.replace(_STREAM, methods=_BEST, examples=None, grid_examples=20_000),
-        dataclasses.replace(
-            _QUICK_STREAM, methods=_QUICK_METHODS, grid_examples=4_000, examples=8_000
-        ),
-        "The same with three times the images, at the settings chosen there.",
+        dataclasses.replace(_PERMUTED, methods=_BEST, examples=None, grid_examples=15_000),
+        dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, examples=None, grid_examples=4_000),
+        "The best of them on all images, at the settings chosen above.",
     ),
     "permuted-mnist-deep": Part(
         PermutedMnist,
-        dataclasses.replace(_STREAM, methods=_BEST, hidden=(100,) * 6),
-        dataclasses.replace(_QUICK_STREAM, methods=_QUICK_METHODS, hidden=(100,) * 6),
+        dataclasses.replace(_PERMUTED, methods=_BEST, hidden=_DEEP),
+        dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, hidden=_DEEP),
         "Does a deeper network change who wins?",
     ),
     "permuted-mnist-long": Part(
         PermutedMnist,
-        dataclasses.replace(_STREAM, methods=_BEST, tasks=30),
-        dataclasses.replace(_QUICK_STREAM, methods=_QUICK_METHODS, tasks=6),
-        "Does it hold for thirty tasks, with settings chosen on ten?",
+        dataclasses.replace(_PERMUTED, methods=_BEST, tasks=30),
+        dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, tasks=6),
+        "Does it last for three times as many tasks, at settings chosen on a third of them?",
     ),
     "split-cifar": Part(
         SplitCifar,
-        dataclasses.replace(split_cifar.PRESETS["full"], name="study"),
+        dataclasses.replace(
+            split_cifar.PRESETS["full"],
+            name="study",
+            methods=("fine-tuning", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
+            examples=5_000,
+            epochs=5,
+            batch_size=50,
+            grid_tasks=3,
+            grid_epochs=3,
+            lrs=(0.1,),
+            frozen_lrs=(0.03,),
+            plain_lrs=(0.01, 0.03, 0.1),
+            strategy_lrs=(0.1,),
+        ),
         dataclasses.replace(split_cifar.PRESETS["quick"], name="study-quick"),
-        "Does it hold for convolutions, learnt from scratch, with an output layer for each task?",
+        "And convolutions, learnt from scratch, with an output layer for each task?",
     ),
     "cifar-clothing": Part(
         FineGrained,
         dataclasses.replace(
-            finegrained.PRESETS["cifar-clothing"], name="study", every_setting=True
+            _CIFAR,
+            name="study",
+            every_setting=True,
+            methods=("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
+            source_images=1_000,
+            # The latter with every scale, the former with the middle one.
+            lrs=(0.1, 0.03),
+            frozen_lrs=(0.003, 0.01),
+            scheduled_lrs=(0.003, 0.01),
+            scales=(3.0, 10.0, 30.0),
+            diagonal_scales=(0.3, 1.0, 3.0),
+            plain_lrs=(0.003, 0.01, 0.03),
+            plain_epochs=(1, 2),
+            strategy_lrs=(0.03,),
         ),
         dataclasses.replace(
-            finegrained.PRESETS["cifar-clothing"],
-            name="study-quick",
-            every_setting=True,
-            methods=_QUICK_TRANSFER,
-            source_images=300,
+            _quick_transfer(_CIFAR),
+            lrs=(0.1,),
+            frozen_lrs=(0.01,),
+            scales=(3.0, 30.0),
+            plain_lrs=(0.01, 0.1),
         ),
-        "From a trained network to other images: what is kept of the source when the target has "
+        "From a trained network to other images: what is kept of the source where the target has "
         "been learnt equally well?",
     ),
     "lite0-clothing": Part(
         FineGrained,
         dataclasses.replace(
-            finegrained.PRESETS["lite0-clothing"], name="study", every_setting=True
+            _LITE0,
+            name="study",
+            every_setting=True,
+            methods=("fine-tuning", "kfac-frozen", "kfac-train", "xkfac-nested"),
+            lrs=(0.003,),
+            frozen_lrs=(0.001,),
+            scales=(1.0, 3.0, 10.0),
+            plain_lrs=(0.0003, 0.001, 0.003),
+            strategy_lrs=(0.003,),
         ),
         dataclasses.replace(
-            finegrained.PRESETS["lite0-clothing"],
-            name="study-quick",
-            every_setting=True,
-            methods=_QUICK_TRANSFER,
+            _quick_transfer(_LITE0),
+            lrs=(0.003,),
+            frozen_lrs=(0.001,),
+            scales=(1.0, 10.0),
+            plain_lrs=(0.001, 0.003),
         ),
-        "The same for a network with depthwise convolutions and with channels that are all but "
+        "The same of a network with depthwise convolutions, and with channels that are all but "
         "dead.",
     ),
 }

@@ -114,6 +114,7 @@ class TransferData:
         image_size: int,
         crop: float,
         source_images: int,
+        target_images: int | None = None,
         progress: bool = True,
     ) -> tuple[Self, list[str]]:
         """Read the images of both tasks.
@@ -129,8 +130,8 @@ class TransferData:
             Directories or archives.
         image_size, crop
             As in `ImageTree.read`.
-        source_images
-            Read at most so many of each of the source's splits.
+        source_images, target_images
+            Read at most so many of each of the source's, or the target's, splits; None for all.
         progress
             Show tqdm bars.
 
@@ -155,10 +156,11 @@ class TransferData:
         if source_test.classes != source_train.classes:
             raise OptionError(f"source_data: expected the same classes in all splits of {source}")
 
-        target_train = read(target_tree, "train")
-        target_test = read(target_tree, _first_of(target_tree, "test", "validation"))
+        read_target = partial(read, target_tree, max_images=target_images)
+        target_train = read_target("train")
+        target_test = read_target(_first_of(target_tree, "test", "validation"))
         if {"validation", "test"} <= set(target_tree.splits):
-            target_validation = read(target_tree, "validation")
+            target_validation = read_target("validation")
             validation_note = ""
         else:
             target_train, target_validation = target_train.split(_HELD_OUT_SHARE, _HELD_OUT_SEED)
