@@ -337,6 +337,7 @@ class Stream(Experiment):
             seconds = {
                 tasks: learn_stream(runs, dataclasses.replace(probe, tasks=tasks)).seconds
                 for tasks in (1, 2, 4)
+                if tasks <= self.preset.tasks
             }
         return _Speed.of(seconds, math.ceil(learnt / like.batch_size), evaluated)
 
@@ -370,33 +371,39 @@ class _Speed:
         Parameters
         ----------
         seconds
-            By number of tasks and part.
+            By number of tasks and part; the longer ones may be missing.
         batches
             That a task has.
         evaluated
             Images that a task is evaluated on.
         """
         step = seconds[1]["fit"] / batches
+        later = {n: max(of["fit"] / batches - n * step, 0.0) for n, of in seconds.items()}
         # The second task holds one, the third and fourth another two and three.
-        second = max(seconds[2]["fit"] / batches - 2 * step, 0.0)
-        all_later = max(seconds[4]["fit"] / batches - 4 * step, 0.0)
-        of_a_task = min(max((all_later - 3 * second) / 3, 0.0), second)
+        second = later.get(2, 0.0)
+        of_a_task = min(max((later.get(4, 0.0) - 3 * second) / 3, 0.0), second)
+        longest = max(seconds)
         return cls(
             training_step=step,
             penalty=second - of_a_task,
             penalty_of_a_task=of_a_task,
-            factor_batch=seconds[4]["consolidate"] / (4 * batches),
-            evaluated_image=seconds[4]["evaluate"] / (10 * evaluated),
+            factor_batch=seconds[longest]["consolidate"] / (longest * batches),
+            evaluated_image=seconds[longest]["evaluate"] / (_triangular(longest) * evaluated),
         )
 
     def seconds(self, run: StreamConfig, learnt: int, evaluated: int) -> float:
         """Estimate what `run` takes with so many images in a task."""
         steps = run.epochs * learnt / run.batch_size
         factor_batches = min(run.factor_examples, learnt) / run.batch_size
-        held = (run.tasks - 1) / 2  # On average.
-        later = (run.tasks - 1) / run.tasks
-        return run.tasks * (
-            steps * (self.training_step + later * self.penalty + held * self.penalty_of_a_task)
-            + factor_batches * self.factor_batch
-            + (run.tasks + 1) / 2 * evaluated * self.evaluated_image
+        return (
+            steps * run.tasks * self.training_step
+            + steps * (run.tasks - 1) * self.penalty
+            + steps * _triangular(run.tasks - 1) * self.penalty_of_a_task
+            + factor_batches * run.tasks * self.factor_batch
+            + _triangular(run.tasks) * evaluated * self.evaluated_image
         )
+
+
+def _triangular(number: int) -> int:
+    """Return the sum of the numbers up to this one."""
+    return number * (number + 1) // 2
