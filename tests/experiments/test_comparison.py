@@ -9,11 +9,12 @@ import pytest
 
 from ekfac_rs.errors import OptionError
 from ekfac_rs.experiments.comparison import Comparison, Experiment
-from ekfac_rs.experiments.methods import METHODS, with_strategies
-from ekfac_rs.experiments.options import SCALE_STRATEGIES, scale
+from ekfac_rs.experiments.methods import METHODS, rule_names, with_rules
+from ekfac_rs.experiments.options import scale
 from ekfac_rs.experiments.report import STREAM
 from ekfac_rs.experiments.runs import PlannedRun, RunRecord
 from ekfac_rs.experiments.settings import Method, Preset, grid, setting_words, strength_of
+from ekfac_rs.scales import SCALES
 
 PRESET = Preset(
     epochs=1, batch_size=8, seeds=(0, 1), lrs=(0.1, 0.2), scales=(1.0, 3.0), l2=(5.0,), damping=0.0
@@ -282,8 +283,8 @@ def test_axes_that_are_empty_follow_another():
     assert PRESET.axis("frozen_lrs") == (0.1, 0.2)
     assert PRESET.axis("scheduled_lrs") == (0.1, 0.2)
     assert list(PRESET.axis("plain_epochs")) == [1]
-    assert list(PRESET.axis("strategy_lrs")) == [0.2]
-    assert dataclasses.replace(PRESET, strategy_lrs=(0.7,)).axis("strategy_lrs") == (0.7,)
+    assert list(PRESET.axis("rule_lrs")) == [0.2]
+    assert dataclasses.replace(PRESET, rule_lrs=(0.7,)).axis("rule_lrs") == (0.7,)
     assert PRESET.axis("diagonal_scales") == (1.0, 3.0)
     assert dataclasses.replace(PRESET, frozen_lrs=(9.0,)).axis("frozen_lrs") == (9.0,)
     assert PRESET.axis("damping") == (0.0,)
@@ -303,12 +304,13 @@ def test_a_changed_axis_takes_those_that_follow_it_along_unless_they_are_changed
 # Methods
 
 
-def test_a_method_has_a_row_for_each_strategy_with_nothing_to_choose():
-    rows = with_strategies("scheduled-kfac", SCALE_STRATEGIES)
-    assert [row.fixed["scale"] for row in rows.values()] == list(SCALE_STRATEGIES)
-    for strategy, (key, row) in zip(SCALE_STRATEGIES, rows.items(), strict=True):
-        assert key == f"scheduled-kfac-{strategy}"
-        assert row.label.endswith(f"scale {strategy}")
+def test_a_method_has_a_row_for_each_rule_with_nothing_to_choose():
+    rows = with_rules("scheduled-kfac")
+    assert list(rows) == rule_names("scheduled-kfac")
+    assert [row.fixed["scale"] for row in rows.values()] == list(SCALES)
+    for rule, (key, row) in zip(SCALES, rows.items(), strict=True):
+        assert key == f"scheduled-kfac-{rule}"
+        assert row.label.endswith(f"scale by {rule}")
         assert row.settings(PRESET) == [{"lr": 0.2, "damping": 0.0}]
         assert row.fixed["freeze_bn_after"] == METHODS["scheduled-kfac"].fixed["freeze_bn_after"]
 

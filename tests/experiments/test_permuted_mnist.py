@@ -26,6 +26,7 @@ from ekfac_rs.experiments.permuted_mnist import (
     PermutedRuns,
 )
 from ekfac_rs.experiments.streams import learn_stream
+from ekfac_rs.scales import SCALES
 
 FILES = ("results.json", "table.md", "average_accuracy.png", "first_task.png")
 CONFIG = PermutedConfig(
@@ -123,6 +124,15 @@ def test_fine_tuning_is_a_plain_loop_of_sgd_over_the_tasks(runs):
     assert all(epoch["penalty"] == 0 for task in record.history for epoch in task)
 
 
+@pytest.mark.parametrize("rule", SCALES)
+def test_a_rule_may_choose_the_scale_and_a_run_tells_which(runs, rule):
+    record = learn_stream(runs, dataclasses.replace(CONFIG, scale=rule))
+    assert record.diverged is None
+    assert record.measures["scale"] > 0
+    assert (record.measures["scale"] == 1.0) == (rule == "counting")
+    assert learn_stream(runs, CONFIG).measures == {}
+
+
 def test_what_happens_to_the_weights_is_part_of_the_run(runs):
     kept, merged = (
         learn_stream(runs, dataclasses.replace(CONFIG, weights=weights))
@@ -162,8 +172,10 @@ def test_every_method_gets_the_same_number_of_different_settings():
         for method in METHODS.values():
             settings = [tuple(sorted(setting.items())) for setting in method.settings(preset)]
             assert len(set(settings)) == len(settings)
+            # With a rule for the scale there is nothing to try.
+            assert len(settings) == 1 or "scale" not in method.fixed
             sizes.add(len(settings))
-        assert len(sizes) == 1
+        assert len(sizes - {1}) == 1
 
 
 def test_the_grid_is_short_and_only_final_runs_see_the_test_images():

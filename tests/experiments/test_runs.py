@@ -111,6 +111,25 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("step", ["write_text", "replace"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch, step, error):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    whole = getattr(Path, step)
+
+    def interrupted(self, *arguments, **options):
+        if step == "write_text":
+            whole(self, *arguments, **options)
+        raise error
+
+    monkeypatch.setattr(Path, step, interrupted)
+    with pytest.raises(error):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # Making runs
 
 

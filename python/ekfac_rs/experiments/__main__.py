@@ -120,7 +120,7 @@ def _add_command(commands: "Commands", experiment: type[Experiment]) -> None:
         nargs="+",
         choices=list(experiment.methods),
         metavar="METHOD",
-        help=f"some of (default: all): {', '.join(experiment.methods)}",
+        help=f"some of (default: as the preset says): {', '.join(experiment.methods)}",
     )
     _add_workers(parser, "as many as there are processors; one for a network given by path")
     changes = parser.add_argument_group(

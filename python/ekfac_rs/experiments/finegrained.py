@@ -24,7 +24,7 @@ from typing import Any, Self
 from ekfac_rs.errors import OptionError
 from ekfac_rs.experiments.comparison import Experiment
 from ekfac_rs.experiments.data import find_data
-from ekfac_rs.experiments.methods import methods_named, with_strategies
+from ekfac_rs.experiments.methods import methods_named, with_rules
 from ekfac_rs.experiments.networks import ARCHITECTURES, Weights
 from ekfac_rs.experiments.options import batch_size, fraction, number, option, positive
 from ekfac_rs.experiments.report import TRANSFER, GridPoint, counted
@@ -47,7 +47,7 @@ METHODS = {
         *("kfac-train-explicit", "xkfac-nested", "xkfac-nested-first", "xkfac-nested-explicit"),
         *("xkfac-nested-merged", "scheduled-kfac", "scheduled-xkfac-nested"),
     ),
-    **with_strategies("xkfac-nested"),
+    **with_rules("xkfac-nested"),
 }
 
 # Mini-batches of the runs by which the time of others is estimated.
@@ -517,7 +517,8 @@ class _Speed:
                 len(data.source_train) * self.factor_image
                 + len(data.source_test) * self.evaluated_image
             )
-        trained = int(config["epochs"]) * len(data.target_train)
+        run = TargetConfig(**config)
+        trained = run.fits * run.epochs * len(data.target_train)
         return (
             self.beginning + trained * self.trained_image + _evaluated(data) * self.evaluated_image
         )

@@ -1,20 +1,15 @@
 """The methods that experiments compare; each experiment takes those that it has a use for."""
 
-from collections.abc import Sequence
-
-from ekfac_rs.experiments.options import SCALE_STRATEGIES
 from ekfac_rs.experiments.settings import Method
+from ekfac_rs.scales import SCALES
 
-__all__ = ["METHODS", "methods_named", "with_strategies"]
+__all__ = ["METHODS", "methods_named", "rule_names", "with_rules"]
 
 _PLAIN = {"lr": "plain_lrs", "epochs": "plain_epochs"}
 _CURVED = {"lr": "lrs", "scale": "scales", "damping": "damping"}
 _FROZEN = {**_CURVED, "lr": "frozen_lrs"}
 _SCHEDULED = {**_CURVED, "lr": "scheduled_lrs"}
 _DIAGONAL = {**_CURVED, "scale": "diagonal_scales"}
-
-# Whose rows `with_strategies` adds: none of them yet; all of them without the slice.
-STRATEGIES_SHOWN = SCALE_STRATEGIES[:0]
 
 # In the order of tables. A key says, where it is not what everything else is: BatchNorm (frozen
 # after the first task, or scheduled: 20 per cent of each task, then frozen), curvature, what
@@ -97,24 +92,25 @@ def methods_named(*keys: str) -> dict[str, Method]:
     return {key: METHODS[key] for key in METHODS if key in keys}
 
 
-def with_strategies(key: str, strategies: Sequence[str] | None = None) -> dict[str, Method]:
-    """Return a method once for each strategy that sets its scale, at a single learning rate.
+def with_rules(key: str) -> dict[str, Method]:
+    """Return a method once for each rule that chooses its scale, at a single learning rate.
 
-    There is nothing to choose then, which is what strategies are for.
+    There is nothing to try then, which is what rules are for.
 
     Parameters
     ----------
     key
         Of a method with a curvature.
-    strategies
-        Some of `SCALE_STRATEGIES`; `STRATEGIES_SHOWN` by default.
     """
     method = METHODS[key]
-    axes = {**method.axes, "lr": "strategy_lrs"}
+    axes = {**method.axes, "lr": "rule_lrs"}
     del axes["scale"]
     return {
-        f"{key}-{strategy}": Method(
-            f"{method.label}, scale {strategy}", {**method.fixed, "scale": strategy}, axes
-        )
-        for strategy in (STRATEGIES_SHOWN if strategies is None else strategies)
+        name: Method(f"{method.label}, scale by {rule}", {**method.fixed, "scale": rule}, axes)
+        for rule, name in zip(SCALES, rule_names(key), strict=True)
     }
+
+
+def rule_names(key: str) -> list[str]:
+    """Return the names of what `with_rules` makes of a method."""
+    return [f"{key}-{rule}" for rule in SCALES]

@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from ekfac_rs.scales import SCALES
+
 __all__ = [
-    "SCALE_STRATEGIES",
     "batch_size",
     "fraction",
     "natural",
@@ -15,9 +16,6 @@ __all__ = [
     "positive",
     "scale",
 ]
-
-# What the learner takes as a scale beside numbers: strategies that set it themselves.
-SCALE_STRATEGIES = ("counting", "adaptive", "auto", "halving")
 
 
 def option(
@@ -64,8 +62,8 @@ def number(text: str) -> float:
 
 
 def scale(text: str) -> float | str:
-    """Read a finite number from 0 on, or one of `SCALE_STRATEGIES`."""
-    return text if text in SCALE_STRATEGIES else number(text)
+    """Read a finite number from 0 on, or the name of a rule (`ekfac_rs.scales`)."""
+    return text if text in SCALES else number(text)
 
 
 def fraction(text: str) -> float:

@@ -25,7 +25,7 @@ from ekfac_rs.experiments.data import (
     load_mnist_subset,
     task_permutation,
 )
-from ekfac_rs.experiments.methods import methods_named, with_strategies
+from ekfac_rs.experiments.methods import methods_named, with_rules
 from ekfac_rs.experiments.options import option, positive
 from ekfac_rs.experiments.report import counted
 from ekfac_rs.experiments.streams import (
@@ -56,8 +56,8 @@ METHODS = {
         *("xkfac-explicit", "xkfac-merged", "xkfac-raw", "scheduled-kfac", "scheduled-kfac-first"),
         *("scheduled-xkfac", "scheduled-xkfac-first"),
     ),
-    **with_strategies("kfac-train"),
-    **with_strategies("scheduled-kfac-first"),
+    **with_rules("kfac-train"),
+    **with_rules("scheduled-kfac-first"),
 }
 
 

@@ -517,7 +517,10 @@ def _remarks(result: MethodResult) -> list[str]:
         remarks.append(f"diverged in {diverged} of {len(result.runs)} runs")
     if warned:
         remarks.append(f"stability warning in {warned} of {len(result.runs)} runs")
-    if not result.grid:
+    scales = [run.measures["scale"] for run in result.runs if "scale" in run.measures]
+    if scales:
+        remarks.append(f"scale {np.mean(scales):.2g} at the end of a task")
+    elif len(result.grid) <= 1:
         remarks.append("nothing chosen")
     if result.edges():
         remarks.append(f"{' and '.join(result.edges())} at the edge of the grid")

@@ -76,15 +76,27 @@ class RunConfig:
         """Whether nothing is protected: no curvature, no anchor, plain training."""
         return self.curvature == "none" and not self.damping
 
+    @property
+    def fits(self) -> int:
+        """About how often a task is learnt: halving begins anew until a scale is weak enough."""
+        return 6 if self.scale == "halving" else 1
+
+    def measures(self, learner: ek.ContinualLearner) -> dict[str, float]:
+        """Return what is known of a learner beside its accuracies: the scale that a rule chose.
+
+        Its mean over the tasks, each at its last step.
+        """
+        last = [selection.scale[-1] for selection in learner.selection if selection.scale]
+        return {"scale": float(np.mean(last))} if isinstance(self.scale, str) and last else {}
+
     def learner(self, model: nn.Module, **options: Any) -> ek.ContinualLearner:
         """Return a learner that has learnt nothing yet."""
-        scale: Any = self.scale  # A number, or the name of what chooses one.
         return ek.ContinualLearner(
             model,
             loss="cross_entropy",
             weights=self.weights,
             step=self.step,
-            scale=scale,
+            scale=self.scale,
             damping=self.damping,
             momentum=self.momentum,
             freeze_bn_after=self.freeze_bn_after,
@@ -121,8 +133,8 @@ class Preset:
     plain_epochs
         Of fine-tuning, which has no penalty to trade one task for another by: the length of
         training and its rate are what it has. Empty for `epochs`.
-    strategy_lrs
-        Where a named strategy sets the scale. Empty for the middle one of `lrs`.
+    rule_lrs
+        Where a rule chooses the scale. Empty for the middle one of `lrs`.
     diagonal_scales
         Of the diagonal curvature's penalty, as many. Empty for `scales`.
     l2
@@ -163,10 +175,10 @@ class Preset:
     plain_epochs: tuple[int, ...] = field(
         default=(), metadata=option(positive, "numbers of epochs of fine-tuning; else as --epochs")
     )
-    strategy_lrs: tuple[float, ...] = field(
+    rule_lrs: tuple[float, ...] = field(
         default=(),
         metadata=option(
-            number, "those where a named strategy sets the scale; else the middle one of --lrs"
+            number, "those where a rule chooses the scale; else the middle one of --lrs"
         ),
     )
     scales: tuple[float | str, ...] = field(
@@ -207,7 +219,7 @@ class Preset:
             return values
         if name == "plain_lrs":
             return self._spread_lrs()
-        if name == "strategy_lrs":
+        if name == "rule_lrs":
             return [self.lrs[len(self.lrs) // 2]]
         return self.axis(_FOLLOWED[name])
 
@@ -225,7 +237,7 @@ _FOLLOWED = {
     "scheduled_lrs": "lrs",
     "plain_lrs": "lrs",
     "plain_epochs": "epochs",
-    "strategy_lrs": "lrs",
+    "rule_lrs": "lrs",
     "diagonal_scales": "scales",
 }
 
@@ -275,7 +287,7 @@ def grid(*, crossed: bool = False, **axes: Sequence[float | str]) -> list[Settin
 def strength_of(setting: Setting) -> float:
     """Return how strong a setting's penalty is: its scale, else its damping; 0 without either.
 
-    What a named strategy makes of the scale is not known beforehand: that counts as 0, too.
+    What a rule makes of the scale is not known beforehand: that counts as 0, too.
     """
     strength = setting.get("scale", setting.get("damping", 0.0))
     return 0.0 if isinstance(strength, str) else float(strength)

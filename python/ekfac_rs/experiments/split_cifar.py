@@ -17,7 +17,7 @@ from torch import nn
 
 from ekfac_rs.errors import OptionError
 from ekfac_rs.experiments.data import ImageLoader, ImageSet, ImageTree, find_data
-from ekfac_rs.experiments.methods import methods_named, with_strategies
+from ekfac_rs.experiments.methods import methods_named, with_rules
 from ekfac_rs.experiments.networks import CifarResNet
 from ekfac_rs.experiments.options import option, positive
 from ekfac_rs.experiments.report import counted
@@ -53,7 +53,7 @@ METHODS = {
         *("xkfac-nested", "xkfac-nested-first", "xkfac-nested-explicit", "xkfac-nested-merged"),
         *("scheduled-kfac", "scheduled-kfac-first", "scheduled-xkfac-nested"),
     ),
-    **with_strategies("xkfac-nested"),
+    **with_rules("xkfac-nested"),
 }
 
 

@@ -186,7 +186,15 @@ def learn_stream(runs: StreamRuns, config: StreamConfig) -> RunRecord:
             rows.append(row)
     rows += [[1 / runs.classes] * (task + 1) for task in range(len(rows), config.tasks)]
     seconds = {**clock.seconds, "total": time.perf_counter() - started}
-    return RunRecord(config.as_dict(), rows, history, diverged, dict(counts), seconds)
+    return RunRecord(
+        config.as_dict(),
+        rows,
+        history,
+        diverged,
+        dict(counts),
+        seconds,
+        config.measures(learner),
+    )
 
 
 class Stream(Experiment):
@@ -393,7 +401,7 @@ class _Speed:
 
     def seconds(self, run: StreamConfig, learnt: int, evaluated: int) -> float:
         """Estimate what `run` takes with so many images in a task."""
-        steps = run.epochs * learnt / run.batch_size
+        steps = run.fits * run.epochs * learnt / run.batch_size
         factor_batches = min(run.factor_examples, learnt) / run.batch_size
         return (
             steps * run.tasks * self.training_step

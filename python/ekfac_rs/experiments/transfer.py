@@ -291,7 +291,7 @@ class Transfer:
             diverged,
             dict(counts),
             {**clock.seconds, "total": time.perf_counter() - started},
-            {"target_validation": validation},
+            {"target_validation": validation, **config.measures(learner)},
         )
 
     @property
