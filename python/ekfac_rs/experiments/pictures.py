@@ -29,6 +29,8 @@ _COLOURS = (
     "#332288", "#AA4499", "#882255", "#44AA99",
 )  # fmt: skip
 _MARKERS = "ovs^DPX<>"
+# Inches.
+_ROW_HEIGHT = 0.25
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def draw_bars(
         Label of the method to name of the bar to one value per run; all methods have the same
         names.
     """
-    figure, (axes,) = _figure(title, panels=1)
+    figure, (axes,) = _figure(title, panels=1, rows=len(bars))
     names = list(next(iter(bars.values())))
     width = 0.8 / len(names)
     groups = np.arange(len(bars))
@@ -241,7 +243,7 @@ def draw_curves(
     finals = {label: float(mean[-1]) for label, mean in means.items()}
     upper = _upper_group(finals)
     panels = [list(curves), upper] if len(upper) < len(curves) else [upper]
-    figure, all_axes = _figure(title, len(panels))
+    figure, all_axes = _figure(title, len(panels), rows=max(map(len, panels)))
     styles = dict(zip(curves, _styles(len(curves)), strict=True))
     for panel, (axes, shown) in enumerate(zip(all_axes, panels, strict=True)):
         for label in shown:
@@ -252,12 +254,14 @@ def draw_curves(
         if panel == 1:
             axes.set_title("enlarged", fontsize=10)
         named = [label for label in shown if panel == len(panels) - 1 or label not in upper]
-        _label_ends(axes, {label: finals[label] for label in named}, means, styles)
+        _label_ends(figure, axes, {label: finals[label] for label in named}, means, styles)
     figure.savefig(path)
 
 
-def _figure(title: str, panels: int) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(6.0 * panels + 1.2, 4.6), dpi=110, layout="constrained")
+def _figure(title: str, panels: int, rows: int = 0) -> tuple[Figure, Sequence[Axes]]:
+    """Make a picture with panels side by side, as high as so many rows of text need."""
+    height = max(4.6, _ROW_HEIGHT * (rows + 3))
+    figure = Figure(figsize=(6.0 * panels + 1.2, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     all_axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -270,8 +274,12 @@ def _figure(title: str, panels: int) -> tuple[Figure, Sequence[Axes]]:
 
 def _styles(count: int) -> list[dict[str, str]]:
     """Return a colour and a marker for each method."""
+    # Colours come again with other markers.
     return [
-        {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "marker": _MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
+        }
         for i in range(count)
     ]
 
@@ -302,6 +310,7 @@ def _draw_curve(
 
 
 def _label_ends(
+    figure: Figure,
     axes: Axes,
     finals: Mapping[str, float],
     means: Mapping[str, npt.NDArray[np.float64]],
@@ -310,7 +319,7 @@ def _label_ends(
     """Write each curve's name at its right end, moved apart where names would overlap."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    gap = 0.055 * (high - low)
+    gap = _ROW_HEIGHT / figure.get_figheight() * (high - low)
     labels = sorted(finals, key=lambda label: finals[label])
     heights = [finals[label] for label in labels]
     for i in range(1, len(heights)):
