@@ -45,7 +45,8 @@ METHODS = {
     **methods_named(
         *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-eval", "kfac-train", "xkfac"),
         *("kfac-train-explicit", "xkfac-nested", "xkfac-nested-first", "xkfac-nested-explicit"),
-        *("xkfac-nested-merged", "scheduled-kfac", "scheduled-xkfac-nested"),
+        *("xkfac-nested-merged", "scheduled-kfac", "scheduled-xkfac-nested", "kfac-frozen-own"),
+        *("xkfac-nested-own", "scheduled-xkfac-nested-own"),
     ),
     **with_rules("xkfac-nested"),
 }

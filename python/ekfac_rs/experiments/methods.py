@@ -13,7 +13,8 @@ _DIAGONAL = {**_CURVED, "scale": "diagonal_scales"}
 
 # In the order of tables. A key says, where it is not what everything else is: BatchNorm (frozen
 # after the first task, or scheduled: 20 per cent of each task, then frozen), curvature, what
-# happens to the weights when a task begins, step.
+# happens to the weights when a task begins, step (explicit, or stable and by the present task's
+# own curvature, too).
 METHODS: dict[str, Method] = {
     "fine-tuning": Method("fine-tuning", {"curvature": "none"}, _PLAIN),
     "l2": Method("L2 to anchor", {"curvature": "none"}, {"lr": "lrs", "damping": "l2"}),
@@ -25,6 +26,11 @@ METHODS: dict[str, Method] = {
         "K-FAC, BN frozen, explicit steps",
         {"curvature": "kfac-eval", "freeze_bn_after": 0.0, "step": "explicit"},
         _FROZEN,
+    ),
+    "kfac-frozen-own": Method(
+        "K-FAC, BN frozen, steps by own curvature",
+        {"curvature": "kfac-eval", "freeze_bn_after": 0.0, "own": True},
+        _CURVED,
     ),
     "kfac-eval": Method("K-FAC, eval factors", {"curvature": "kfac-eval"}, _CURVED),
     "kfac-train": Method("K-FAC, train factors", {"curvature": "kfac-train"}, _CURVED),
@@ -52,6 +58,11 @@ METHODS: dict[str, Method] = {
     ),
     "xkfac-raw": Method("XK-FAC, raw coordinates", {"curvature": "xkfac-raw"}, _CURVED),
     "xkfac-nested": Method("XK-FAC, nested", {"curvature": "xkfac-nested"}, _CURVED),
+    "xkfac-nested-own": Method(
+        "XK-FAC, nested, steps by own curvature",
+        {"curvature": "xkfac-nested", "own": True},
+        _CURVED,
+    ),
     "xkfac-nested-first": Method(
         "XK-FAC, nested, first norms", {"curvature": "xkfac-nested", "weights": "first"}, _CURVED
     ),
@@ -83,6 +94,11 @@ METHODS: dict[str, Method] = {
     ),
     "scheduled-xkfac-nested": Method(
         "XK-FAC, nested, BN 20 %", {"curvature": "xkfac-nested", "freeze_bn_after": 0.2}, _SCHEDULED
+    ),
+    "scheduled-xkfac-nested-own": Method(
+        "XK-FAC, nested, BN 20 %, steps by own curvature",
+        {"curvature": "xkfac-nested", "freeze_bn_after": 0.2, "own": True},
+        _CURVED,
     ),
 }
 

@@ -54,7 +54,7 @@ class RunConfig:
         Of training on one task.
     curvature
         A key of `CURVATURES`.
-    momentum, weights, step, scale, damping, freeze_bn_after
+    momentum, weights, step, own, scale, damping, freeze_bn_after
         As in `ekfac_rs.ContinualLearner`.
     """
 
@@ -67,6 +67,7 @@ class RunConfig:
     curvature: str = "none"
     weights: str = "kept"
     step: str = "stable"
+    own: bool = False
     scale: float | str = 1.0
     damping: float = 0.0
     freeze_bn_after: float = 1.0
@@ -96,6 +97,7 @@ class RunConfig:
             loss="cross_entropy",
             weights=self.weights,
             step=self.step,
+            own=self.own,
             scale=self.scale,
             damping=self.damping,
             momentum=self.momentum,

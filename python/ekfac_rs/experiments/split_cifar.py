@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -51,7 +50,8 @@ METHODS = {
     **methods_named(
         *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-eval", "kfac-train", "xkfac"),
         *("xkfac-nested", "xkfac-nested-first", "xkfac-nested-explicit", "xkfac-nested-merged"),
-        *("scheduled-kfac", "scheduled-kfac-first", "scheduled-xkfac-nested"),
+        *("scheduled-kfac", "scheduled-kfac-first", "scheduled-xkfac-nested", "kfac-frozen-own"),
+        *("xkfac-nested-own", "scheduled-xkfac-nested-own"),
     ),
     **with_rules("xkfac-nested"),
 }
@@ -187,7 +187,7 @@ class SplitRuns(StreamRuns):
         self._data = data
 
     def tasks(self, config: SplitConfig) -> "_Split":
-        """Return the tasks, each of the next few classes in a seed's own order."""
+        """Return the tasks, each of the next few classes."""
         return _Split(config, self._data)
 
     def learner_options(self) -> Mapping[str, Any]:
@@ -272,8 +272,8 @@ class SplitCifar(Stream):
         preset = self.preset
         learnt, evaluated = self.counts(preset.examples, "test")
         return [
-            f"{preset.source}: JPEG copies of CIFAR-10. Tasks of {CLASSES_PER_TASK} classes, in an "
-            f"order drawn with each seed: {learnt:,} training and {evaluated:,} test images each, "
+            f"{preset.source}: JPEG copies of CIFAR-10. Tasks of {CLASSES_PER_TASK} classes, in "
+            f"CIFAR-10's own order: {learnt:,} training and {evaluated:,} test images each, "
             f"{counted(preset.epochs, 'epoch')}, batches of {preset.batch_size}, images "
             f"{'mirrored and shifted at random' if preset.augment else 'as they are'}. One "
             "network, untrained at the start, with an output layer for each task; which task an "
@@ -297,8 +297,6 @@ class _Split:
             self._train, self._evaluation = train, data.test
         else:
             self._train, self._evaluation = train.split(VALIDATION_SHARE, _VALIDATION_SEED)
-        # Of the classes; those of a task are labelled from 0 in it.
-        self._order = np.random.default_rng(config.seed).permutation(len(train.classes))
 
     def training(self, task: int) -> ImageLoader:
         config = self._config
@@ -314,4 +312,4 @@ class _Split:
 
     def _of_task(self, images: ImageSet, task: int) -> ImageSet:
         first = CLASSES_PER_TASK * task
-        return images.of_classes(self._order[first : first + CLASSES_PER_TASK].tolist())
+        return images.of_classes(range(first, first + CLASSES_PER_TASK))
