@@ -209,6 +209,15 @@ def test_the_quick_form_takes_the_small_presets_and_no_time_to_estimate(
     assert {config["seed"] for config in made} == {0}
 
 
+def test_runs_that_parts_share_are_counted_once(tmp_path, capsys, made):
+    parts = {"one": SMALL["transfer"], "two": SMALL["transfer"]}
+    Study(parts, tmp_path).run()
+    printed = capsys.readouterr().out
+    assert printed.startswith("one: 24 runs, about 2.4 core-hours\ntwo: 0 runs, ")
+    assert len(made) == 24
+    assert (tmp_path / "two" / "results.json").is_file()
+
+
 @pytest.mark.parametrize("names", [["elsewhere"], []])
 def test_parts_that_are_not_there_are_refused(tmp_path, names):
     with pytest.raises(OptionError, match="part: expected some of stream, transfer"):

@@ -257,7 +257,7 @@ class FineGrained(Experiment):
         self.weights = weights
         self._about = about
         self._notes = notes
-        self._speeds: dict[str, _Speed] = {}
+        self._speeds: dict[tuple[str, bool], _Speed] = {}
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -357,10 +357,13 @@ class FineGrained(Experiment):
         """Time a few mini-batches for each curvature; not of networks given by path."""
         if not self.preset.name:
             return None
-        curvature = str(config["curvature"])
-        if curvature not in self._speeds:
-            self._speeds[curvature] = self._measured(curvature)
-        return self._speeds[curvature].seconds(config, self.data)
+        # A penalty without a curvature takes time, too.
+        options = {"curvature": config["curvature"], "damping": config.get("damping", 0.0)}
+        like = TargetConfig(**self.config("final", 0, {**options, "lr": 1e-4}))
+        kind = like.curvature, like.is_fine_tuning
+        if kind not in self._speeds:
+            self._speeds[kind] = self._measured(like)
+        return self._speeds[kind].seconds(config, self.data)
 
     def workers(self, processors: int) -> int:
         """Networks given by path may be large: one run at a time then, on all processors."""
@@ -412,12 +415,10 @@ class FineGrained(Experiment):
             "target": self.data.target_digest,
         }
 
-    def _measured(self, curvature: str) -> "_Speed":
+    def _measured(self, like: TargetConfig) -> "_Speed":
         """Make the source's run and two of the target's with a few images."""
         few = self.data.part(_PROBE_BATCHES * self.preset.batch_size)
-        options: Setting = {"curvature": curvature, "lr": 1e-4}
-        one = TargetConfig(**{**self.config("final", 0, options), "epochs": 1})
-        two = dataclasses.replace(one, epochs=2)
+        one, two = (dataclasses.replace(like, epochs=epochs) for epochs in (1, 2))
         with TemporaryDirectory() as folder, threads(1):
             runs = Transfer(self.preset.model, self.weights, few, Path(folder))
             source = runs(one.at_source.as_dict()).seconds
