@@ -28,6 +28,7 @@ from ekfac_rs.curvature import (
     CORRECTIONS,
     STATISTICS,
     Curvature,
+    compress_curvatures,
     estimate_curvature,
 )
 from ekfac_rs.errors import (
@@ -120,6 +121,11 @@ class ContinualLearner:
         Of the penalty: a number, or the rule that chooses it (`ekfac_rs.scales`).
     damping : float
         Of the penalty.
+    max_terms : int, optional
+        Keep one curvature for all tasks, whose blocks take no more memory and no longer to multiply
+        than so many terms of a task (`compress_curvatures`; a task has one term a layer with
+        K-FAC, two with XK-FAC, three with nested XK-FAC): both are then the same after any number
+        of tasks. Default: the terms of all tasks are kept.
     step : {"stable", "explicit"}
         "stable" multiplies gradients as `QuadraticPenalty.precondition` does, so that training
         does not diverge on the penalty. "explicit" leaves them alone and warns where the learning
@@ -157,7 +163,8 @@ class ContinualLearner:
     task : int
         Number of consolidated tasks: the present one's, counted from 0.
     curvatures : list of Curvature
-        One for each of them (none where ``approximation`` is None).
+        One for each of them (none where ``approximation`` is None), or with ``max_terms`` one for
+        all.
     anchor : Anchor or None
     selection : list of Selection
         What the rule for the scale did, one for each call of `fit` under a penalty.
@@ -195,6 +202,7 @@ class ContinualLearner:
         weights: str = "kept",
         scale: float | str | ScaleRule = 1.0,
         damping: float = 0.0,
+        max_terms: int | None = None,
         step: str = "stable",
         optimizer: MakesOptimizer | None = None,
         scheduler: str | MakesScheduler | None = "cosine",
@@ -219,6 +227,8 @@ class ContinualLearner:
         require_optimizer(optimizer)
         require_scheduler(scheduler)
         require_count("draws", draws)
+        if max_terms is not None:
+            require_count("max_terms", max_terms)
         rule_of(scale)
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
@@ -238,6 +248,7 @@ class ContinualLearner:
         self.weights = weights
         self.scale = scale
         self.damping = damping
+        self.max_terms = max_terms
         self.step = step
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -465,9 +476,9 @@ class ContinualLearner:
             if self._protects:
                 with restored_on_failure(self.model):
                     curvature, anchor = self._consolidated(source)
+                kept = self._kept([*self.curvatures, *([] if curvature is None else [curvature])])
                 self._share(anchor, undo)
-                self.curvatures += [] if curvature is None else [curvature]
-                self.anchor = anchor
+                self.curvatures, self.anchor = kept, anchor
             undo.pop_all()
         self._begin_task(self.task + 1)
 
@@ -501,9 +512,10 @@ class ContinualLearner:
             self._heads.bind(lambda: None, undo)
             self._require_own_layer_apart(*anchor, *(curvature or ()))
             self._penalty_of(adopted, anchor).close()
+            kept = self._kept(adopted)
             self._share(anchor, undo)
             undo.pop_all()
-        self.curvatures, self.anchor = adopted, anchor
+        self.curvatures, self.anchor = kept, anchor
         self._begin_task(self.task + 1)
 
     def grow(self, classes: int) -> None:
@@ -806,6 +818,12 @@ class ContinualLearner:
                 f"{self.likelihood!r} do not tell, got none"
             )
         return most
+
+    def _kept(self, curvatures: list[Curvature]) -> list[Curvature]:
+        """Return what is kept of the tasks' curvatures."""
+        if self.max_terms is None or not curvatures:
+            return curvatures
+        return [compress_curvatures(curvatures, self.max_terms)]
 
     def _consolidated(self, source: Loader) -> tuple[Curvature | None, Anchor]:
         behind = self._so_far.froze_batchnorm and self.statistics == "batch"

@@ -1,18 +1,26 @@
 """The operator ``K`` near a penalty's Hessian, part by part of a layer's parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import reduce
-from operator import add
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ekfac_rs._tensors import accumulation_dtype
-from ekfac_rs.curvature import Block, ColumnwiseSum, DiagonalBlock, EigenbasisSum, KroneckerSum
+from ekfac_rs.curvature import (
+    Block,
+    ColumnwiseSum,
+    DiagonalBlock,
+    EigenbasisSum,
+    KroneckerSum,
+    ThinKroneckerSum,
+)
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.operators import LARGE, ByEntry, Operator, Rotated, Spectrum, WithRows
 from ekfac_rs.stability.view import Moves, View
+
+
+_Terms = KroneckerSum | ColumnwiseSum | ThinKroneckerSum
 
 
 class Part:
@@ -73,7 +81,7 @@ def bound_of(block: Block | None, scale: float, damping: float, like: Tensor) ->
     """Return the bound of ``scale * block + damping``; ``like`` has the shape of weights."""
     if isinstance(block, EigenbasisSum):
         block = block.above()
-    if isinstance(block, KroneckerSum | ColumnwiseSum):
+    if isinstance(block, KroneckerSum | ColumnwiseSum | ThinKroneckerSum):
         return _KroneckerBound(block, scale, damping)
     values = block.values if isinstance(block, DiagonalBlock) else torch.zeros_like(like)
     return _DiagonalBound(scale * values + damping)
@@ -86,9 +94,8 @@ class _KroneckerBound(Bound):
     terms are positive semi-definite (method: stable step). Groups of a single row add up exactly.
     """
 
-    def __init__(self, block: KroneckerSum | ColumnwiseSum, scale: float, damping: float) -> None:
-        stacks = [tuple(_by_group(factor, block) for factor in term) for term in block.terms]
-        A, G, self.terms = _above(stacks)
+    def __init__(self, block: _Terms, scale: float, damping: float) -> None:
+        A, G, self.terms = _above(_stacks(block))
         self._A, self._G = _damped(A, scale * G, damping)
         self.is_zero = not bool(self._A.any() and self._G.any())
         self._constant: Spectrum | None = None
@@ -186,27 +193,32 @@ def _kept_columns(view: View, K: int) -> slice:
     return slice(0 if view.weight is not None else inputs, K if view.bias is not None else inputs)
 
 
-def _by_group(factor: Tensor, block: KroneckerSum | ColumnwiseSum) -> Tensor:
-    """View a factor with an axis of groups: matrices ``[groups, n, n]``, diagonals ``[1, n]``."""
-    return factor if isinstance(block, KroneckerSum) and factor.dim() == 3 else factor[None]
-
-
-def _above(terms: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, int]:
-    """Factors of one Kronecker product above a sum of such, and how many it is made of."""
-    if terms[0][1].shape[-1] == 1:
-        whole = reduce(add, (A * G.reshape(-1, *(1,) * (A.dim() - 1)) for A, G in terms))
-        return whole, torch.ones_like(terms[0][1]), 1
-    weighted = []
+def _stacks(block: _Terms) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield terms with an axis of groups: matrices ``[groups, n, n]``, diagonals ``[1, n]``."""
+    terms = block.products() if isinstance(block, ThinKroneckerSum) else block.terms
     for A, G in terms:
+        yield (A, G) if G.dim() == 3 else (A[None], G[None])
+
+
+def _above(terms: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
+    """Factors of one Kronecker product above a sum of such, and how many it is made of."""
+    # One after another: of many thin terms no two are ever there as matrices.
+    above_A: Tensor | float = 0.0
+    above_G: Tensor | float = 0.0
+    count = 0
+    for A, G in terms:
+        if G.shape[-1] == 1:
+            above_A = above_A + A * G.reshape(-1, *(1,) * (A.dim() - 1))
+            above_G, count = torch.ones_like(G), 1
+            continue
         trace_A, trace_G = (_mean_diagonal(x) * x.shape[-1] for x in (A, G))
         there = (trace_A > 0.0) & (trace_G > 0.0)
         w = torch.where(there, trace_G / trace_A, 1.0).sqrt()
         share = there.to(w)
-        weighted.append(
-            ((share * w).view(-1, *(1,) * (A.dim() - 1)) * A, (share / w).view(-1, 1, 1) * G)
-        )
-    A, G = (reduce(add, factors) for factors in zip(*weighted, strict=True))
-    return A, G, len(terms)
+        above_A = above_A + (share * w).view(-1, *(1,) * (A.dim() - 1)) * A
+        above_G = above_G + (share / w).view(-1, 1, 1) * G
+        count += 1
+    return above_A, above_G, count
 
 
 def _damped(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
