@@ -193,7 +193,6 @@ def test_fewer_terms_than_allowed_stay(kind):
 
 def test_groups_that_are_zero_stay_zero():
     whole = grouped("two rows a group", 3)
-    A, G = whole.terms[0]
     terms = [(A * torch.tensor([0.0, 1.0]).view(2, 1, 1), G) for A, G in whole.terms]
     block = bounded(ek.KroneckerSum(terms), 1)
     assert torch.equal(block.dense()[:10, :10], torch.zeros(10, 10).double())
@@ -205,9 +204,7 @@ def test_groups_that_are_zero_stay_zero():
 
 @pytest.mark.parametrize("max_terms", [1, 2, 3])
 def test_eigenbases_keep_so_many_terms(max_terms):
-    one, *others = (
-        ek.EigenbasisSum.near(ek.KroneckerSum([term])) for term in tasks(3, 4, 4)
-    )
+    one, *others = (ek.EigenbasisSum.near(ek.KroneckerSum([term])) for term in tasks(3, 4, 4))
     whole = sum(others, one)
     block = bounded(whole, max_terms)
     assert len(block.terms) == max_terms

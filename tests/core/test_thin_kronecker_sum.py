@@ -31,9 +31,7 @@ def factors(size, count, seed):
 
 def make(shape=(3, 5), ranks=((2, 1), (1, 3)), dense_terms=1, seed=0):
     D, K = shape
-    rest = list(
-        zip(factors(K, dense_terms, seed), factors(D, dense_terms, seed + 50), strict=True)
-    )
+    rest = list(zip(factors(K, dense_terms, seed), factors(D, dense_terms, seed + 50), strict=True))
     roots = [
         (noise(K, r, seed=seed + 100 + t), noise(D, q, seed=seed + 200 + t))
         for t, (r, q) in enumerate(ranks)

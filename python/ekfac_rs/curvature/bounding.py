@@ -119,7 +119,7 @@ class _PartialTraces:
         return self.A.to(like), G.to(like)
 
 
-def _thinned(terms: Terms, rest: KroneckerSum, max_terms: int) -> ThinKroneckerSum:
+def _thinned(terms: Terms, rest: KroneckerSum, max_terms: int) -> KroneckerSum | ThinKroneckerSum:
     """Keep the largest directions of all terms but the rest's first, and add what is lost to it."""
     (A, G), *dense = rest.terms
     if not terms:
@@ -127,11 +127,14 @@ def _thinned(terms: Terms, rest: KroneckerSum, max_terms: int) -> ThinKroneckerS
         dense, A, G = list(rest.terms), torch.zeros_like(A), torch.zeros_like(G)
     wholes = [*(_Roots(R, Q) for R, Q in terms), *(_Roots(*map(_root, term)) for term in dense)]
     lost, kept = _PartialTraces(A, G), []
-    for whole, of_R, of_Q in zip(wholes, *_kept_columns(wholes, rest.shape, max_terms), strict=True):
+    for whole, of_R, of_Q in zip(
+        wholes, *_kept_columns(wholes, rest.shape, max_terms), strict=True
+    ):
         lost.add(whole, of_R, of_Q)
         if bool(of_R.any()):
             kept.append(whole.kept(of_R, of_Q))
-    return ThinKroneckerSum(kept, KroneckerSum([lost.product(A)]))
+    other = KroneckerSum([lost.product(A)])
+    return ThinKroneckerSum(kept, other) if kept else other
 
 
 def _root(factor: Tensor) -> Tensor:
@@ -170,7 +173,7 @@ def _largest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
     together = torch.cat(list(weights))
     chosen = torch.zeros_like(together, dtype=torch.bool)
     chosen[together.argsort(descending=True, stable=True)[:count]] = True
-    return list((chosen & (together > 0.0)).split([len(w) for w in weights]))
+    return list(torch.split(chosen & (together > 0.0), [len(w) for w in weights]))
 
 
 def _where_any(weights: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:

@@ -420,9 +420,7 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def _block_of(
-    tensors: Mapping[str, Tensor], settings: PassSettings, strata: int | None
-) -> Block:
+def _block_of(tensors: Mapping[str, Tensor], settings: PassSettings, strata: int | None) -> Block:
     """Rebuild a block from what its `tensors` gave; ``strata`` is None for sums over tasks."""
     if settings.approximation == DIAGONAL:
         return DiagonalBlock(tensors["diagonal"])

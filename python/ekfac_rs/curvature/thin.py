@@ -85,9 +85,9 @@ class ThinKroneckerSum(Block):
     @property
     def terms(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """The roots ``(R, Q)`` of every thin term."""
-        return tuple(
-            zip(self._R.split(self._columns_R, 1), self._Q.split(self._columns_Q, 1), strict=True)
-        )
+        roots_R = torch.split(self._R, self._columns_R, 1)
+        roots_Q = torch.split(self._Q, self._columns_Q, 1)
+        return tuple(zip(roots_R, roots_Q, strict=True))
 
     def products(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the factors ``(A, G)`` of every term, those of the thin ones made one by one."""
@@ -135,12 +135,11 @@ class ThinKroneckerSum(Block):
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "ThinKroneckerSum":
         """Rebuild a block from what `tensors` gave."""
-        inside, rest = [], []
-        for key in tensors:
-            first, _, others = key.partition(".")
-            (rest if first == "rest" else inside).append(others if first == "rest" else first)
-        full = range(len({key.partition(".")[0] for key in rest}))
-        thin = range(len(set(inside)))
+        of_rest = {key.removeprefix("rest.") for key in tensors if key.startswith("rest.")}
+        of_thin = {key for key in tensors if not key.startswith("rest.")}
+        thin, full = (
+            range(len({key.partition(".")[0] for key in keys})) for keys in (of_thin, of_rest)
+        )
         return cls(
             [(tensors[f"{t}.R"], tensors[f"{t}.Q"]) for t in thin],
             KroneckerSum([(tensors[f"rest.{k}.A"], tensors[f"rest.{k}.G"]) for k in full]),
@@ -158,42 +157,24 @@ class ThinKroneckerSum(Block):
         """
         V = self._checked(V)
         out = self.rest.product(V)
-        if self.terms:
-            out += self.thin_product(V)
-        return out
-
-    def thin_product(self, V: Tensor) -> Tensor:
-        """Apply the thin terms alone."""
+        if not self.terms:
+            return out
         D, K = self.shape
         if D > K:
-            return self._thin(V.mT, self._Q, self._columns_Q, self._roots_R).mT
-        return self._thin(V, self._R, self._columns_R, self._roots_Q)
+            return out + self._thin(V.mT, self._Q, self._columns_Q, [R for R, _ in self.terms]).mT
+        return out + self._thin(V, self._R, self._columns_R, [Q for _, Q in self.terms])
 
     @staticmethod
-    def _thin(
-        V: Tensor, roots: Tensor, columns: Sequence[int], others: Sequence[Tensor]
-    ) -> Tensor:
+    def _thin(V: Tensor, roots: Tensor, columns: Sequence[int], others: Sequence[Tensor]) -> Tensor:
         """``sum_t P_t P_t^T V R_t R_t^T``, the longer roots ``R`` side by side."""
-        inside = (V @ roots).split(columns, -1)
-        moved = [
-            _short_product(root, part) for root, part in zip(others, inside, strict=True)
-        ]
+        inside = torch.split(V @ roots, list(columns), -1)
+        moved = [root @ (root.mT @ part) for root, part in zip(others, inside, strict=True)]
         return torch.cat(moved, -1) @ roots.mT
-
-    @property
-    def _roots_R(self) -> tuple[Tensor, ...]:
-        return self._R.split(self._columns_R, 1)
-
-    @property
-    def _roots_Q(self) -> tuple[Tensor, ...]:
-        return self._Q.split(self._columns_Q, 1)
 
     def quadratic(self, V: Tensor) -> float:
         """Quadratic form ``<V, H V>`` (no factor 1/2), summed over a batch if there is one."""
         V = self._checked(V)
-        thin = sum(
-            float((Q.mT @ V @ R).square().sum(dtype=torch.float64)) for R, Q in self.terms
-        )
+        thin = sum(float((Q.mT @ V @ R).square().sum(dtype=torch.float64)) for R, Q in self.terms)
         return self.rest.quadratic(V) + thin
 
     def trace(self) -> float:
@@ -413,11 +394,6 @@ class ThinKroneckerSum(Block):
 
 def _side_by_side(roots: Sequence[Tensor], empty: Tensor) -> tuple[Tensor, list[int]]:
     return torch.cat([empty, *roots], 1), [root.shape[1] for root in roots]
-
-
-def _short_product(root: Tensor, V: Tensor) -> Tensor:
-    """``root root^T V``."""
-    return root @ (root.mT @ V)
 
 
 def _square(X: Tensor) -> float:

@@ -19,7 +19,6 @@ from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.operators import LARGE, ByEntry, Operator, Rotated, Spectrum, WithRows
 from ekfac_rs.stability.view import Moves, View
 
-
 _Terms = KroneckerSum | ColumnwiseSum | ThinKroneckerSum
 
 
@@ -203,22 +202,26 @@ def _stacks(block: _Terms) -> Iterator[tuple[Tensor, Tensor]]:
 def _above(terms: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
     """Factors of one Kronecker product above a sum of such, and how many it is made of."""
     # One after another: of many thin terms no two are ever there as matrices.
-    above_A: Tensor | float = 0.0
-    above_G: Tensor | float = 0.0
-    count = 0
-    for A, G in terms:
-        if G.shape[-1] == 1:
-            above_A = above_A + A * G.reshape(-1, *(1,) * (A.dim() - 1))
-            above_G, count = torch.ones_like(G), 1
-            continue
-        trace_A, trace_G = (_mean_diagonal(x) * x.shape[-1] for x in (A, G))
-        there = (trace_A > 0.0) & (trace_G > 0.0)
-        w = torch.where(there, trace_G / trace_A, 1.0).sqrt()
-        share = there.to(w)
-        above_A = above_A + (share * w).view(-1, *(1,) * (A.dim() - 1)) * A
-        above_G = above_G + (share / w).view(-1, 1, 1) * G
-        count += 1
-    return above_A, above_G, count
+    balanced = (_balanced(A, G) for A, G in terms)
+    A, G = next(balanced)
+    count = 1
+    for more_A, more_G in balanced:
+        A, G, count = A + more_A, G + more_G, count + 1
+    return (A, torch.ones_like(G), 1) if G.shape[-1] == 1 else (A, G, count)
+
+
+def _balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Share a term's size out between its factors, so that sums of both are above sums of terms.
+
+    Where G is a number, all of it goes to A.
+    """
+    if G.shape[-1] == 1:
+        return A * G.reshape(-1, *(1,) * (A.dim() - 1)), torch.ones_like(G)
+    trace_A, trace_G = (_mean_diagonal(x) * x.shape[-1] for x in (A, G))
+    there = (trace_A > 0.0) & (trace_G > 0.0)
+    w = torch.where(there, trace_G / trace_A, 1.0).sqrt()
+    share = there.to(w)
+    return (share * w).view(-1, *(1,) * (A.dim() - 1)) * A, (share / w).view(-1, 1, 1) * G
 
 
 def _damped(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
