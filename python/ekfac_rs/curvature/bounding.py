@@ -5,7 +5,7 @@ stays what it was.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ def bounded(block: Block, max_terms: int) -> Block:
 
     A block that has no more terms is returned as it is. What it becomes otherwise:
 
-    - A `KroneckerSum` without groups becomes a `ThinKroneckerSum`: one dense Kronecker product,
-      and of every term the largest directions, as many in all as ``max_terms - 1`` dense terms
-      would cost. Directions are compared by eigenvalue times the trace of the other factor. The
-      dense product is that of all the others, with the same partial traces (and so the same
-      trace); see `of_equal_partial_traces`.
+    - A `KroneckerSum` without groups becomes a `ThinKroneckerSum`. Of every term the largest
+      directions are kept, compared by eigenvalue times the trace of the other factor. What is lost
+      goes into one dense Kronecker product with the same partial traces (and so the same trace),
+      or two: one for what is lost on the longer side of the matrices, another for the shorter
+      side, once not all directions of that have room. The thin terms have the room, and as many
+      columns, as the dense terms that are left would cost. With two terms and no room for the
+      shorter side, pairs are joined, as with groups.
     - One with groups, and a `ColumnwiseSum`, keep ``max_terms`` terms: pairs of terms whose join
       changes least become one. Groups of a single row add up exactly.
     - An `EigenbasisSum` keeps ``max_terms`` terms: a term goes into the eigenbasis of another, the
@@ -52,9 +54,9 @@ def bounded(block: Block, max_terms: int) -> Block:
     if isinstance(block, DiagonalBlock):
         return block
     if isinstance(block, KroneckerSum) and block.groups == 1:
-        return _thinned([], block.group(0), max_terms) if _is_over(block, max_terms) else block
+        return block if len(block.terms) <= max_terms else _thinned(block, max_terms)
     if isinstance(block, ThinKroneckerSum):
-        return _thinned(block.terms, block.rest, max_terms)
+        return _thinned(block, max_terms)
     if isinstance(block, KroneckerSum):
         return KroneckerSum(joined(_added_up(block), max_terms))
     if isinstance(block, ColumnwiseSum):
@@ -64,125 +66,148 @@ def bounded(block: Block, max_terms: int) -> Block:
     raise OptionError(f"max_terms: expected a block that can be bounded, got {block!r}")
 
 
-def _is_over(block: KroneckerSum, max_terms: int) -> bool:
-    return len(block.terms) > max_terms
-
-
 # --- thin roots ----------------------------------------------------------------------------------
 
 
-class _Roots(NamedTuple):
-    """A Kronecker product by the roots of its factors."""
+# Share of the trace that may be lost on the short side before that has a product of its own.
+_NEGLIGIBLE = 0.01
 
-    R: Tensor
-    Q: Tensor
+
+class _Whole(NamedTuple):
+    """A Kronecker product by the roots of its factors, that of the longer side first."""
+
+    long: Tensor
+    short: Tensor
 
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
-        """How much of the block's trace each column of R, and each of Q, has a part in."""
-        of_R, of_Q = (root.double().square().sum(0) for root in self)
-        return of_R * of_Q.sum(), of_Q * of_R.sum()
-
-    def kept(self, of_R: Tensor, of_Q: Tensor) -> "_Roots":
-        return _Roots(self.R[:, of_R], self.Q[:, of_Q])
-
-    def trace(self) -> float:
-        return float(torch.linalg.vector_norm(self.R.double()).square()) * float(
-            torch.linalg.vector_norm(self.Q.double()).square()
-        )
+        """How much of the term's trace each column of either root has a part in."""
+        of_long, of_short = (root.double().square().sum(0) for root in self)
+        return of_long * of_short.sum(), of_short * of_long.sum()
 
 
-class _PartialTraces:
-    """Partial traces of what is given up, summed.
+class _Lost:
+    """What terms have lost, as the one Kronecker product that has its partial traces.
 
-    ``A = sum_k tr(G_k) A_k`` and ``G = sum_k tr(A_k) G_k``: they add up in any order, so a rest
-    does not depend on how often it was made.
+    These are ``sum_k tr(S_k) L_k`` and ``sum_k tr(L_k) S_k`` for terms with factors L and S: they
+    add up in any order, so that it does not matter how often a block was made smaller.
     """
 
-    def __init__(self, A: Tensor, G: Tensor) -> None:
-        self.A, self.G = A.double() * G.double().trace(), G.double() * A.double().trace()
+    def __init__(self, long: Tensor, short: Tensor) -> None:
+        self.long = long.double() * short.double().trace()
+        self.short = short.double() * long.double().trace()
 
-    def add(self, whole: _Roots, of_R: Tensor, of_Q: Tensor) -> None:
-        """Add what a term loses that keeps only these columns."""
-        R, Q = whole.R.double(), whole.Q.double()
-        values_R, values_Q = R.square().sum(0), Q.square().sum(0)
-        # G (x) A less G' (x) A' is G' (x) (A - A') and (G - G') (x) A.
-        lost_Q = values_Q[~of_Q].sum()
-        self.A += (R * torch.where(of_R, lost_Q, values_Q.sum())) @ R.mT
-        lost_R = values_R[~of_R].sum()
-        self.G += (Q * torch.where(of_Q, lost_R, values_R.sum())) @ Q.mT
+    def add(self, long: Tensor, by_long: Tensor, short: Tensor, by_short: Tensor) -> None:
+        """Add a term by roots, of which each column counts so many times."""
+        long, short = long.double(), short.double()
+        by_long, by_short = by_long.double(), by_short.double()
+        trace_long, trace_short = (
+            (root.square().sum(0) * by).sum() for root, by in ((long, by_long), (short, by_short))
+        )
+        self.long += (long * (by_long * trace_short)) @ long.mT
+        self.short += (short * (by_short * trace_long)) @ short.mT
+
+    def __iadd__(self, other: Self) -> Self:
+        self.long += other.long
+        self.short += other.short
+        return self
 
     def product(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the Kronecker product that has these partial traces."""
-        trace = self.A.trace()
-        G = self.G / trace if bool(trace > 0.0) else self.G
-        return self.A.to(like), G.to(like)
+        trace = self.long.trace()
+        short = self.short / trace if bool(trace > 0.0) else self.short
+        return self.long.to(like), short.to(like)
 
 
-def _thinned(terms: Terms, rest: KroneckerSum, max_terms: int) -> KroneckerSum | ThinKroneckerSum:
-    """Keep the largest directions of all terms but the rest's first, and add what is lost to it."""
-    (A, G), *dense = rest.terms
-    if not terms:
-        # The first time there is no rest yet: every term is one like the others.
-        dense, A, G = list(rest.terms), torch.zeros_like(A), torch.zeros_like(G)
-    wholes = [*(_Roots(R, Q) for R, Q in terms), *(_Roots(*map(_root, term)) for term in dense)]
-    lost, kept = _PartialTraces(A, G), []
-    for whole, of_R, of_Q in zip(
-        wholes, *_kept_columns(wholes, rest.shape, max_terms), strict=True
-    ):
-        lost.add(whole, of_R, of_Q)
-        if bool(of_R.any()):
-            kept.append(whole.kept(of_R, of_Q))
-    other = KroneckerSum([lost.product(A)])
-    return ThinKroneckerSum(kept, other) if kept else other
+def _thinned(
+    block: KroneckerSum | ThinKroneckerSum, max_terms: int
+) -> KroneckerSum | ThinKroneckerSum:
+    thin, dense, remainders = _parts(block)
+    A, G = block.rest.terms[0] if isinstance(block, ThinKroneckerSum) else block.terms[0]
+    is_tall = len(G) > len(A)
+
+    def by_side(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        return (other, one) if is_tall else (one, other)
+
+    wholes = [_Whole(*by_side(*roots)) for roots in thin]
+    wholes += [_Whole(*by_side(_root(A), _root(G))) for A, G in dense]
+    of_long, of_short = _kept_columns(wholes, max_terms, 1)
+    by_sides = len(remainders) == 2 or _share_lost(wholes, of_short) > _NEGLIGIBLE
+    if by_sides and max_terms == 2 and not thin:
+        return KroneckerSum(joined(dense, 2))
+    by_sides = by_sides and max_terms > 2
+    if by_sides:
+        of_long, of_short = _kept_columns(wholes, max_terms, 2)
+    nothing = by_side(torch.zeros_like(A), torch.zeros_like(G))
+    lost = [_Lost(*by_side(*term)) for term in remainders] or [_Lost(*nothing)]
+    lost += [_Lost(*nothing)] * (len(lost) == 1)
+    kept = []
+    for whole, long, short in zip(wholes, of_long, of_short, strict=True):
+        lost[0].add(whole.long, ~long, whole.short, short)
+        lost[1].add(whole.long, torch.ones_like(long), whole.short, ~short)
+        if bool(long.any() and short.any()):
+            kept.append(by_side(whole.long[:, long], whole.short[:, short]))
+    if not by_sides:
+        lost[0] += lost.pop()
+    rest = KroneckerSum([by_side(*each.product(A)) for each in lost])
+    return ThinKroneckerSum(kept, rest) if kept else rest
+
+
+def _parts(block: KroneckerSum | ThinKroneckerSum) -> tuple[Terms, Terms, Terms]:
+    """Thin terms, dense ones, and what has been lost so far."""
+    if isinstance(block, KroneckerSum):
+        return (), block.terms, ()
+    dense = block.rest.terms
+    # Of more than two none is better than the others.
+    remainders = block.remainders if block.remainders <= 2 else 0
+    return block.terms, dense[remainders:], dense[:remainders]
 
 
 def _root(factor: Tensor) -> Tensor:
     """Root of a factor: eigenvectors times the roots of their eigenvalues."""
     values, vectors = eigh(factor)
-    return vectors * values.clamp_min(0.0).sqrt()
+    root = vectors * values.clamp_min(0.0).sqrt()
+    # Rounding makes some eigenvalues negative: without them the trace would be too large.
+    trace = factor.diagonal().sum(dtype=torch.float64)
+    found = root.square().sum(dtype=torch.float64)
+    return root * (trace / found.clamp_min(torch.finfo(torch.float64).tiny)).sqrt().to(root)
 
 
 def _kept_columns(
-    wholes: Sequence[_Roots], shape: tuple[int, int], max_terms: int
+    wholes: Sequence[_Whole], max_terms: int, remainders: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the columns of each term's roots that are kept.
+    """Return which columns of each term's roots are kept beside so many dense remainders.
 
-    With ``L >= S`` the sides of the matrices, columns on the long side are ``L / 2`` for each
-    dense term that there might be: so many cost what it does. What memory is left then is for
-    columns on the short side.
+    A column on the long side, of size ``L``, costs as much as ``2 / L`` of a dense term; there are
+    so many of them. The memory that is left then is for columns on the short side.
     """
-    D, K = shape
-    long, short = max(D, K), min(D, K)
-    many = (max_terms - 1) * long // 2
-    few = ((max_terms - 1) * (long**2 + short**2) - many * long) // short
-    of_R, of_Q = zip(*(whole.weights for whole in wholes), strict=True)
-    if K >= D:
-        kept_R = _largest(of_R, many)
-        kept_Q = _largest(_where_any(of_Q, kept_R), few)
-        kept_R = _and_any(kept_R, kept_Q)
-    else:
-        kept_Q = _largest(of_Q, many)
-        kept_R = _largest(_where_any(of_R, kept_Q), few)
-        kept_Q = _and_any(kept_Q, kept_R)
-    return kept_R, _and_any(kept_Q, kept_R)
+    long, short = (len(root) for root in wholes[0])
+    terms = max(max_terms - remainders, 0)
+    most_long = terms * long // 2
+    most_short = (terms * (long**2 + short**2) - most_long * long) // short
+    of_long, of_short = zip(*(whole.weights for whole in wholes), strict=True)
+    kept_long = _largest(of_long, most_long)
+    # A term that has no column left on one side takes no room on the other.
+    there = [w * kept.any() for w, kept in zip(of_short, kept_long, strict=True)]
+    kept_short = _largest(there, most_short)
+    return kept_long, [
+        kept_short[t] if bool(kept.any()) else torch.ones_like(kept_short[t])
+        for t, kept in enumerate(kept_long)
+    ]
 
 
 def _largest(weights: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Mark the largest of all weights, none that is rounding."""
+    """Mark the largest of all weights that are not zero."""
     together = torch.cat(list(weights))
     chosen = torch.zeros_like(together, dtype=torch.bool)
     chosen[together.argsort(descending=True, stable=True)[:count]] = True
     return list(torch.split(chosen & (together > 0.0), [len(w) for w in weights]))
 
 
-def _where_any(weights: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
-    return [w * bool(k.any()) for w, k in zip(weights, kept, strict=True)]
-
-
-def _and_any(kept: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """Unmark the columns of terms of which the other root has none left."""
-    return [k & other.any() for k, other in zip(kept, others, strict=True)]
+def _share_lost(wholes: Sequence[_Whole], of_short: Sequence[Tensor]) -> float:
+    """Share of the terms' trace that is lost with columns on the short side alone."""
+    weights = [whole.weights[1] for whole in wholes]
+    lost = sum(float(w[~kept].sum()) for w, kept in zip(weights, of_short, strict=True))
+    return lost / max(sum(float(w.sum()) for w in weights), torch.finfo(torch.float64).tiny)
 
 
 # --- dense terms joined --------------------------------------------------------------------------

@@ -424,7 +424,7 @@ def _block_of(tensors: Mapping[str, Tensor], settings: PassSettings, strata: int
     """Rebuild a block from what its `tensors` gave; ``strata`` is None for sums over tasks."""
     if settings.approximation == DIAGONAL:
         return DiagonalBlock(tensors["diagonal"])
-    if any(key.startswith("rest.") for key in tensors):
+    if any(key.startswith("thin.") for key in tensors):
         return ThinKroneckerSum.from_tensors(tensors)
     terms = strata
     if terms is None or settings.correction is not None:

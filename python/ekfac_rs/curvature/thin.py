@@ -38,11 +38,14 @@ class ThinKroneckerSum(Block):
         empty. May be empty.
     rest : KroneckerSum
         The dense terms, without groups. It has the dtype and device of all roots.
+    remainders : int, optional
+        How many of these, from the first, stand for what terms have lost: when the block is
+        compressed again, more is added to them, and they are not taken apart. Default: all.
 
     Raises
     ------
     ShapeError, DtypeError, DeviceError, NonFiniteError, OptionError
-        A root does not fit the rest; the rest has groups.
+        A root does not fit the rest; the rest has groups, or fewer terms than remainders.
 
     Examples
     --------
@@ -56,10 +59,21 @@ class ThinKroneckerSum(Block):
     tensor([1., 5., 1.])
     """
 
-    def __init__(self, terms: Sequence[tuple[Tensor, Tensor]], rest: KroneckerSum) -> None:
+    def __init__(
+        self,
+        terms: Sequence[tuple[Tensor, Tensor]],
+        rest: KroneckerSum,
+        remainders: int | None = None,
+    ) -> None:
         if rest.groups > 1:
             raise OptionError(f"rest: expected a block without groups, got {rest!r}")
         rest = rest.group(0)
+        self.remainders = len(rest.terms) if remainders is None else remainders
+        if not 0 <= self.remainders <= len(rest.terms):
+            raise OptionError(
+                f"remainders: expected at most the {len(rest.terms)} terms of the rest, "
+                f"got {remainders}"
+            )
         D, K = rest.shape
         like = rest.terms[0][0]
         for t, (R, Q) in enumerate(terms):
@@ -124,26 +138,32 @@ class ThinKroneckerSum(Block):
             (R.to(device=device, dtype=dtype), Q.to(device=device, dtype=dtype))
             for R, Q in self.terms
         ]
-        return ThinKroneckerSum(terms, self.rest.to(device, dtype))
+        return ThinKroneckerSum(terms, self.rest.to(device, dtype), self.remainders)
 
     def tensors(self) -> dict[str, Tensor]:
-        named = {f"rest.{key}": factor for key, factor in self.rest.tensors().items()}
+        named: dict[str, Tensor] = {}
+        for k, (A, G) in enumerate(self.rest.terms):
+            prefix = f"remainder.{k}" if k < self.remainders else f"rest.{k - self.remainders}"
+            named |= {f"{prefix}.A": A, f"{prefix}.G": G}
         for t, (R, Q) in enumerate(self.terms):
-            named |= {f"{t}.R": R, f"{t}.Q": Q}
+            named |= {f"thin.{t}.R": R, f"thin.{t}.Q": Q}
         return named
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "ThinKroneckerSum":
         """Rebuild a block from what `tensors` gave."""
-        of_rest = {key.removeprefix("rest.") for key in tensors if key.startswith("rest.")}
-        of_thin = {key for key in tensors if not key.startswith("rest.")}
-        thin, full = (
-            range(len({key.partition(".")[0] for key in keys})) for keys in (of_thin, of_rest)
-        )
-        return cls(
-            [(tensors[f"{t}.R"], tensors[f"{t}.Q"]) for t in thin],
-            KroneckerSum([(tensors[f"rest.{k}.A"], tensors[f"rest.{k}.G"]) for k in full]),
-        )
+
+        def pairs(kind: str, first: str, second: str) -> list[tuple[Tensor, Tensor]]:
+            keys = [key.split(".") for key in tensors]
+            count = len({index for prefix, index, _ in keys if prefix == kind})
+            return [
+                (tensors[f"{kind}.{i}.{first}"], tensors[f"{kind}.{i}.{second}"])
+                for i in range(count)
+            ]
+
+        remainders = pairs("remainder", "A", "G")
+        rest = KroneckerSum([*remainders, *pairs("rest", "A", "G")])
+        return cls(pairs("thin", "R", "Q"), rest, len(remainders))
 
     # --- products and sums ---
 
@@ -217,11 +237,12 @@ class ThinKroneckerSum(Block):
     def __add__(self, other: "ThinKroneckerSum | KroneckerSum") -> "ThinKroneckerSum":
         """Sum of two blocks, exactly; dense terms go to the end of the rest."""
         if isinstance(other, KroneckerSum):
-            return ThinKroneckerSum(self.terms, self.rest + other)
+            return ThinKroneckerSum(self.terms, self.rest + other, self.remainders)
         if not isinstance(other, ThinKroneckerSum):
             return NotImplemented
         self._require_fitting(other)
-        return ThinKroneckerSum([*self.terms, *other.terms], self.rest + other.rest)
+        terms = [*self.terms, *other.terms]
+        return ThinKroneckerSum(terms, self.rest + other.rest, self.remainders)
 
     __radd__ = __add__
 
@@ -231,7 +252,7 @@ class ThinKroneckerSum(Block):
             return NotImplemented
         require_nonnegative("factor", factor)
         terms = [(R, Q * factor**0.5) for R, Q in self.terms]
-        return ThinKroneckerSum(terms, self.rest * factor)
+        return ThinKroneckerSum(terms, self.rest * factor, self.remainders)
 
     __rmul__ = __mul__
 
@@ -249,7 +270,7 @@ class ThinKroneckerSum(Block):
     def embedded(self, outputs: int) -> "ThinKroneckerSum":
         rows = more_outputs(self, outputs)
         terms = [(R, F.pad(Q, (0, 0, 0, rows))) for R, Q in self.terms]
-        return ThinKroneckerSum(terms, self.rest.embedded(outputs))
+        return ThinKroneckerSum(terms, self.rest.embedded(outputs), self.remainders)
 
     # --- spectrum ---
 
