@@ -133,7 +133,8 @@ def test_the_largest_directions_of_all_tasks_are_kept():
     second = torch.diag(torch.tensor([0.2, 2.5, 2.0, 0.1]).double())
     third = torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0]).double())
     G = torch.eye(2).double()
-    block = one_after_another([(first, G), (second, 2.0 * G), (third, G)], 2)
+    dense_terms = ek.KroneckerSum([(first, G), (second, 2.0 * G), (third, G)])
+    block = bounded(ek.ThinKroneckerSum([], dense_terms, 0), 2)
     ((R, Q),) = block.terms
     kept = torch.diag(torch.tensor([0.0, 2.5, 2.0, 0.0]).double())
     torch.testing.assert_close(R @ R.T, kept, rtol=1e-12, atol=1e-12)
@@ -143,6 +144,81 @@ def test_the_largest_directions_of_all_tasks_are_kept():
         partial_traces(block.rest.dense(), 2, 4), partial_traces(lost, 2, 4), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def alike(size, count, seed=0, decay=0.7):
+    """Terms with eigenvectors in common."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(2, size, size, generator=generator, dtype=torch.float64)
+    bases = torch.linalg.qr(start).Q
+    terms = []
+    for _ in range(count):
+        values = decay ** torch.arange(size) * (0.5 + torch.rand(2, size, generator=generator))
+        terms.append(tuple((bases * values[:, None, :]) @ bases.mT))
+    return terms
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_on_the_two_sides_are_kept_apart(seed):
+    """Where both sides lose, one product for both is far off."""
+    terms = alike(12, 4, seed)
+    block = bounded(ek.ThinKroneckerSum([], ek.KroneckerSum(terms), 0), 3)
+    assert block.remainders == len(block.rest.terms) == 2
+    thin = block.dense() - block.rest.dense()
+    together = thin + ek.KroneckerSum(joined(block.rest.terms, 1)).dense()
+    error, error_together = (relative_error(H, dense(terms)) for H in (block.dense(), together))
+    assert error < 0.7 * error_together
+    again = bounded(block, 3)
+    assert repr(again) == repr(block)
+    assert relative_error(again.dense(), block.dense()) < 1e-12
+
+
+def test_terms_that_have_much_in_common_are_joined_and_others_become_thin():
+    for terms, kind in ((alike(6, 4), ek.KroneckerSum), (tasks(3, 12, 4), ek.ThinKroneckerSum)):
+        block = all_at_once(terms, 3)
+        assert type(block) is kind
+        other = ek.KroneckerSum(joined(terms, 3))
+        if kind is ek.KroneckerSum:
+            assert torch.equal(block.dense(), other.dense())
+            other = bounded(ek.ThinKroneckerSum([], ek.KroneckerSum(terms), 0), 3)
+        errors = [relative_error(x.dense(), dense(terms)) for x in (block, other)]
+        assert errors[0] < 0.8 * errors[1]
+
+
+def test_remainders_are_not_taken_apart_and_later_terms_are():
+    terms = tasks(3, 8, 6)
+    block = one_after_another(terms[:5], 2)
+    assert (block.remainders, len(block.rest.terms)) == (1, 1)
+    more = block + ek.KroneckerSum(terms[5:])
+    assert (more.remainders, len(more.rest.terms)) == (1, 2)
+    for same in (
+        more.to(dtype=torch.float64),
+        more * 1.0,
+        ek.ThinKroneckerSum.from_tensors(more.tensors()),
+    ):
+        assert same.remainders == 1
+        assert torch.equal(bounded(same, 2).dense(), bounded(more, 2).dense())
+    # Taken apart as if it were a term, the remainder would push out what is left of some.
+    apart = ek.ThinKroneckerSum(more.terms, more.rest, 0)
+    assert not torch.equal(bounded(apart, 2).dense(), bounded(more, 2).dense())
+    assert bounded(apart, 2).trace() == pytest.approx(more.trace(), rel=1e-12)
+
+
+@pytest.mark.parametrize("max_terms", [1, 2])
+def test_remainders_alone(max_terms):
+    rest = ek.KroneckerSum(tasks(3, 4, 2))
+    block = bounded(ek.ThinKroneckerSum([], rest), max_terms)
+    assert len(block.terms) == max_terms
+    assert block.trace() == pytest.approx(rest.trace(), rel=1e-12)
+
+
+@pytest.mark.parametrize("max_terms", [1, 2, 3])
+def test_traces_stay_in_single_precision(max_terms):
+    terms = tasks(6, 8, 20, decay=0.3)
+    single = [(A.float(), G.float()) for A, G in terms]
+    block = one_after_another(single, max_terms)
+    assert block.dtype == torch.float32
+    assert block.trace() == pytest.approx(ek.KroneckerSum(terms).trace(), rel=3e-6)
 
 
 # --- terms joined --------------------------------------------------------------------------------

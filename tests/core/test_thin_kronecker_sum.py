@@ -177,11 +177,18 @@ GROUPS = ek.KroneckerSum([(torch.ones(2, 3, 3).double(), torch.ones(2, 1, 1).dou
         ([(noise(3, 1).float(), noise(2, 1))], REST, DtypeError, "root R"),
         ([(noise(3, 1), noise(2, 1) * torch.nan)], REST, NonFiniteError, "root Q"),
         ([], GROUPS, OptionError, "without groups"),
+        ([(noise(3, 1).tolist(), noise(2, 1))], REST, ShapeError, "got list"),
     ],
 )
 def test_roots_that_do_not_fit_are_refused(terms, rest, error, message):
     with pytest.raises(error, match=message):
         ek.ThinKroneckerSum(terms, rest)
+
+
+@pytest.mark.parametrize("remainders", [-1, 2])
+def test_more_remainders_than_dense_terms_are_refused(remainders):
+    with pytest.raises(OptionError, match="remainders: expected at most the 1 terms of the rest"):
+        ek.ThinKroneckerSum([], REST, remainders)
 
 
 def test_blocks_that_do_not_fit_are_refused():

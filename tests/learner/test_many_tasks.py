@@ -124,7 +124,7 @@ def test_old_rows_are_held_as_before_when_the_output_layer_grows():
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).double())
     before = value()
     learner.grow(5)
-    assert isinstance(learner.curvatures[0]["6"], ek.ThinKroneckerSum)
+    assert learner.curvatures[0]["6"].shape == (5, 6)
     assert value() == pytest.approx(before, rel=1e-9)
     learn(learner, [classification_loader(6, 5, examples=48)])
     assert learner.curvatures[0].tasks == 5

@@ -25,15 +25,17 @@ def bounded(block: Block, max_terms: int) -> Block:
 
     A block that has no more terms is returned as it is. What it becomes otherwise:
 
-    - A `KroneckerSum` without groups becomes a `ThinKroneckerSum`. Of every term the largest
-      directions are kept, compared by eigenvalue times the trace of the other factor. What is lost
-      goes into one dense Kronecker product with the same partial traces (and so the same trace),
-      or two: one for what is lost on the longer side of the matrices, another for the shorter
-      side, once not all directions of that have room. The thin terms have the room, and as many
-      columns, as the dense terms that are left would cost. With two terms and no room for the
-      shorter side, pairs are joined, as with groups.
-    - One with groups, and a `ColumnwiseSum`, keep ``max_terms`` terms: pairs of terms whose join
-      changes least become one. Groups of a single row add up exactly.
+    - A `KroneckerSum` without groups becomes whichever of two changes less, in Frobenius norm.
+      Either it keeps ``max_terms`` terms: pairs of terms whose join changes least become one. That
+      is near where tasks have much in common, as in later layers. Or it becomes a
+      `ThinKroneckerSum`, and stays one: of every term the largest directions are kept, compared by
+      eigenvalue times the trace of the other factor. What is lost goes into one dense Kronecker
+      product with the same partial traces (and so the same trace), or two: one for what is lost on
+      the longer side of the matrices, another for the shorter side, once that loses more than a
+      hundredth. The thin terms have the memory, and as many columns, as the dense terms that are
+      left would cost.
+    - One with groups, and a `ColumnwiseSum`, have terms joined. Groups of a single row add up
+      exactly.
     - An `EigenbasisSum` keeps ``max_terms`` terms: a term goes into the eigenbasis of another, the
       one where its diagonal loses least.
     - A `DiagonalBlock` never has more than one.
@@ -54,7 +56,7 @@ def bounded(block: Block, max_terms: int) -> Block:
     if isinstance(block, DiagonalBlock):
         return block
     if isinstance(block, KroneckerSum) and block.groups == 1:
-        return block if len(block.terms) <= max_terms else _thinned(block, max_terms)
+        return block if len(block.terms) <= max_terms else _nearer(block, max_terms)
     if isinstance(block, ThinKroneckerSum):
         return _thinned(block, max_terms)
     if isinstance(block, KroneckerSum):
@@ -118,12 +120,26 @@ class _Lost:
         return self.long.to(like), short.to(like)
 
 
+def _nearer(block: KroneckerSum, max_terms: int) -> KroneckerSum | ThinKroneckerSum:
+    """Return joined terms or thin ones, whichever are nearer to the block."""
+    whole = ThinKroneckerSum([], block)
+
+    def change(other: KroneckerSum | ThinKroneckerSum) -> float:
+        other = ThinKroneckerSum([], other) if isinstance(other, KroneckerSum) else other
+        return other.inner(other) - 2.0 * whole.inner(other)
+
+    joint = KroneckerSum(joined(block.terms, max_terms))
+    return min(_thinned(block, max_terms), joint, key=change)
+
+
 def _thinned(
     block: KroneckerSum | ThinKroneckerSum, max_terms: int
 ) -> KroneckerSum | ThinKroneckerSum:
     thin, dense, remainders = _parts(block)
-    A, G = block.rest.terms[0] if isinstance(block, ThinKroneckerSum) else block.terms[0]
-    is_tall = len(G) > len(A)
+    if not thin and not dense:
+        return KroneckerSum(joined(remainders, max_terms))
+    like, like_G = (*dense, *remainders)[0]
+    is_tall = len(like_G) > len(like)
 
     def by_side(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         return (other, one) if is_tall else (one, other)
@@ -132,23 +148,24 @@ def _thinned(
     wholes += [_Whole(*by_side(_root(A), _root(G))) for A, G in dense]
     of_long, of_short = _kept_columns(wholes, max_terms, 1)
     by_sides = len(remainders) == 2 or _share_lost(wholes, of_short) > _NEGLIGIBLE
-    if by_sides and max_terms == 2 and not thin:
-        return KroneckerSum(joined(dense, 2))
     by_sides = by_sides and max_terms > 2
     if by_sides:
         of_long, of_short = _kept_columns(wholes, max_terms, 2)
-    nothing = by_side(torch.zeros_like(A), torch.zeros_like(G))
-    lost = [_Lost(*by_side(*term)) for term in remainders] or [_Lost(*nothing)]
-    lost += [_Lost(*nothing)] * (len(lost) == 1)
-    kept = []
+    lost = [_Lost(*by_side(*term)) for term in remainders]
+    while len(lost) < 2:
+        lost.append(_Lost(*by_side(torch.zeros_like(like), torch.zeros_like(like_G))))
+    # L (x) S less what is kept, L' (x) S', is (L - L') (x) S' and L (x) (S - S').
     for whole, long, short in zip(wholes, of_long, of_short, strict=True):
         lost[0].add(whole.long, ~long, whole.short, short)
         lost[1].add(whole.long, torch.ones_like(long), whole.short, ~short)
-        if bool(long.any() and short.any()):
-            kept.append(by_side(whole.long[:, long], whole.short[:, short]))
     if not by_sides:
         lost[0] += lost.pop()
-    rest = KroneckerSum([by_side(*each.product(A)) for each in lost])
+    kept = [
+        by_side(whole.long[:, long], whole.short[:, short])
+        for whole, long, short in zip(wholes, of_long, of_short, strict=True)
+        if bool(long.any() and short.any())
+    ]
+    rest = KroneckerSum([by_side(*each.product(like)) for each in lost])
     return ThinKroneckerSum(kept, rest) if kept else rest
 
 

@@ -313,8 +313,10 @@ def compress_curvatures(curvatures: Sequence[Curvature], max_terms: int) -> Curv
     with the number of tasks, when the sum so far and the next task's are compressed again and
     again: a layer's block takes no more of either than ``max_terms`` dense Kronecker products do.
     A layer whose terms are no more than that is summed exactly. Of others the largest directions
-    of every term are kept and what is lost is put into one more Kronecker product: the block stays
-    positive semi-definite, and its trace that of the sum. See `bounded` for each kind of block.
+    of every term are kept (`ThinKroneckerSum`), and what is lost goes into one or two dense
+    products: the block stays positive semi-definite, its partial traces those of the sum. Layers
+    with groups, Embeddings and corrected eigenvalues keep so many terms, into which others are
+    joined where that changes least; diagonals add up.
 
     Parameters
     ----------
