@@ -33,7 +33,8 @@ def bounded(block: Block, max_terms: int) -> Block:
       product with the same partial traces (and so the same trace), or two: one for what is lost on
       the longer side of the matrices, another for the shorter side, once that loses more than a
       hundredth. The thin terms have the memory, and as many columns, as the dense terms that are
-      left would cost.
+      left would cost. (With two terms there is no room for the two products: terms are joined
+      then, instead.)
     - One with groups, and a `ColumnwiseSum`, have terms joined. Groups of a single row add up
       exactly.
     - An `EigenbasisSum` keeps ``max_terms`` terms: a term goes into the eigenbasis of another, the
@@ -148,6 +149,8 @@ def _thinned(
     wholes += [_Whole(*by_side(_root(A), _root(G))) for A, G in dense]
     of_long, of_short = _kept_columns(wholes, max_terms, 1)
     by_sides = len(remainders) == 2 or _share_lost(wholes, of_short) > _NEGLIGIBLE
+    if by_sides and max_terms == 2 and not thin:
+        return KroneckerSum(joined(dense, 2))
     by_sides = by_sides and max_terms > 2
     if by_sides:
         of_long, of_short = _kept_columns(wholes, max_terms, 2)
