@@ -20,7 +20,8 @@ FLOORS = {
     "blocks": (
         *("curvature.settings", "curvature.block", "curvature.kronecker", "curvature.columnwise"),
         *("curvature.diagonal", "curvature.files", "curvature.curvature", "curvature.accumulators"),
-        *("curvature.eigenbasis", "curvature.corrections"),
+        *("curvature.eigenbasis", "curvature.corrections", "curvature.conjugate"),
+        *("curvature.thin", "curvature.bounding"),
     ),
     "passes": ("curvature.passes", "curvature"),
     "on top": ("penalty", "stability", "metrics", "description", "scales"),

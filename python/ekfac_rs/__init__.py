@@ -20,6 +20,8 @@ from ekfac_rs.curvature import (
     EigenbasisSum,
     KroneckerSum,
     PassSettings,
+    ThinKroneckerSum,
+    compress_curvatures,
     estimate_curvature,
 )
 from ekfac_rs.description import Description, describe
@@ -44,8 +46,10 @@ __all__ = [
     "PassSettings",
     "QuadraticPenalty",
     "StabilityWarning",
+    "ThinKroneckerSum",
     "__version__",
     "build_info",
+    "compress_curvatures",
     "cuda_info",
     "describe",
     "errors",

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
+from itertools import islice
 from operator import add
 from typing import Any, Self
 
@@ -22,7 +23,15 @@ from ekfac_rs._modes import bare_model, submodule, without_autocast
 from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.batchnorm import Anchor, moments_of
 from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of
-from ekfac_rs.curvature import Block, Curvature, DiagonalBlock, KroneckerSum, Signature
+from ekfac_rs.curvature import (
+    Block,
+    Curvature,
+    DiagonalBlock,
+    KroneckerSum,
+    Signature,
+    ThinKroneckerSum,
+)
+from ekfac_rs.curvature.curvature import require_summable
 from ekfac_rs.errors import (
     IncompatibleError,
     ModelChangedError,
@@ -65,7 +74,8 @@ class QuadraticPenalty:
     ----------
     model : torch.nn.Module
     curvatures : Curvature or sequence of Curvature
-        One for each earlier task, all in the same coordinates; may be empty, which leaves the
+        One for each earlier task, all in the same coordinates, or their sum from
+        `compress_curvatures`; may be empty, which leaves the
         damping: L2 to the anchor. The last must have been taken at the anchor.
     anchor : mapping of str to Tensor
         Layer name to weights of shape (D, K), as from `merged_weights`. Copied.
@@ -224,9 +234,9 @@ class QuadraticPenalty:
         the model's own parameters: a step of ``W`` moves the merged weights by the gain
         ``gamma / sigma``, once in the gradient and once in the weights. Layers are taken one by
         one, BatchNorms in the mode they are in. In train mode their statistics follow the weights
-        as on the last curvature's data; with a diagonal one and with eigenvalues or nearest factors
-        (see `estimate_curvature`), which do not know the inputs, and in eval mode they are
-        constants. Infinite for a zero penalty.
+        as on the last curvature's data; with a diagonal one, with eigenvalues or nearest factors
+        (see `estimate_curvature`) and with a sum over tasks (see `compress_curvatures`), which do
+        not know the inputs, and in eval mode they are constants. Infinite for a zero penalty.
         """
         top = max(self._top_eigenvalue_of_parameters(layer) for layer in self._layers)
         return 2.0 * (1.0 + momentum) / top if top > 0.0 else float("inf")
@@ -586,7 +596,36 @@ class _KroneckerOperator:
         return self.block.top_eigenvalue()
 
 
-_Operator = _NoOperator | _BlockOperator | _DiagonalOperator | _KroneckerOperator
+class _ThinOperator:
+    """Thin terms packed as such, once, and applied in every training step.
+
+    Packing finds their roots again, in factors that are made for it a few at a time.
+    """
+
+    def __init__(self, block: ThinKroneckerSum) -> None:
+        self.block = block
+        D, K = block.shape
+        at_a_time = max(1, _ELEMENTS // (D**2 + K**2))
+        self._packed, products = [], block.products()
+        while terms := list(islice(products, at_a_time)):
+            borrowed = [(borrow(A), borrow(G)) for A, G in terms]
+            self._packed.append(_core.KroneckerOperator(borrowed))
+
+    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
+        first, *others = self._packed
+        inner = first.apply(borrow(V), borrow(out)) or 0.0
+        if others:
+            part = torch.empty_like(out)
+            for packed in others:
+                inner += packed.apply(borrow(V), borrow(part)) or 0.0
+                out += part
+        return inner
+
+    def top_eigenvalue(self) -> float:
+        return self.block.top_eigenvalue()
+
+
+_Operator = _NoOperator | _BlockOperator | _DiagonalOperator | _KroneckerOperator | _ThinOperator
 
 
 def _operator(blocks: Sequence[Block], like: Tensor) -> _Operator:
@@ -595,7 +634,13 @@ def _operator(blocks: Sequence[Block], like: Tensor) -> _Operator:
     total = reduce(add, (block.to(like.device, like.dtype) for block in blocks))
     if isinstance(total, KroneckerSum):
         return _KroneckerOperator(total)
+    if isinstance(total, ThinKroneckerSum) and like.device.type == "cpu":
+        return _ThinOperator(total)
     return _DiagonalOperator(total) if isinstance(total, DiagonalBlock) else _BlockOperator(total)
+
+
+# Of factors that are made at a time to be packed: 64 MB in single precision.
+_ELEMENTS = 1 << 24
 
 
 class _Squares:
@@ -717,11 +762,11 @@ def _input_moments(
     curvatures: Sequence[Curvature], layers: Iterable[AffineLayer]
 ) -> dict[str, _InputMoments]:
     """Moments of the inputs of every layer that takes up a BatchNorm's scale, where known."""
-    # The nearest factors are no moments.
+    # The nearest factors are no moments, and a sum over tasks has no longer those of the last.
     return {
         layer.name: _InputMoments(block)
         for curvature in curvatures
-        if curvature.settings.correction != "nearest"
+        if curvature.settings.correction != "nearest" and curvature.tasks == 1
         for layer in layers
         if layer.batchnorm is not None and layer.absorbs_scale
         if isinstance(block := curvature[layer.name], KroneckerSum)
@@ -736,30 +781,9 @@ def _common_coordinates(curvatures: Sequence[Curvature], wanted: str | None) -> 
         require_choice("coordinates", wanted, COORDINATES)
     if not curvatures:
         return wanted or "merged"
-    first = curvatures[0]
-    expected = wanted or first.settings.coordinates
-    for curvature in curvatures:
-        if curvature.settings.coordinates != expected:
-            raise IncompatibleError(
-                f"coordinates: expected {expected!r} in all curvatures, "
-                f"got {curvature.settings.coordinates!r}"
-            )
-        if curvature.batchnorms != first.batchnorms:
-            raise IncompatibleError(
-                f"curvatures: expected the layers {first.layers} in all, got {curvature.layers}"
-            )
-        if {type(b) for b in curvature.values()} != {type(b) for b in first.values()}:
-            raise IncompatibleError(
-                f"approximation: expected one kind of block in all curvatures, got "
-                f"{_kind_of(first)} and {_kind_of(curvature)}"
-            )
+    expected = wanted or curvatures[0].settings.coordinates
+    require_summable(curvatures, expected)
     return expected
-
-
-def _kind_of(curvature: Curvature) -> str:
-    settings = curvature.settings
-    corrected = "" if settings.correction is None else f" with {settings.correction!r} corrected"
-    return f"{settings.approximation!r}{corrected}"
 
 
 def _bind(

@@ -13,6 +13,12 @@ import ekfac_rs as ek
 from ekfac_rs.errors import NumericalError, OptionError
 from nets import classification_loader, mlp
 
+
+def name_of(value):
+    """Return what a test of this value is called, the same in every process."""
+    return getattr(value, "__name__", None) or str(value)
+
+
 LOADERS = [
     classification_loader(6, 3, examples=48, batch_size=12, seed=seed, dtype=torch.float32)
     for seed in (1, 2)
@@ -89,8 +95,8 @@ def test_training_is_the_loop_written_out_bit_for_bit(make, scheduler):
     same(model, expected)
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", warm_up, one_cycle], ids=str)
-@pytest.mark.parametrize("make", [torch.optim.Adam, groups_of_their_own], ids=str)
+@pytest.mark.parametrize("scheduler", ["cosine", warm_up, one_cycle], ids=name_of)
+@pytest.mark.parametrize("make", [torch.optim.Adam, groups_of_their_own], ids=name_of)
 def test_under_a_penalty_the_stable_step_takes_the_highest_rate_so_far(make, scheduler):
     learner = ek.ContinualLearner(
         net(), damping=0.01, scale=100.0, optimizer=make, scheduler=scheduler
@@ -157,7 +163,7 @@ def test_the_warning_of_explicit_steps_knows_the_optimisers_own_rate_and_momentu
         torch.optim.Adagrad,
         groups_of_their_own,
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_a_frozen_batchnorm_keeps_what_it_doubles_whatever_the_optimiser_remembers(make):
     kept = []
@@ -275,7 +281,7 @@ class MoreThanPromised(list):
         return super().__len__() - 2
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", one_cycle], ids=str)
+@pytest.mark.parametrize("scheduler", ["cosine", one_cycle], ids=name_of)
 def test_a_loader_that_yields_more_than_it_promised_keeps_the_last_rate(scheduler):
     rates = []
 

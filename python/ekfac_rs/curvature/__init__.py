@@ -2,7 +2,7 @@
 
 from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.columnwise import ColumnwiseSum
-from ekfac_rs.curvature.curvature import Curvature, Signature
+from ekfac_rs.curvature.curvature import Curvature, Signature, compress_curvatures
 from ekfac_rs.curvature.diagonal import DiagonalBlock
 from ekfac_rs.curvature.eigenbasis import EigenbasisSum
 from ekfac_rs.curvature.kronecker import KroneckerSum
@@ -14,6 +14,7 @@ from ekfac_rs.curvature.settings import (
     STATISTICS,
     PassSettings,
 )
+from ekfac_rs.curvature.thin import ThinKroneckerSum
 
 __all__ = [
     "APPROXIMATIONS",
@@ -28,5 +29,7 @@ __all__ = [
     "KroneckerSum",
     "PassSettings",
     "Signature",
+    "ThinKroneckerSum",
+    "compress_curvatures",
     "estimate_curvature",
 ]

@@ -1,21 +1,33 @@
 """The curvature of a model: a block for each layer, and what it was taken of."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ekfac_rs._checks import require_count
 from ekfac_rs.batchnorm.merging import merged_weight_of
 from ekfac_rs.curvature import files
 from ekfac_rs.curvature.block import Block, kept_strata, require_same_kind
+from ekfac_rs.curvature.bounding import bounded
 from ekfac_rs.curvature.columnwise import sum_of_terms
 from ekfac_rs.curvature.diagonal import DiagonalBlock
 from ekfac_rs.curvature.eigenbasis import EigenbasisSum
+from ekfac_rs.curvature.kronecker import KroneckerSum
 from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
-from ekfac_rs.errors import EkfacError, FileFormatError, IncompatibleError, UnknownLayerError
+from ekfac_rs.curvature.thin import ThinKroneckerSum
+from ekfac_rs.errors import (
+    EkfacError,
+    FileFormatError,
+    IncompatibleError,
+    OptionError,
+    UnknownLayerError,
+)
 from ekfac_rs.layers import AffineLayer
 
 
@@ -46,7 +58,8 @@ class Curvature(Mapping[str, Block]):
     """Curvature of a model's loss, the mean over examples: one block for each layer.
 
     A mapping from layer name to `KroneckerSum`, `ColumnwiseSum` (Embeddings), `DiagonalBlock`, or
-    `EigenbasisSum` where eigenvalues were corrected.
+    `EigenbasisSum` where eigenvalues were corrected. `compress_curvatures` makes a sum over tasks,
+    which has a `ThinKroneckerSum` where a layer would have had too many terms.
 
     Attributes
     ----------
@@ -70,6 +83,9 @@ class Curvature(Mapping[str, Block]):
         Trainable parameters without a block: in raw coordinates those of BatchNorms.
     versions : dict of str to str
         Of ekfac_rs and torch.
+    tasks : int
+        1, or of how many tasks this is the sum. Examples and batches are those of all of them then;
+        settings, loss, weights (``signatures``) and versions those of the last.
     """
 
     blocks: dict[str, Block]
@@ -82,6 +98,7 @@ class Curvature(Mapping[str, Block]):
     signatures: dict[str, Signature]
     uncovered: tuple[str, ...]
     versions: dict[str, str]
+    tasks: int = 1
 
     def __getitem__(self, name: str) -> Block:
         try:
@@ -98,9 +115,10 @@ class Curvature(Mapping[str, Block]):
         return len(self.blocks)
 
     def __repr__(self) -> str:
+        tasks = f"tasks={self.tasks}, " if self.tasks > 1 else ""
         return (
-            f"Curvature({self.settings}, examples={self.examples}, batches={self.batches}, "
-            f"layers={list(self)})"
+            f"Curvature({self.settings}, {tasks}examples={self.examples}, "
+            f"batches={self.batches}, layers={list(self)})"
         )
 
     @property
@@ -153,7 +171,7 @@ class Curvature(Mapping[str, Block]):
         Raises
         ------
         IncompatibleError
-            Another setting, layer, shape or model; the message names it.
+            Another setting, layer, shape or model, or a sum over tasks; the message names it.
         """
         self._require_same_pass(other)
         examples = self.examples + other.examples
@@ -178,6 +196,11 @@ class Curvature(Mapping[str, Block]):
         )
 
     def _require_same_pass(self, other: "Curvature") -> None:
+        if (self.tasks, other.tasks) != (1, 1):
+            raise IncompatibleError(
+                f"tasks: expected passes of one task, got sums of {self.tasks} and {other.tasks}: "
+                "compress_curvatures adds tasks"
+            )
         for setting, (mine, theirs) in self.settings.differences(other.settings).items():
             raise IncompatibleError(f"{setting}: expected {mine!r} in both, got {theirs!r}")
         if self.batchnorms != other.batchnorms:
@@ -274,11 +297,114 @@ class Curvature(Mapping[str, Block]):
             name: _block_of(
                 _with_prefix(tensors, f"{index}."),
                 values["settings"],
-                len(kept_strata(values["gradient_examples"][name])),
+                None
+                if values.get("tasks", 1) > 1
+                else len(kept_strata(values["gradient_examples"][name])),
             )
             for index, name in enumerate(layers)
         }
         return cls(blocks=blocks, **values)
+
+
+def compress_curvatures(curvatures: Sequence[Curvature], max_terms: int) -> Curvature:
+    """Sum of the curvatures of several tasks, within the cost of ``max_terms`` terms a layer.
+
+    For `QuadraticPenalty` it stands for all of them. Memory and the time of a product do not grow
+    with the number of tasks, when the sum so far and the next task's are compressed again and
+    again: a layer's block takes no more of either than ``max_terms`` dense Kronecker products do.
+    A layer whose terms are no more than that is summed exactly. Of others the largest directions
+    of every term are kept (`ThinKroneckerSum`), and what is lost goes into one or two dense
+    products: the block stays positive semi-definite, its partial traces those of the sum. Layers
+    with groups, Embeddings and corrected eigenvalues keep so many terms, into which others are
+    joined where that changes least; diagonals add up.
+
+    Parameters
+    ----------
+    curvatures : sequence of Curvature
+        Of tasks, or sums of them from here; the last task last.
+    max_terms : int
+        At least 1, which keeps a single Kronecker product: too few for many tasks.
+
+    Returns
+    -------
+    Curvature
+        With ``tasks`` the number of all; signatures, settings and loss are the last one's.
+
+    Raises
+    ------
+    OptionError
+        No curvature, or ``max_terms`` is below 1.
+    IncompatibleError
+        Curvatures in different coordinates, of different kinds or over different layers.
+    """
+    require_count("max_terms", max_terms)
+    if not curvatures:
+        raise OptionError("curvatures: expected at least one, got none")
+    require_summable(curvatures, curvatures[0].settings.coordinates)
+    last = curvatures[-1]
+    for curvature in curvatures:
+        if _in_words(curvature) != _in_words(last):
+            raise IncompatibleError(
+                f"approximation: expected {_in_words(last)} in all curvatures, got "
+                f"{_in_words(curvature)}"
+            )
+
+    def summed(name: str) -> Block:
+        like = last[name]
+        blocks = [curvature[name].to(like.device, like.dtype) for curvature in curvatures]
+        if any(block.shape != like.shape for block in blocks):
+            raise IncompatibleError(
+                f"layer {name!r}: expected shape {like.shape} in all, got "
+                f"{[block.shape for block in blocks]}"
+            )
+        return bounded(reduce(add, blocks), max_terms)
+
+    return replace(
+        last,
+        blocks={name: summed(name) for name in last},
+        examples=sum(curvature.examples for curvature in curvatures),
+        batches=sum(curvature.batches for curvature in curvatures),
+        gradient_examples={
+            name: [
+                sum(examples)
+                for examples in zip(*(c.gradient_examples[name] for c in curvatures), strict=True)
+            ]
+            for name in last
+        },
+        tasks=sum(curvature.tasks for curvature in curvatures),
+    )
+
+
+def require_summable(curvatures: Sequence[Curvature], coordinates: str) -> None:
+    """Raise `IncompatibleError` unless the sum of these is a sum of blocks, layer by layer."""
+    first = curvatures[0]
+    for curvature in curvatures:
+        if curvature.settings.coordinates != coordinates:
+            raise IncompatibleError(
+                f"coordinates: expected {coordinates!r} in all curvatures, "
+                f"got {curvature.settings.coordinates!r}"
+            )
+        if curvature.batchnorms != first.batchnorms:
+            raise IncompatibleError(
+                f"curvatures: expected the layers {first.layers} in all, got {curvature.layers}"
+            )
+        if _kinds_of(curvature) != _kinds_of(first):
+            raise IncompatibleError(
+                f"approximation: expected one kind of block in all curvatures, got "
+                f"{_in_words(first)} and {_in_words(curvature)}"
+            )
+
+
+def _kinds_of(curvature: Curvature) -> set[type[Block]]:
+    # Dense terms and thin ones add up.
+    thin_or_dense = (KroneckerSum, ThinKroneckerSum)
+    return {KroneckerSum if isinstance(b, thin_or_dense) else type(b) for b in curvature.values()}
+
+
+def _in_words(curvature: Curvature) -> str:
+    settings = curvature.settings
+    corrected = "" if settings.correction is None else f" with {settings.correction!r} corrected"
+    return f"{settings.approximation!r}{corrected}"
 
 
 def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
@@ -296,13 +422,15 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def _block_of(tensors: Mapping[str, Tensor], settings: PassSettings, strata: int) -> Block:
-    """Rebuild a block from what its `tensors` gave."""
+def _block_of(tensors: Mapping[str, Tensor], settings: PassSettings, strata: int | None) -> Block:
+    """Rebuild a block from what its `tensors` gave; ``strata`` is None for sums over tasks."""
     if settings.approximation == DIAGONAL:
         return DiagonalBlock(tensors["diagonal"])
+    if any(key.startswith("thin.") for key in tensors):
+        return ThinKroneckerSum.from_tensors(tensors)
     terms = strata
-    if settings.correction is not None:
-        # Merged ones have the terms of both.
+    if terms is None or settings.correction is not None:
+        # Merged ones have the terms of both, and sums those of all tasks.
         terms = len({key.partition(".")[0] for key in tensors})
     if settings.correction == "eigenvalues":
         return EigenbasisSum.from_tensors(tensors, terms)

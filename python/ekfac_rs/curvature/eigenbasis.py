@@ -12,6 +12,7 @@ from ekfac_rs._checks import require_count, require_finite, require_like, requir
 from ekfac_rs._lanczos import top_eigenvalue
 from ekfac_rs.curvature.block import Block, dense_logdet, more_outputs
 from ekfac_rs.curvature.columnwise import ColumnwiseSum
+from ekfac_rs.curvature.conjugate import conjugate_gradients
 from ekfac_rs.curvature.kronecker import KroneckerSum, eigh
 from ekfac_rs.errors import (
     DtypeError,
@@ -391,9 +392,15 @@ class EigenbasisSum(Block):
         if len(self.terms) == 1:
             term = self.terms[0]
             return term.outside(term.inside(V) / self._damped_values(damping))
-        if tolerance is None:
-            tolerance = 1e-6 if self.dtype == torch.float32 else 1e-12
-        return self._conjugate_gradients(V, damping, tolerance, max_iterations)
+        preconditioner = self._in_basis_of(self._largest())
+        return conjugate_gradients(
+            self.product,
+            lambda residual: preconditioner.solve(residual, damping),
+            V,
+            damping,
+            tolerance,
+            max_iterations,
+        )
 
     def logdet(self, damping: float = 0.0) -> float:
         """Log-determinant of ``H + damping I``.
@@ -456,32 +463,6 @@ class EigenbasisSum(Block):
             )
         return values
 
-    def _conjugate_gradients(
-        self, V: Tensor, damping: float, tolerance: float, max_iterations: int
-    ) -> Tensor:
-        preconditioner = self._in_basis_of(self._largest())
-        X, residual = torch.zeros_like(V), V.clone()
-        direction, before = torch.zeros_like(V), 1.0
-        wanted = tolerance * float(torch.linalg.vector_norm(V.double()))
-        for _ in range(max_iterations):
-            if float(torch.linalg.vector_norm(residual.double())) <= wanted:
-                return X
-            steered = preconditioner.solve(residual, damping)
-            now = _inner(residual, steered)
-            direction = steered + (now / before) * direction
-            moved = self.product(direction) + damping * direction
-            step = now / _inner(direction, moved)
-            X += step * direction
-            residual -= step * moved
-            before = now
-        reached = float(torch.linalg.vector_norm((self.product(X) + damping * X - V).double()))
-        if reached <= wanted:
-            return X
-        raise NumericalError(
-            f"solve: expected a residual of at most {wanted:g} after {max_iterations} iterations "
-            f"of conjugate gradients, got {reached:g} with damping {damping}"
-        )
-
     def _largest(self) -> EigenbasisTerm:
         return max(self.terms, key=lambda term: float(term.values.sum()))
 
@@ -510,10 +491,6 @@ class EigenbasisSum(Block):
         )
         if mine != theirs:
             raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
-
-
-def _inner(V: Tensor, W: Tensor) -> float:
-    return float((V * W).sum(dtype=torch.float64))
 
 
 def _trace(factor: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ekfac_rs.curvature import (
     CORRECTIONS,
     STATISTICS,
     Curvature,
+    compress_curvatures,
     estimate_curvature,
 )
 from ekfac_rs.errors import (
@@ -121,6 +122,11 @@ class ContinualLearner:
         Of the penalty: a number, or the rule that chooses it (`ekfac_rs.scales`).
     damping : float
         Of the penalty.
+    max_terms : int, optional
+        Keep one curvature for all tasks, whose blocks take no more memory and no longer to multiply
+        than so many terms of a task (`compress_curvatures`; a task has one term a layer with
+        K-FAC, two with XK-FAC, three with nested XK-FAC): both are then the same after any number
+        of tasks. Default: the terms of all tasks are kept.
     step : {"stable", "explicit"}
         "stable" multiplies gradients as `QuadraticPenalty.precondition` does, so that training
         does not diverge on the penalty. "explicit" leaves them alone and warns where the learning
@@ -163,7 +169,8 @@ class ContinualLearner:
     task : int
         Number of consolidated tasks: the present one's, counted from 0.
     curvatures : list of Curvature
-        One for each of them (none where ``approximation`` is None).
+        One for each of them (none where ``approximation`` is None), or with ``max_terms`` one for
+        all.
     anchor : Anchor or None
     losses : list of float or None
         Mean loss of each of them when it was consolidated, on its own data in eval mode: taken
@@ -204,6 +211,7 @@ class ContinualLearner:
         weights: str = "kept",
         scale: float | str | ScaleRule = 1.0,
         damping: float = 0.0,
+        max_terms: int | None = None,
         step: str = "stable",
         own: bool = False,
         optimizer: MakesOptimizer | None = None,
@@ -229,6 +237,8 @@ class ContinualLearner:
         require_optimizer(optimizer)
         require_scheduler(scheduler)
         require_count("draws", draws)
+        if max_terms is not None:
+            require_count("max_terms", max_terms)
         rule_of(scale)
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
@@ -248,6 +258,7 @@ class ContinualLearner:
         self.weights = weights
         self.scale = scale
         self.damping = damping
+        self.max_terms = max_terms
         self.step = step
         self.own = own
         self.optimizer = optimizer
@@ -507,10 +518,10 @@ class ContinualLearner:
                 if rule_of(self.scale).needs_losses:
                     source.require_passes(2, "consolidate, which takes the loss for the scale")
                     loss = self._mean_loss(source)
+                kept = self._kept([*self.curvatures, *([] if curvature is None else [curvature])])
                 self._share(anchor, undo)
-                self.curvatures += [] if curvature is None else [curvature]
+                self.curvatures, self.anchor = kept, anchor
                 self.losses.append(loss)
-                self.anchor = anchor
             undo.pop_all()
         self._begin_task(self.task + 1)
 
@@ -546,9 +557,10 @@ class ContinualLearner:
             self._heads.bind(lambda: None, undo)
             self._require_own_layer_apart(*anchor, *(curvature or ()))
             self._penalty_of(adopted, anchor).close()
+            kept = self._kept(adopted)
             self._share(anchor, undo)
             undo.pop_all()
-        self.curvatures, self.anchor = adopted, anchor
+        self.curvatures, self.anchor = kept, anchor
         self.losses.append(loss)
         self._begin_task(self.task + 1)
 
@@ -759,7 +771,7 @@ class ContinualLearner:
         self._heads.load_tensors(state.get("heads", {}))
         self.model.load_state_dict(state["model"])
         self.curvatures, self.anchor, self.selection = curvatures, anchor, selection
-        self.losses = list(state.get("losses", [None] * len(curvatures)))
+        self.losses = list(state.get("losses", [None] * state["task"]))
         self._norms = dict(state["norms"])
         self._begin_task(state["task"])
 
@@ -867,6 +879,12 @@ class ContinualLearner:
                 f"{self.likelihood!r} do not tell, got none"
             )
         return most
+
+    def _kept(self, curvatures: list[Curvature]) -> list[Curvature]:
+        """Return what is kept of the tasks' curvatures."""
+        if self.max_terms is None or not curvatures:
+            return curvatures
+        return [compress_curvatures(curvatures, self.max_terms)]
 
     def _consolidated(self, source: Loader) -> tuple[Curvature | None, Anchor]:
         behind = self._so_far.froze_batchnorm and self.statistics == "batch"

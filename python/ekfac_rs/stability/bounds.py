@@ -1,15 +1,21 @@
 """The operator ``K`` near a penalty's Hessian, part by part of a layer's parameters."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import reduce
-from operator import add
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, starmap
 
 import torch
 from torch import Tensor, nn
 
 from ekfac_rs._tensors import accumulation_dtype
-from ekfac_rs.curvature import Block, ColumnwiseSum, DiagonalBlock, EigenbasisSum, KroneckerSum
+from ekfac_rs.curvature import (
+    Block,
+    ColumnwiseSum,
+    DiagonalBlock,
+    EigenbasisSum,
+    KroneckerSum,
+    ThinKroneckerSum,
+)
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.operators import LARGE, ByEntry, Operator, Rotated, Spectrum, WithRows
 from ekfac_rs.stability.view import Moves, View
@@ -80,10 +86,15 @@ def bound_of(blocks: Sequence[tuple[float, Block]], damping: float, like: Tensor
     like : Tensor of shape (D, K)
         Of the weights' shape.
     """
-    diagonal = [scale * b.values for scale, b in blocks if isinstance(b, DiagonalBlock)]
-    if len(diagonal) == len(blocks):
-        return _DiagonalBound(reduce(add, diagonal, torch.zeros_like(like)) + damping)
-    return _KroneckerBound([term for scaled in blocks for term in _terms_of(*scaled)], damping)
+    values, terms = torch.zeros_like(like), []
+    for scale, block in blocks:
+        if isinstance(block, DiagonalBlock):
+            values = values + scale * block.values
+        else:
+            terms.append((scale, block.above() if isinstance(block, EigenbasisSum) else block))
+    if not terms:
+        return _DiagonalBound(values + damping)
+    return _KroneckerBound(chain.from_iterable(starmap(_terms_of, terms)), damping)
 
 
 class _KroneckerBound(Bound):
@@ -93,7 +104,7 @@ class _KroneckerBound(Bound):
     terms are positive semi-definite (method: stable step). Groups of a single row add up exactly.
     """
 
-    def __init__(self, terms: Sequence[tuple[Tensor, ...]], damping: float) -> None:
+    def __init__(self, terms: Iterable[tuple[Tensor, Tensor]], damping: float) -> None:
         A, G, self.terms = _above(terms)
         self._A, self._G = _damped(A, G, damping)
         self.is_zero = not bool(self._A.any() and self._G.any())
@@ -192,37 +203,37 @@ def _kept_columns(view: View, K: int) -> slice:
     return slice(0 if view.weight is not None else inputs, K if view.bias is not None else inputs)
 
 
-def _terms_of(scale: float, block: Block) -> list[tuple[Tensor, ...]]:
-    """Return terms above a block, each with an axis of groups.
-
-    Matrices are ``[groups, n, n]``, diagonals ``[1, n]``.
-    """
-    if isinstance(block, EigenbasisSum):
-        block = block.above()
-    if isinstance(block, KroneckerSum):
-        stacks = [(A, G) if A.dim() == 3 else (A[None], G[None]) for A, G in block.terms]
-    else:
-        assert isinstance(block, ColumnwiseSum)
-        stacks = [(a[None], G[None]) for a, G in block.terms]
-    return [(A, scale * G) for A, G in stacks]
-
-
-def _above(terms: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, int]:
-    """Factors of one Kronecker product above a sum of such, and how many it is made of."""
-    if terms[0][1].shape[-1] == 1:
-        whole = reduce(add, (A * G.reshape(-1, *(1,) * (A.dim() - 1)) for A, G in terms))
-        return whole, torch.ones_like(terms[0][1]), 1
-    weighted = []
+def _terms_of(scale: float, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield terms with an axis of groups: matrices ``[groups, n, n]``, diagonals ``[1, n]``."""
+    assert isinstance(block, KroneckerSum | ColumnwiseSum | ThinKroneckerSum)
+    terms = block.products() if isinstance(block, ThinKroneckerSum) else block.terms
     for A, G in terms:
-        trace_A, trace_G = (_mean_diagonal(x) * x.shape[-1] for x in (A, G))
-        there = (trace_A > 0.0) & (trace_G > 0.0)
-        w = torch.where(there, trace_G / trace_A, 1.0).sqrt()
-        share = there.to(w)
-        weighted.append(
-            ((share * w).view(-1, *(1,) * (A.dim() - 1)) * A, (share / w).view(-1, 1, 1) * G)
-        )
-    A, G = (reduce(add, factors) for factors in zip(*weighted, strict=True))
-    return A, G, len(terms)
+        yield (A, scale * G) if G.dim() == 3 else (A[None], scale * G[None])
+
+
+def _above(terms: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
+    """Factors of one Kronecker product above a sum of such, and how many it is made of."""
+    # One after another: of many thin terms no two are ever there as matrices.
+    balanced = (_balanced(A, G) for A, G in terms)
+    A, G = next(balanced)
+    count = 1
+    for more_A, more_G in balanced:
+        A, G, count = A + more_A, G + more_G, count + 1
+    return (A, torch.ones_like(G), 1) if G.shape[-1] == 1 else (A, G, count)
+
+
+def _balanced(A: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Share a term's size out between its factors, so that sums of both are above sums of terms.
+
+    Where G is a number, all of it goes to A.
+    """
+    if G.shape[-1] == 1:
+        return A * G.reshape(-1, *(1,) * (A.dim() - 1)), torch.ones_like(G)
+    trace_A, trace_G = (_mean_diagonal(x) * x.shape[-1] for x in (A, G))
+    there = (trace_A > 0.0) & (trace_G > 0.0)
+    w = torch.where(there, trace_G / trace_A, 1.0).sqrt()
+    share = there.to(w)
+    return (share * w).view(-1, *(1,) * (A.dim() - 1)) * A, (share / w).view(-1, 1, 1) * G
 
 
 def _damped(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
