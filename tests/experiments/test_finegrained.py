@@ -403,6 +403,36 @@ def test_the_choice_does_not_look_at_the_source_or_the_test_images(
     assert chosen[:2] == chosen[2:]
 
 
+def test_the_time_of_runs_is_estimated_from_a_few_images(data, weights):
+    experiment = FineGrained(dataclasses.replace(TINY, name="tiny"), data, weights)
+    run = experiment.config("final", 0, {"curvature": "xkfac", "lr": 0.1, "scale": 1.0})
+    seconds = experiment.seconds(run)
+    assert 0 < seconds < 60
+    assert experiment.seconds({**run, "epochs": 20, "scale": "halving"}) >= seconds
+    assert experiment.seconds(experiment.source(run).config) > 0
+    l2 = experiment.config("final", 0, {"curvature": "none", "lr": 0.1, "damping": 1.0})
+    assert experiment.seconds(l2) > 0
+    # Of networks given by path nothing is known.
+    assert FineGrained(TINY, data, weights).seconds(run) is None
+
+
+def test_every_setting_of_a_transfer_may_be_run_for_its_curve(data, weights, tmp_path):
+    preset = dataclasses.replace(TINY, every_setting=True, epochs=1, plain_epochs=(1, 2))
+    experiment = FineGrained(preset, data, weights)
+    table = Comparison(experiment, tmp_path, ["fine-tuning", "xkfac"], progress=False).run()
+    assert "## Source accuracy at equal target accuracy" in table
+    assert "all run with every seed" in table
+    assert "with 1 or 2 epochs" in table
+    content = json.loads((tmp_path / "results.json").read_text())
+    for key, count in (("fine-tuning", 4), ("xkfac", 3)):
+        entry = content["methods"][key]
+        assert [len(point["runs"]) for point in entry["grid"]] == [2] * count
+        chosen = next(p for p in entry["grid"] if p["setting"] == entry["setting"])
+        assert entry["runs"] == chosen["runs"]
+        validation = [run["measures"]["target_validation"] for run in chosen["runs"]]
+        assert chosen["score"] == pytest.approx(sum(validation) / 2)
+
+
 # Reading the images of both tasks
 
 
