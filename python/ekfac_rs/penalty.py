@@ -36,6 +36,7 @@ from ekfac_rs.errors import (
     IncompatibleError,
     ModelChangedError,
     NonFiniteError,
+    ShapeError,
     UnknownLayerError,
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
@@ -133,6 +134,7 @@ class QuadraticPenalty:
         self._input_moments = _input_moments(curvatures[-1:], self._layers)
         self._top_eigenvalue: float | None = None
         self._stable = StableSteps()
+        self._own: Curvature | None = None
         self._batches: dict[str, _LastBatch] = {}
         self._handles = []
         for layer in self._layers:
@@ -259,7 +261,7 @@ class QuadraticPenalty:
         return False
 
     @torch.no_grad()
-    def precondition(self, lr: float) -> None:
+    def precondition(self, lr: float, own: Curvature | None = None) -> None:
         """Make the next step of an optimiser stable on this penalty, whatever its learning rate.
 
         The gradients of each layer's parameters are multiplied by ``(I + lr K)^-1``, where ``K``
@@ -276,9 +278,17 @@ class QuadraticPenalty:
         ----------
         lr : float
             The learning rate of the step to be made.
+        own : Curvature, optional
+            The present task's own, of some mini-batches: ``K`` holds it, too, and the step is
+            stable on the new task's loss as far as this knows it. Natural gradient descent
+            with a K-FAC, beside what earlier tasks hold on to.
 
         Raises
         ------
+        IncompatibleError
+            ``own`` is of another kind than the earlier tasks' curvatures.
+        UnknownLayerError, ShapeError
+            It lacks a layer, or has one of another shape.
         ModelChangedError
             There was no ``penalty()`` before, whose mini-batch it needs.
         NumericalError
@@ -296,6 +306,9 @@ class QuadraticPenalty:
         with without_autocast(self._layers[0].like.device):
             if not self._stable.steps:
                 self._stable.steps = {x.name: self._stable_step(x) for x in self._layers}
+            if own is not self._own:
+                self._stable.take_own({} if own is None else self._checked_own(own))
+                self._own = own
             self._stable.apply(lr, self.scale)
 
     def _uses_batch(self, layer: AffineLayer) -> bool:
@@ -391,6 +404,35 @@ class QuadraticPenalty:
             require_finite(place, weight)
             checked[layer.name] = weight.detach().clone()
         return checked
+
+    def _checked_own(self, own: Curvature) -> dict[str, Block]:
+        if own.settings.coordinates != self.coordinates:
+            raise IncompatibleError(
+                f"own: expected a curvature in {self.coordinates} coordinates, got one in "
+                f"{own.settings.coordinates}"
+            )
+        blocks = {}
+        for layer in self._layers:
+            if layer.name not in own:
+                raise UnknownLayerError(
+                    f"own: expected a block of layer {layer.name!r}, got those of {list(own)}"
+                )
+            block, anchor = own[layer.name], self._anchor[layer.name]
+            if block.shape != anchor.shape:
+                raise ShapeError(
+                    f"layer {layer.name!r}: expected an own curvature of shape "
+                    f"{tuple(anchor.shape)}, got {tuple(block.shape)}"
+                )
+            held = getattr(self._operators[layer.name], "block", None)
+            if held is not None and isinstance(held, DiagonalBlock) != isinstance(
+                block, DiagonalBlock
+            ):
+                raise IncompatibleError(
+                    f"layer {layer.name!r}: expected an own curvature with a "
+                    f"{type(held).__name__}, got a {type(block).__name__}"
+                )
+            blocks[layer.name] = block.to(anchor.device, anchor.dtype)
+        return blocks
 
     def _require_taken_at_anchor(self, curvature: Curvature) -> None:
         for layer in self._layers:

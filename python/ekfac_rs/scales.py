@@ -7,10 +7,10 @@ of these with its defaults, as ``scale=``, and tells what a rule did in ``learne
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
 from ekfac_rs.errors import OptionError
@@ -52,18 +52,35 @@ class Control:
 
 
 class ScaleRule(ABC):
-    """Chooses the scale of every task's penalty."""
+    """Chooses the scale of every task's penalty.
+
+    Attributes
+    ----------
+    needs_losses : bool
+        Whether it has to know the earlier tasks' losses.
+    """
+
+    needs_losses: ClassVar[bool] = False
 
     @abstractmethod
-    def control(self, tasks: int, steps: int) -> Control:
+    def first_scale(self) -> float:
+        """Return the scale that it begins with."""
+
+    @abstractmethod
+    def control(
+        self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
+    ) -> Control:
         """Begin a task.
 
         Parameters
         ----------
-        tasks : int
-            Earlier ones, at least 1.
+        losses : sequence of float or None
+            Of each earlier task, at least one: its mean loss when it was consolidated, where
+            that is known.
         steps : int
             That the task takes.
+        before : Selection, optional
+            What the rule did in the task before, where it was this rule.
         """
 
 
@@ -85,9 +102,15 @@ class Fixed(ScaleRule):
     def __post_init__(self) -> None:
         require_nonnegative("scale", self.scale)
 
-    def control(self, tasks: int, steps: int) -> Control:
+    def control(
+        self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
+    ) -> Control:
         """Begin a task with this scale."""
-        return Control(float(self.scale))
+        return Control(self.first_scale())
+
+    def first_scale(self) -> float:
+        """Return this scale."""
+        return float(self.scale)
 
 
 @dataclass(frozen=True)
@@ -115,13 +138,18 @@ class Adaptive(ScaleRule):
     rate: float = 4.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bound) and self.bound >= 1.0):
-            raise OptionError(f"bound: expected a finite number >= 1, got {self.bound!r}")
+        _require_bound(self.bound)
         require_nonnegative("rate", self.rate)
 
-    def control(self, tasks: int, steps: int) -> Control:
+    def control(
+        self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
+    ) -> Control:
         """Begin a task with scale 1."""
         return _AdaptiveControl(math.log(self.bound), self.rate / steps)
+
+    def first_scale(self) -> float:
+        """Return 1."""
+        return 1.0
 
 
 class _AdaptiveControl(Control):
@@ -141,51 +169,80 @@ class _AdaptiveControl(Control):
 class Budget(ScaleRule):
     """Ours: as weak as a budget for the earlier tasks allows.
 
-    The predicted increase of the earlier tasks' losses, per task, is steered to ``increase`` by
-    dual ascent within the run, no restarts: ``log scale`` moves by ``rate / steps`` times the
-    logarithm of what is predicted over what is allowed, held between -1 and 1.
+    The new task may add ``share`` to the sum of the earlier tasks' losses, each as it was when the
+    task was consolidated. What is predicted (`QuadraticPenalty.predicted_increase`) is steered to
+    that by dual ascent within the run, no restarts: ``log scale`` moves by ``rate / steps`` times
+    the logarithm of what is predicted over what is allowed, held between -1 and 1.
+
+    A task begins by moving far and comes back while its learning rate falls. So the first
+    ``settle`` of the steps count for nothing, and what is allowed falls to the budget from three
+    times that, as ``1 + 2 (1 - x)**2`` where x is the share of the steps that is done. The first
+    task under a penalty begins with ``start``, every other with the scale that the one before
+    ended with.
 
     Attributes
     ----------
-    increase : float
-        The budget: of an earlier task's mean loss, in the loss's own units, by each new task.
+    share : float
+        The budget, of the earlier tasks' losses.
     start : float
-        Scale of a task's first step.
     bound : float
         The scale stays between 1 / bound and bound.
     rate : float
         How far ``log scale`` can move in a task.
+    settle : float
+        From 0 to 1.
     """
 
-    increase: float = 0.01
+    share: float = 0.04
     start: float = 3.0
     bound: float = 1000.0
-    rate: float = 16.0
+    rate: float = 3.0
+    settle: float = 0.3
+    needs_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("increase", "start", "rate"):
+        for name in ("share", "start"):
             require_nonnegative(name, getattr(self, name))
-        if not (math.isfinite(self.bound) and self.bound >= 1.0):
-            raise OptionError(f"bound: expected a finite number >= 1, got {self.bound!r}")
+            if getattr(self, name) == 0.0:
+                raise OptionError(f"{name}: expected more than 0, got 0")
+        require_nonnegative("rate", self.rate)
+        require_nonnegative("settle", self.settle)
+        _require_bound(self.bound)
 
-    def control(self, tasks: int, steps: int) -> Control:
-        """Begin a task with the scale to start with."""
-        return _BudgetControl(self, tasks, steps)
+    def control(
+        self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
+    ) -> Control:
+        """Begin a task with the scale that the one before ended with."""
+        scale = before.scale[-1] if before is not None and before.scale else self.first_scale()
+        known = [loss for loss in losses if loss is not None]
+        if len(known) < len(losses):
+            raise OptionError(
+                f"scale: expected the losses of all earlier tasks for {self!r}, got those of "
+                f"{len(known)} of {len(losses)}: adopt takes loss="
+            )
+        return _BudgetControl(self, self.share * sum(known), len(losses), steps, scale)
+
+    def first_scale(self) -> float:
+        """Return ``start``."""
+        return float(self.start)
 
 
 class _BudgetControl(Control):
-    def __init__(self, rule: Budget, tasks: int, steps: int) -> None:
-        super().__init__(rule.start)
-        self.budget = rule.increase
-        self._allowed = rule.increase * tasks
-        self._step, self._log_bound = rule.rate / steps, math.log(rule.bound)
-        self._log_scale = math.log(rule.start)
+    def __init__(self, rule: Budget, allowed: float, tasks: int, steps: int, scale: float) -> None:
+        super().__init__(scale)
+        self.budget = allowed / tasks
+        self._rule, self._allowed, self._steps, self._done = rule, allowed, steps, 0
 
     def update(self, loss: float, increase: float) -> None:
-        over = math.log(max(increase, 1e-30) / self._allowed)
-        moved = self._log_scale + self._step * min(max(over, -1.0), 1.0)
-        self._log_scale = min(max(moved, -self._log_bound), self._log_bound)
-        self.scale = math.exp(self._log_scale)
+        self._done += 1
+        rule, share = self._rule, self._done / self._steps
+        allowed = self._allowed * (1.0 + 2.0 * max(1.0 - share, 0.0) ** 2)
+        if share < rule.settle or increase <= 0.0 or allowed <= 0.0:
+            return
+        over = min(max(math.log(increase / allowed), -1.0), 1.0)
+        moved = math.log(self.scale) + rule.rate / self._steps * over
+        log_bound = math.log(rule.bound)
+        self.scale = math.exp(min(max(moved, -log_bound), log_bound))
 
 
 @dataclass(frozen=True)
@@ -220,9 +277,15 @@ class Halving(ScaleRule):
         require_nonnegative("tolerance", self.tolerance)
         require_count("tries", self.tries)
 
-    def control(self, tasks: int, steps: int) -> Control:
+    def control(
+        self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
+    ) -> Control:
         """Begin the first try."""
-        return Control(float(self.start))
+        return Control(self.first_scale())
+
+    def first_scale(self) -> float:
+        """Return ``start``."""
+        return float(self.start)
 
     def is_enough(self, reached: float, reference: float) -> bool:
         """Whether an accuracy, or minus a loss, is within tolerance of the reference's."""
@@ -300,6 +363,11 @@ class Selection:
         scales.set_yscale("log")
         scales.set(xlabel="step", ylabel="scale")
         figure.savefig(path)
+
+
+def _require_bound(bound: float) -> None:
+    if not (math.isfinite(bound) and bound >= 1.0):
+        raise OptionError(f"bound: expected a finite number >= 1, got {bound!r}")
 
 
 _BY_NAME: dict[str, Callable[[], ScaleRule]] = {

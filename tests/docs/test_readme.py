@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_examples_of_the_readme_run_in_order(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", "\n".join(blocks)],
         cwd=tmp_path,

@@ -16,13 +16,20 @@ import torch
 
 import ekfac_rs as ek
 from ekfac_rs.errors import InternalError, NumericalError
-from ekfac_rs.experiments import permuted_mnist
 from ekfac_rs.experiments.__main__ import main
 from ekfac_rs.experiments.data import Mnist, load_mnist_subset
-from ekfac_rs.experiments.permuted_mnist import METHODS, PRESETS, PermutedMnist, StreamConfig
+from ekfac_rs.experiments.permuted_mnist import (
+    METHODS,
+    PRESETS,
+    PermutedConfig,
+    PermutedMnist,
+    PermutedRuns,
+)
+from ekfac_rs.experiments.streams import learn_stream
+from ekfac_rs.scales import SCALES
 
 FILES = ("results.json", "table.md", "average_accuracy.png", "first_task.png")
-CONFIG = StreamConfig(
+CONFIG = PermutedConfig(
     version="1",
     dataset="abc",
     examples=200,
@@ -45,8 +52,8 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def features():
-    """A few of the embedded images."""
+def runs():
+    """Of a few of the embedded images."""
     subset = load_mnist_subset()
     arrays = (
         subset.train_images[:200],
@@ -54,22 +61,22 @@ def features():
         subset.test_images[:100],
         subset.test_labels[:100],
     )
-    return permuted_mnist._Features.of(Mnist("few", *arrays), None)
+    return PermutedRuns(Mnist("few", *arrays))
 
 
 # Runs
 
 
-def test_a_diverged_run_scores_chance_from_there_on_and_says_so(features):
+def test_a_diverged_run_scores_chance_from_there_on_and_says_so(runs):
     wild = dataclasses.replace(CONFIG, lr=1e6, scale=1e6, tasks=3, epochs=2)
     with np.errstate(all="ignore"):
-        record = permuted_mnist.learn_stream(wild, features)
+        record = learn_stream(runs, wild)
     assert record.diverged is not None
     diverging = int(record.diverged.split(":")[0].removeprefix("task "))
     assert record.accuracy[diverging - 1 :] == [[0.1] * i for i in range(diverging, 4)]
 
 
-def test_only_numbers_count_as_divergence_faults_come_through(features, monkeypatch):
+def test_only_numbers_count_as_divergence_faults_come_through(runs, monkeypatch):
     def consolidate(error):
         def fail(learner, loader):
             raise error
@@ -77,26 +84,24 @@ def test_only_numbers_count_as_divergence_faults_come_through(features, monkeypa
         return fail
 
     monkeypatch.setattr(ek.ContinualLearner, "consolidate", consolidate(NumericalError("hard")))
-    assert permuted_mnist.learn_stream(CONFIG, features).diverged == "task 1: hard"
+    assert learn_stream(runs, CONFIG).diverged == "task 1: hard"
     for error in (InternalError("a fault"), RuntimeError("a fault")):
         monkeypatch.setattr(ek.ContinualLearner, "consolidate", consolidate(error))
         with pytest.raises(type(error), match="a fault"):
-            permuted_mnist.learn_stream(CONFIG, features)
+            learn_stream(runs, CONFIG)
 
 
-def test_warnings_about_stability_are_counted_in_the_record(features):
-    record = permuted_mnist.learn_stream(
-        dataclasses.replace(CONFIG, scale=1e3, step="explicit"), features
-    )
+def test_warnings_about_stability_are_counted_in_the_record(runs):
+    record = learn_stream(runs, dataclasses.replace(CONFIG, scale=1e3, step="explicit"))
     assert any("unstable" in message for message in record.warnings)
 
 
-def test_fine_tuning_is_a_plain_loop_of_sgd_over_the_tasks(features):
+def test_fine_tuning_is_a_plain_loop_of_sgd_over_the_tasks(runs):
     config = dataclasses.replace(CONFIG, curvature="none", damping=0.0, epochs=2, tasks=3)
-    record = permuted_mnist.learn_stream(config, features)
+    record = learn_stream(runs, config)
 
-    stream = permuted_mnist._Stream(config, features)
-    model = permuted_mnist._network(config).train()
+    stream = runs.tasks(config)
+    model = runs.network(config).train()
     rows = []
     for task in range(config.tasks):
         loader = stream.training(task)
@@ -119,37 +124,46 @@ def test_fine_tuning_is_a_plain_loop_of_sgd_over_the_tasks(features):
     assert all(epoch["penalty"] == 0 for task in record.history for epoch in task)
 
 
-def test_what_happens_to_the_weights_is_part_of_the_run(features):
-    runs = [
-        permuted_mnist.learn_stream(dataclasses.replace(CONFIG, weights=weights), features)
+@pytest.mark.parametrize("rule", SCALES)
+def test_a_rule_may_choose_the_scale_and_a_run_tells_which(runs, rule):
+    record = learn_stream(runs, dataclasses.replace(CONFIG, scale=rule))
+    assert record.diverged is None
+    assert record.measures["scale"] > 0
+    assert (record.measures["scale"] == 1.0) == (rule == "counting")
+    assert learn_stream(runs, CONFIG).measures == {}
+
+
+def test_what_happens_to_the_weights_is_part_of_the_run(runs):
+    kept, merged = (
+        learn_stream(runs, dataclasses.replace(CONFIG, weights=weights))
         for weights in ("kept", "merged")
-    ]
+    )
     # The first task is the same; what follows is another optimisation of the same function.
-    assert runs[0].history[0] == runs[1].history[0]
-    assert runs[0].history[1] != runs[1].history[1]
+    assert kept.history[0] == merged.history[0]
+    assert kept.history[1] != merged.history[1]
 
 
 # Streams
 
 
-def test_validation_images_are_held_out_of_training(features):
-    stream = permuted_mnist._Stream(dataclasses.replace(CONFIG, split="validation"), features)
+def test_validation_images_are_held_out_of_training(runs):
+    stream = runs.tasks(dataclasses.replace(CONFIG, split="validation"))
     train, held_out = stream.training(0).x, stream.evaluation(0).x
     assert (len(train), len(held_out)) == (180, 20)
     assert len(torch.cat([train, held_out]).unique(dim=0)) == 200
-    whole = permuted_mnist._Stream(CONFIG, features)
+    whole = runs.tasks(CONFIG)
     assert len(whole.training(1).x) == 200
-    assert torch.equal(whole.evaluation(0).x, features.test_x)
+    assert len(whole.evaluation(0).x) == 100
 
 
-def test_a_last_batch_of_one_is_left_out_of_training(features):
+def test_a_last_batch_of_one_is_left_out_of_training(runs):
     for batch_size, smallest in [(199, 199), (66, 2), (50, 50)]:
         config = dataclasses.replace(CONFIG, batch_size=batch_size)
-        loader = permuted_mnist._Stream(config, features).training(0)
+        loader = runs.tasks(config).training(0)
         assert min(len(x) for x, _ in loader) == smallest
 
 
-# The study
+# The comparison
 
 
 def test_every_method_gets_the_same_number_of_different_settings():
@@ -158,8 +172,10 @@ def test_every_method_gets_the_same_number_of_different_settings():
         for method in METHODS.values():
             settings = [tuple(sorted(setting.items())) for setting in method.settings(preset)]
             assert len(set(settings)) == len(settings)
+            # With a rule for the scale there is nothing to try.
+            assert len(settings) == 1 or "scale" not in method.fixed
             sizes.add(len(settings))
-        assert len(sizes) == 1
+        assert len(sizes - {1}) == 1
 
 
 def test_the_grid_is_short_and_only_final_runs_see_the_test_images():
@@ -178,7 +194,7 @@ def test_the_grid_is_short_and_only_final_runs_see_the_test_images():
     }
 
 
-def test_the_command_line_makes_the_whole_study(tmp_path, capsys):
+def test_the_command_line_makes_the_whole_comparison(tmp_path, capsys):
     methods = ["l2", "scheduled-kfac"]
     arguments = ["permuted-mnist", *TINY, "--seeds", "3", "--output", str(tmp_path)]
     arguments += ["--finalists", "1", "--workers", "1", "--methods", *methods]

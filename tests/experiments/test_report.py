@@ -1,24 +1,32 @@
 """The report: table, JSON, pictures."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ekfac_rs.errors import FileFormatError
+from ekfac_rs.experiments import pictures
+from ekfac_rs.experiments.__main__ import EXPERIMENTS
+from ekfac_rs.experiments.intervals import Outcome
 from ekfac_rs.experiments.report import (
     STREAM,
     TRANSFER,
     GridPoint,
     MethodResult,
+    equal_target_levels,
+    equal_target_table,
     markdown_table,
     read_results,
+    summary_table,
     trade_off,
     write_report,
 )
 from ekfac_rs.experiments.runs import RunRecord
 
-PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs/results").glob("*/results.json"))
+PUBLISHED = sorted((Path(__file__).resolve().parents[2] / "docs/results").rglob("results.json"))
 FILES = ("results.json", "table.md", "average_accuracy.png", "first_task.png")
 
 
@@ -44,11 +52,11 @@ def cells(table, label):
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_the_table_states_mean_and_sample_deviation_by_hand():
+def test_the_table_states_mean_and_interval_by_hand():
     table = markdown_table([result("A", (0.8, 0.9), (0.6, 0.9)), result("B", (0.5, 0.5))])
-    # Averages 0.85 and 0.75; forgetting 0.2 and 0.4.
+    # Averages 0.85 and 0.75: 12.706 times the standard error, 0.05; forgetting 0.2 and 0.4.
     assert cells(table, "A")[2:8] == [
-        "**80.00 ± 7.07**", "70.00", "90.00", "30.00", "-30.00", "2.0",
+        "**80.00 ± 63.53**", "70.00", "90.00", "30.00", "-30.00", "2.0",
     ]  # fmt: skip
     assert cells(table, "B")[2] == "50.00"
 
@@ -102,6 +110,19 @@ def test_pictures_are_of_a_sensible_size(tmp_path):
         assert len(content) < 300_000
 
 
+def test_many_methods_are_told_apart_and_their_names_have_room(tmp_path):
+    styles = [tuple(style.values()) for style in pictures._styles(40)]
+    assert len(set(styles)) == 40
+    sizes = []
+    for count in (3, 30):
+        results = [result(f"M{i}", (0.9 - 0.001 * i, 0.8)) for i in range(count)]
+        for name, draw in STREAM.pictures.items():
+            draw(tmp_path / name, "T", results)
+        with Image.open(tmp_path / "average_accuracy.png") as picture:
+            sizes.append(picture.size[1])
+    assert sizes[1] > 1.5 * sizes[0]
+
+
 def test_a_trade_off_has_a_point_for_each_strength_at_its_best_rate():
     def point(lr, scale, score, source, target, diverged=None):
         measures = {"source": source, "target": target}
@@ -128,7 +149,7 @@ def test_a_trade_off_has_a_point_for_each_strength_at_its_best_rate():
 def test_published_results_give_their_table_and_pictures_again(tmp_path, path):
     results = read_results(path)
     content = json.loads(path.read_text())
-    layout = STREAM if content["experiment"] == "permuted-mnist" else TRANSFER
+    layout = next(each.layout for each in EXPERIMENTS if each.name == content["experiment"])
     table = path.with_name("table.md").read_text(encoding="utf-8")
     assert markdown_table(results, layout) in table
     for name, draw in layout.pictures.items():
@@ -146,5 +167,83 @@ def test_results_come_back_as_they_were_written(tmp_path):
 def test_what_are_no_results_is_refused_by_name(tmp_path, content):
     path = tmp_path / "results.json"
     path.write_text(content)
-    with pytest.raises(FileFormatError, match=r"results\.json: not the results of a study"):
+    with pytest.raises(FileFormatError, match=r"results\.json: not the results of a comparison"):
         read_results(path)
+
+
+# Every setting with final runs
+
+
+def every_setting(label, *outcomes, diverged=()):
+    """A method with a point for each (targets, sources), the runs of the last one final."""
+    points = []
+    for number, (targets, sources) in enumerate(outcomes):
+        runs = tuple(
+            RunRecord({"seed": seed}, [[0.9], [source, target]], [], None, {}, {"total": 1.0})
+            for seed, (target, source) in enumerate(zip(targets, sources, strict=True))
+        )
+        went = "step 3" if number in diverged else None
+        points.append(GridPoint({"scale": float(number)}, 0.5, None, went, 1.0, {}, runs))
+    return MethodResult(label.lower(), label, points[-1].setting, points, list(points[-1].runs))
+
+
+def test_levels_are_round_and_begin_at_the_highest_that_is_reached():
+    assert equal_target_levels([Outcome([0.795], [0.1]), Outcome([0.3], [0.9])]) == [
+        0.78, 0.76, 0.74, 0.72, 0.7, 0.68,
+    ]  # fmt: skip
+    assert equal_target_levels([Outcome([0.78], [0.1])], count=1) == [0.78]
+    assert equal_target_levels([Outcome([0.05], [0.1])]) == [0.04, 0.02]
+
+
+def test_the_table_at_equal_target_says_what_is_not_reached():
+    table = equal_target_table(
+        [
+            every_setting("A", ([0.8], [0.5]), ([0.7], [0.75])),
+            every_setting("B", ([0.75], [0.6]), ([0.1], [0.1]), diverged=[1]),
+        ]
+    )
+    assert cells(table, "source at target of") == [
+        "source at target of", "80", "78", "76", "74", "72", "70",
+    ]  # fmt: skip
+    assert cells(table, "A")[1:] == ["**50.00**"] * 3 + ["50.00"] * 2 + ["**75.00**"]
+    assert cells(table, "B")[1:] == ["-"] * 3 + ["**60.00**"] * 2 + ["60.00"]
+
+
+def test_without_final_runs_of_every_setting_there_is_no_such_table():
+    assert equal_target_table([result("A", (0.5, 0.6))]) == ""
+    assert equal_target_table([every_setting("A", ([0.8], [0.5])), result("B", (0.5, 0.6))]) == ""
+
+
+def test_settings_that_diverged_are_left_out_of_the_picture_not_of_the_results(tmp_path):
+    results = [
+        every_setting("A", ([0.8, 0.7], [0.5, 0.6]), ([0.7, 0.8], [0.75, 0.8])),
+        every_setting("B", ([0.1, 0.1], [0.1, 0.1]), diverged=[0]),
+    ]
+    write_report(tmp_path, "T", results, {}, layout=TRANSFER)
+    assert (tmp_path / "trade_off.png").stat().st_size > 0
+    again = read_results(tmp_path / "results.json")
+    assert again == results
+    assert [len(each.stable_grid()) for each in again] == [2, 0]
+    assert "## Source accuracy at equal target accuracy" in (tmp_path / "table.md").read_text()
+
+
+def test_the_summary_has_a_column_for_each_comparison_and_a_row_for_each_method():
+    table = summary_table(
+        {
+            "one": [result("A", (0.8, 0.8)), result("B", (0.5, 0.5))],
+            "two": [result("B", (0.9, 0.7)), result("C", (0.6, 0.6))],
+        }
+    )
+    assert cells(table, "method") == ["method", "one", "two"]
+    assert cells(table, "A") == ["A", "**80.00**", "-"]
+    assert cells(table, "B") == ["B", "50.00", "**80.00**"]
+    assert cells(table, "C") == ["C", "-", "60.00"]
+
+
+def test_a_rules_scale_is_told():
+    ruled = result("A", (0.5, 0.5), setting={"lr": 0.1})
+    runs = [dataclasses.replace(run, measures={"scale": 4.24}) for run in ruled.runs]
+    ruled = dataclasses.replace(ruled, grid=[], runs=runs)
+    assert cells(markdown_table([ruled]), "A")[-1] == "scale 4.2 at the end of a task"
+    plain = dataclasses.replace(result("A", (0.5, 0.5), setting={"lr": 0.1}), grid=[])
+    assert cells(markdown_table([plain]), "A")[-1] == "nothing chosen"

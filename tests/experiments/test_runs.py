@@ -14,7 +14,7 @@ import torch
 
 import ekfac_rs as ek
 from ekfac_rs.errors import FileFormatError, OptionError
-from ekfac_rs.experiments.permuted_mnist import StreamConfig
+from ekfac_rs.experiments.permuted_mnist import PermutedConfig
 from ekfac_rs.experiments.runs import (
     PlannedRun,
     RunRecord,
@@ -26,7 +26,7 @@ from ekfac_rs.experiments.runs import (
     write_json,
 )
 
-CONFIG = StreamConfig(
+CONFIG = PermutedConfig(
     version="1",
     dataset="abc",
     examples=200,
@@ -67,7 +67,7 @@ def test_a_saved_run_is_found_with_all_it_holds(tmp_path):
     assert [path.suffix for path in store.folder.iterdir()] == [".json"]
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(StreamConfig)])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PermutedConfig)])
 def test_a_change_of_any_setting_is_another_run(tmp_path, field):
     value = getattr(CONFIG, field)
     other = (*value, 3) if isinstance(value, tuple) else f"{value}x"
@@ -107,6 +107,25 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
         write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", ["write_text", "replace"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch, step, error):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    whole = getattr(Path, step)
+
+    def interrupted(self, *arguments, **options):
+        if step == "write_text":
+            whole(self, *arguments, **options)
+        raise error
+
+    monkeypatch.setattr(Path, step, interrupted)
+    with pytest.raises(error):
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 

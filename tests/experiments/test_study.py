@@ -1,235 +1,288 @@
-"""A study of any experiment: what is tried, chosen, kept and refused. Nothing is trained here."""
+"""The study: its parts, its one report, and that it goes on where it was."""
 
 import dataclasses
-import json
+import re
 from functools import partial
 
 import pytest
 
-from ekfac_rs.errors import OptionError
-from ekfac_rs.experiments.report import STREAM
-from ekfac_rs.experiments.runs import PlannedRun, RunRecord
-from ekfac_rs.experiments.settings import Method, Preset, grid
-from ekfac_rs.experiments.study import Experiment, Study
+from ekfac_rs.errors import EkfacError, OptionError
+from ekfac_rs.experiments.__main__ import main
+from ekfac_rs.experiments.comparison import Comparison, Experiment
+from ekfac_rs.experiments.methods import METHODS
+from ekfac_rs.experiments.permuted_mnist import PermutedMnist
+from ekfac_rs.experiments.report import TRANSFER, read_results
+from ekfac_rs.experiments.runs import RunRecord
+from ekfac_rs.experiments.settings import Preset
+from ekfac_rs.experiments.study import PARTS, Part, Study
 
-PRESET = Preset(
-    epochs=1, batch_size=8, seeds=(0, 1), lrs=(0.1, 0.2), scales=(1.0, 3.0), l2=(5.0,), damping=0.0
-)
-CURVED = {"lr": "lrs", "scale": "scales"}
+MADE: list[dict] = []
 
 
-class Told(Experiment):
-    """Runs whose accuracy their config tells: the learning rate short, a table of it at length."""
+class Transferred(Experiment):
+    """Runs that keep the more of a source of 0.9 and learn the less, the stronger the penalty."""
 
-    name = "told"
-    methods = {  # noqa: RUF012
-        "plain": Method("plain", {"curvature": "none"}, {"lr": "plain_lrs"}),
-        "a": Method("A", {"curvature": "a"}, CURVED),
-        "b": Method("B", {"curvature": "b"}, CURVED),
-    }
-    layout = dataclasses.replace(STREAM, pictures={})
-    made: list = []  # noqa: RUF012
+    name = "transferred"
+    methods = {key: METHODS[key] for key in ("fine-tuning", "kfac-train", "xkfac")}  # noqa: RUF012
+    layout = TRANSFER
+    every_setting = True
 
-    def __init__(self, preset=PRESET, at_length=None):
+    def __init__(self, preset):
         self.preset = preset
-        self.at_length = at_length or {}
 
     @classmethod
-    def from_options(cls, preset, options):
-        raise NotImplementedError
+    def read(cls, preset, data_dir):
+        if data_dir is not None:
+            raise EkfacError(f"data_dir: nothing in {data_dir.name}")
+        return cls(preset)
 
     def config(self, stage, seed, options):
-        return {"stage": stage, "seed": seed, **options}
-
-    def source(self, config):
-        if config["curvature"] == "none":
-            return None
-        config = {"stage": "source", "curvature": config["curvature"], "seed": config["seed"]}
-        return PlannedRun(f"source-{config['curvature']}-seed{config['seed']}", config)
+        return {"seed": seed, **options}
 
     def runner(self, output, progress):
-        return partial(told, self.at_length)
+        return partial(lambda: transferred)
 
     def score(self, record):
-        return record.accuracy[-1][-1]
+        return record.accuracy[-1][1]
 
-    def measures(self, record):
-        return {"twice": 2 * record.accuracy[-1][-1]}
+    def seconds(self, config):
+        return 360.0
 
     def title(self):
-        return "Told"
+        return "A source to a target"
 
     def notes(self, settings):
         return [f"{settings} settings."]
 
     def about(self):
-        return {"data": "none"}
+        return {}
 
 
-def told(at_length):
-    def execute(config):
-        Told.made.append(config["stage"])
-        score = config.get("lr", 0.0)
-        if config["stage"] == "finalist":
-            score = at_length[config["lr"]]
-        return RunRecord(config, [[score]], [[]], None, {}, {"total": 1.0})
+def transferred(config):
+    MADE.append(config)
+    scale = config.get("scale", 0.0)
+    better = 0.1 if config["curvature"] == "xkfac" else 0.0
+    target = 0.85 - 0.01 * scale + 0.001 * config["seed"]
+    source = 0.5 + 0.03 * scale + better + 0.002 * config["seed"]
+    return RunRecord(config, [[0.9], [source, target]], [[], []], None, {}, {"total": 1.0})
 
-    return execute
+
+PRESET = Preset(
+    epochs=1,
+    batch_size=8,
+    seeds=(0, 1, 2),
+    lrs=(0.1,),
+    plain_lrs=(0.1, 0.2),
+    scales=(1.0, 4.0, 8.0),
+    l2=(1.0,),
+    damping=0.0,
+)
+TINY = dataclasses.replace(
+    PARTS["permuted-mnist"].quick,
+    methods=("fine-tuning", "xkfac"),
+    examples=200,
+    hidden=(8,),
+    tasks=2,
+    seeds=(0, 1),
+    scales=(1.0,),
+    plain_lrs=(0.1,),
+)
+SMALL = {
+    "stream": Part(PermutedMnist, TINY, TINY, "How does it go?"),
+    "transfer": Part(Transferred, PRESET, dataclasses.replace(PRESET, seeds=(0,)), "And this?"),
+}
 
 
 @pytest.fixture
-def study(tmp_path):
-    """Make a study and return what it made, and its results."""
-
-    def make(preset=PRESET, methods=("plain", "a", "b"), **options):
-        Told.made.clear()
-        experiment = Told(preset, options.pop("at_length", None))
-        table = Study(experiment, tmp_path, methods, progress=False, **options).run()
-        content = json.loads((tmp_path / "results.json").read_text())
-        return list(Told.made), content, table
-
-    return make
+def made():
+    MADE.clear()
+    return MADE
 
 
-def files(folder):
-    return {path.name: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+def section(report, title):
+    return report.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
-def test_every_setting_is_tried_and_the_best_is_run_for_every_seed(study):
-    made, content, table = study(command="a command", workers=1)
-    # Of each of two curvatures one source per seed; twelve settings; three methods, two seeds.
-    assert {stage: made.count(stage) for stage in made} == {"source": 6, "grid": 12, "final": 6}
-    assert content["methods"]["plain"]["setting"] == {"lr": 0.6}
-    for key in "ab":
-        entry = content["methods"][key]
-        assert entry["setting"] == {"lr": 0.2, "scale": 1.0}
-        assert [point["setting"] for point in entry["grid"]] == grid(lr=(0.1, 0.2), scale=(1, 3))
-        assert entry["grid"][0]["measures"] == {"twice": 0.2}
-        assert [run["config"]["seed"] for run in entry["runs"]] == [0, 1]
-        assert {run["config"]["curvature"] for run in entry["runs"]} == {key}
-    assert len(content["source_runs"]) == 6
-    assert content["seconds"]["all_runs"] == 24.0
-    assert (content["command"], content["data"], content["seeds"]) == ("a command", "none", [0, 1])
-    assert "- 4 settings." in table
-
-
-def test_what_a_run_rests_on_is_made_before_it(study):
-    made, _, _ = study(methods=["a"])
-    assert made.index("source") < made.index("grid")
-
-
-def test_finalists_are_the_best_of_the_grid_and_are_compared_at_length(study):
-    preset = dataclasses.replace(PRESET, scales=(1.0,), lrs=(0.1, 0.2, 0.3), finalists=2)
-    made, content, _ = study(preset, ["a"], at_length={0.3: 0.4, 0.2: 0.5})
-    assert made.count("finalist") == 2
-    entry = content["methods"]["a"]
-    assert entry["setting"] == {"lr": 0.2, "scale": 1.0}
-    assert [point["full_length_score"] for point in entry["grid"]] == [None, 0.5, 0.4]
-    assert [point["seconds"] for point in entry["grid"]] == [1.0, 2.0, 2.0]
-
-
-def test_a_single_setting_needs_no_grid(study):
-    # Not even a seed of its own, so the grid's may be a final one.
-    preset = dataclasses.replace(PRESET, lrs=(0.2,), scales=(3.0,), seeds=(0, 1000), finalists=3)
-    made, content, _ = study(preset)
-    assert {stage: made.count(stage) for stage in made} == {"source": 4, "final": 6}
-    assert content["methods"]["a"]["setting"] == {"lr": 0.2, "scale": 3.0}
-    assert content["methods"]["plain"]["setting"] == {"lr": 0.2}
-    assert content["methods"]["a"]["grid"] == []
-
-
-def test_a_study_makes_no_run_again_and_a_lost_one_alone(study, tmp_path):
-    _, content, table = study()
-    before = files(tmp_path)
-    made, again, same = study()
-    assert (made, same) == ([], table)
-    assert again["methods"] == content["methods"]
-    assert files(tmp_path) == before
-    lost = next((tmp_path / "runs").glob("final-a-*.json"))
-    lost.unlink()
-    made, *_ = study()
-    assert made == ["final"]
-    assert {name for name, time in files(tmp_path).items() if before[name] != time} == {lost.name}
-
-
-def test_the_plan_says_what_is_to_be_made(tmp_path, capsys):
-    preset = dataclasses.replace(PRESET, finalists=1)
-    Study(Told(preset, {0.2: 0.1, 0.6: 0.2}), tmp_path).run()
-    assert capsys.readouterr().out == (
-        "runs to make, 1 at a time: source 6 of 6, grid 12 of 12, finalist 3, final 6\n"
+def test_the_report_has_every_parts_tables_and_pictures(tmp_path, made):
+    report = Study(SMALL, tmp_path, command="a command", progress=False).run()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == report
+    assert "Made by `a command`" in report
+    summary = section(report, "Average accuracy")
+    assert "| method | stream | transfer |" in summary
+    assert re.search(
+        r"\| XK-FAC \| \*{0,2}[\d.]+ ± [\d.]+\*{0,2} \| \*\*[\d.]+ ± [\d.]+\*\* \|", summary
     )
-    single = dataclasses.replace(PRESET, lrs=(0.2,), scales=(1.0,), seeds=(0, 1, 2))
-    Study(Told(single), tmp_path, ["a"], workers=1).run()
-    assert capsys.readouterr().out == ("runs to make, 1 at a time: source 1 of 3, final 1 of 3\n")
+    assert re.search(r"\| K-FAC, train factors \| - \| [\d.]+ ± ", summary)
+    for part, title in (
+        ("stream", "Permuted MNIST subset, 2 tasks"),
+        ("transfer", "A source to a target"),
+    ):
+        text = section(report, title)
+        assert SMALL[part].question in text
+        table = (tmp_path / part / "table.md").read_text(encoding="utf-8").splitlines()
+        assert set(table[1:]) - {line for line in table if line.startswith("#")} <= set(
+            report.splitlines()
+        )
+        pictures = re.findall(r"!\[[\w ]+\]\(([\w/.]+)\)", text)
+        assert len(pictures) == 2
+        assert all((tmp_path / picture).stat().st_size > 0 for picture in pictures)
+        assert len(read_results(tmp_path / part / "results.json")) >= 2
+    headings = [line for line in report.splitlines() if line.startswith("#")]
+    assert headings[0] == "# The study"
+    assert "### Source accuracy at equal target accuracy" in headings
+    assert all(line.startswith("## ") for line in headings[1:] if "Source acc" not in line)
 
 
-def test_where_durations_are_known_the_plan_says_them(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Told, "seconds", lambda self, config: 30.0)
-    study = partial(Study, Told(), tmp_path, ["a"])
-    study().run()
-    assert "grid 4 of 4 (2.0 minutes), final 2 (1.0 minutes)" in capsys.readouterr().out
-    # Where nothing is left to do there is nothing to estimate.
-    study().run()
-    assert "grid 0 of 4, final 2\n" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("changes", "methods", "named"),
-    [
-        ({}, ["a", "unknown"], r"methods: unknown \['unknown'\]"),
-        ({}, [], "methods: expected at least one"),
-        ({"seeds": (0, 1000)}, ["a"], "seeds: 1000 is the seed of the grid"),
-        ({"plain_lrs": (0.1,)}, ["a", "plain"], "methods: .* equally many .* got a 4, plain 1"),
-    ],
-    ids=["method", "none", "seed", "unequal"],
-)
-def test_a_study_that_cannot_be_is_refused(tmp_path, changes, methods, named):
-    with pytest.raises(OptionError, match=named):
-        Study(Told(dataclasses.replace(PRESET, **changes)), tmp_path, methods)
-
-
-# Presets and grids
-
-
-def test_a_grid_is_every_combination_in_the_order_of_the_axes():
-    assert grid(lr=(1.0, 2.0), scale=(3.0, 4.0)) == [
-        {"lr": 1.0, "scale": 3.0},
-        {"lr": 1.0, "scale": 4.0},
-        {"lr": 2.0, "scale": 3.0},
-        {"lr": 2.0, "scale": 4.0},
+def test_source_at_equal_target_is_the_best_setting_that_reaches_it(tmp_path, made):
+    report = Study(SMALL, tmp_path, progress=False).run(["transfer"])
+    table = section(report, "A source to a target").split("equal target accuracy\n")[1]
+    rows = {
+        cells[0]: cells[1:]
+        for line in table.splitlines()
+        if line.startswith("|")
+        for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
+    }
+    assert rows["source at target of"] == ["84", "82", "80", "78", "76", "74"]
+    # Scale 1 reaches 84.1 per cent, 4 reaches 81.1, 8 reaches 77.1; fine-tuning 85.1.
+    # Seeds add 0, 0.2 and 0.4: the half width is 4.3027 * 0.2 / sqrt(3).
+    assert rows["K-FAC, train factors"] == [
+        *("53.20 ± 0.50", "53.20 ± 0.50", "62.20 ± 0.50", "62.20 ± 0.50", "74.20 ± 0.50"),
+        "74.20 ± 0.50",
     ]
+    assert rows["XK-FAC"][0] == "**63.20 ± 0.50**"
+    assert rows["fine-tuning"] == ["50.20 ± 0.50"] * 6
 
 
-def test_a_crossed_grid_leaves_the_middle_along_one_axis_at_a_time():
-    points = grid(crossed=True, lr=(1.0, 2.0, 3.0), scale=(4.0, 5.0, 6.0), damping=(0.0,))
-    assert [(point["lr"], point["scale"]) for point in points] == [
-        (1.0, 5.0), (2.0, 4.0), (2.0, 5.0), (2.0, 6.0), (3.0, 5.0),
-    ]  # fmt: skip
-    assert grid(crossed=True, lr=(1.0,), scale=(2.0,)) == [{"lr": 1.0, "scale": 2.0}]
+def test_no_run_is_made_twice_and_a_lost_one_again(tmp_path, made):
+    study = Study(SMALL, tmp_path, progress=False)
+    report = study.run()
+    runs = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(made) == (2 + 3 + 3) * 3
+    assert study.run() == report
+    lost = next((tmp_path / "runs").glob("final-kfac-train-*.json"))
+    lost.unlink()
+    assert study.run() == report
+    assert len(made) == 25
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert {name for name, time in after.items() if runs[name] != time} == {lost.name}
 
 
-@pytest.mark.parametrize("crossed", [False, True])
-def test_rates_of_fine_tuning_are_spread_over_as_many_settings_as_the_others_have(crossed):
-    preset = dataclasses.replace(PRESET, crossed=crossed)
-    rates = preset.axis("plain_lrs")
-    assert len(rates) == len(Told.methods["a"].settings(preset)) == (3 if crossed else 4)
-    assert (rates[0], rates[-1]) == (0.033, 0.6)
-    assert list(rates) == sorted(set(rates))
+def test_parts_can_be_made_one_by_one_and_the_report_grows(tmp_path, made):
+    study = Study(SMALL, tmp_path, progress=False)
+    alone = study.run(["transfer"])
+    assert "Permuted" not in alone
+    both = study.run(["stream"])
+    assert both.index("Permuted") < both.index("A source to a target")
+    assert len(made) == 24
 
 
-def test_axes_that_are_empty_follow_another():
-    assert PRESET.axis("frozen_lrs") == (0.1, 0.2)
-    assert PRESET.axis("diagonal_scales") == (1.0, 3.0)
-    assert dataclasses.replace(PRESET, frozen_lrs=(9.0,)).axis("frozen_lrs") == (9.0,)
-    assert PRESET.axis("damping") == (0.0,)
+def test_the_report_is_there_although_a_later_part_is_interrupted(tmp_path, made, monkeypatch):
+    run = Comparison.run
+
+    def interrupted(comparison):
+        if comparison.experiment.name == "transferred":
+            raise KeyboardInterrupt
+        return run(comparison)
+
+    monkeypatch.setattr(Comparison, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Study(SMALL, tmp_path, progress=False).run()
+    assert "Permuted" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_changed_axis_takes_those_that_follow_it_along_unless_they_are_changed_too():
-    preset = dataclasses.replace(PRESET, frozen_lrs=(0.01, 0.02), diagonal_scales=(7.0, 8.0))
-    changed = preset.changed({"lrs": (0.5,), "epochs": 3})
-    assert changed.axis("frozen_lrs") == (0.5,)
-    assert changed.axis("diagonal_scales") == (7.0, 8.0)
-    assert changed.epochs == 3
-    assert preset.changed({"lrs": (0.5,), "frozen_lrs": (0.3,)}).axis("frozen_lrs") == (0.3,)
-    assert preset.changed({"scales": (2.0,)}).axis("diagonal_scales") == (2.0,)
-    assert preset.changed({}) == preset
+def test_the_announcement_says_how_many_runs_and_how_long(tmp_path, capsys, made):
+    Study(SMALL, tmp_path).run(["transfer"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "transfer: 24 runs, about 2.4 core-hours"
+    assert lines[1] == "in all: 24 runs, about 2.4 core-hours, 2.4 hours here"
+    assert "runs to make, 1 at a time: final 24 of 24 (144.0 minutes)" in lines
+    Study(SMALL, tmp_path, processors=2).run(["transfer"])
+    assert "transfer: 0 runs, about 0.0 core-hours" in capsys.readouterr().out
+
+
+def test_the_quick_form_takes_the_small_presets_and_no_time_to_estimate(
+    tmp_path, capsys, made, monkeypatch
+):
+    monkeypatch.setattr(Transferred, "seconds", None)
+    Study(SMALL, tmp_path, quick=True).run(["transfer"])
+    assert capsys.readouterr().out.startswith("8 runs to make, in 1 part\n")
+    assert {config["seed"] for config in made} == {0}
+
+
+def test_runs_that_parts_share_are_counted_once(tmp_path, capsys, made):
+    parts = {"one": SMALL["transfer"], "two": SMALL["transfer"]}
+    Study(parts, tmp_path).run()
+    printed = capsys.readouterr().out
+    assert printed.startswith("one: 24 runs, about 2.4 core-hours\ntwo: 0 runs, ")
+    assert len(made) == 24
+    assert (tmp_path / "two" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("names", [["elsewhere"], []])
+def test_parts_that_are_not_there_are_refused(tmp_path, names):
+    with pytest.raises(OptionError, match="part: expected some of stream, transfer"):
+        Study(SMALL, tmp_path).run(names)
+
+
+def test_missing_data_end_it_before_any_run(tmp_path, made):
+    with pytest.raises(EkfacError, match="data_dir: nothing in"):
+        Study(SMALL, tmp_path, data_dir=tmp_path, progress=False).run()
+    assert not (tmp_path / "runs").exists()
+
+
+# The parts
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_is_a_fair_comparison_over_three_seeds(tmp_path, name):
+    part = PARTS[name]
+    for preset in (part.preset, part.quick):
+        assert set(preset.methods) <= set(part.experiment.methods)
+        compared = [part.experiment.methods[key] for key in preset.methods]
+        counts = {len(each.settings(preset)) for each in compared if each.is_penalised} - {1}
+        assert len(counts) == 1
+        fine_tuning = len(METHODS["fine-tuning"].settings(preset))
+        assert fine_tuning >= counts.pop()
+        assert preset.grid_seed not in preset.seeds
+        assert preset.name.startswith("study")
+    assert len(part.preset.seeds) >= 3
+    assert "fine-tuning" in part.preset.methods
+
+
+def test_streams_of_the_same_images_find_each_others_grids(mnist_folder):
+    first, whole, long = (
+        PermutedMnist.read(PARTS[f"permuted-mnist{name}"].preset, mnist_folder)
+        for name in ("", "-whole", "-long")
+    )
+    options = {"curvature": "xkfac", "lr": 0.1, "scale": 3.0, "damping": 0.01}
+    grid = first.config("grid", 1000, options)
+    assert whole.config("grid", 1000, options) == long.config("grid", 1000, options) == grid
+    assert whole.config("final", 0, options)["examples"] is None
+    assert long.config("final", 0, options)["tasks"] == 30
+
+
+# The command line
+
+
+def test_the_command_line_makes_some_parts(tmp_path, capsys, monkeypatch, made):
+    monkeypatch.setattr("ekfac_rs.experiments.__main__.PARTS", SMALL)
+    assert (
+        main(
+            ["study", "--quick", "--part", "transfer", "--output", str(tmp_path), "--workers", "1"]
+        )
+        == 0
+    )
+    report = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert report in capsys.readouterr().out
+    assert "Made by `python -m ekfac_rs.experiments study --quick --part transfer" in report
+    arguments = ["study", "--part", "transfer", "--output", str(tmp_path), "--data-dir", "nowhere"]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "error: data_dir: nothing in nowhere\n"
+
+
+def test_help_names_every_part(capsys):
+    with pytest.raises(SystemExit):
+        main(["study", "--help"])
+    text = capsys.readouterr().out
+    for word in (*PARTS, "--quick", "--part", "--data-dir", "--output", "--workers"):
+        assert word in text

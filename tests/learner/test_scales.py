@@ -180,7 +180,7 @@ losses = st.lists(st.tuples(st.floats(0.0, 1e3), st.floats(0.0, 1e3)), min_size=
 
 @given(losses, st.floats(1.0, 100.0), st.floats(0.0, 1e3))
 def test_the_adaptive_scale_goes_to_the_larger_loss_within_its_bounds(seen, bound, rate):
-    control = Adaptive(bound, rate).control(tasks=3, steps=len(seen))
+    control = Adaptive(bound, rate).control([None], len(seen))
     assert control.scale == 1.0
     for loss, increase in seen:
         before = control.scale
@@ -193,7 +193,7 @@ def test_the_adaptive_scale_goes_to_the_larger_loss_within_its_bounds(seen, boun
 
 
 def test_the_adaptive_scale_settles_where_weighted_losses_are_equal():
-    control = Adaptive(bound=1e3, rate=20.0).control(tasks=1, steps=2000)
+    control = Adaptive(bound=1e3, rate=20.0).control([None], steps=2000)
     for _ in range(2000):
         # What is held on to moves less under a stronger penalty: weighted, its loss is 7 / scale.
         control.update(loss=0.5, increase=7.0 / control.scale**2)
@@ -275,7 +275,8 @@ def test_no_other_scale_is_taken(scale):
     [
         lambda: Adaptive(bound=0.5),
         lambda: Adaptive(rate=-1.0),
-        lambda: Budget(increase=-1.0),
+        lambda: Budget(share=-1.0),
+        lambda: Budget(share=0.0),
         lambda: Budget(bound=math.inf),
         lambda: Halving(tries=0),
         lambda: Halving(start=-1.0),
@@ -293,3 +294,111 @@ def test_a_rule_is_its_own_and_names_are_those_of_rules():
     assert rule_of(2) == Fixed(2)
     assert rule_of("halving") == Halving()
     assert Selection.from_dict(Selection("rule", 1).as_dict()) == Selection("rule", 1)
+
+
+# --- budget --------------------------------------------------------------------------------------
+
+
+@given(
+    st.floats(1e-4, 1.0),
+    st.integers(1, 30),
+    st.floats(0.3, 2.0),
+    st.floats(-2.0, 2.0),
+)
+def test_a_budget_is_reached_where_what_is_predicted_falls_with_the_scale(
+    loss, tasks, power, distance
+):
+    rule = Budget(share=0.1, start=10.0, rate=60.0)
+    control = rule.control([loss] * tasks, steps=3000)
+    assert (control.scale, control.budget) == (10.0, pytest.approx(0.1 * loss))
+    # At the right scale each of the tasks is predicted to lose just the budget.
+    right = 10.0 * math.exp(distance)
+    for _ in range(3000):
+        increase = 0.1 * loss * tasks * (right / control.scale) ** power
+        control.update(loss=1.0, increase=increase)
+    assert control.scale == pytest.approx(right, rel=0.05)
+
+
+def test_a_budget_lets_a_task_settle_and_allows_more_in_its_middle():
+    rule = Budget(share=0.1, start=3.0, settle=0.5, rate=10.0)
+    control = rule.control([0.05, 0.15], steps=100)
+    for _ in range(49):
+        control.update(1.0, 100.0)
+        assert control.scale == 3.0
+    # Half-way 1 + 2 / 4 times the budget is allowed.
+    control.update(1.0, 1.5 * 0.02)
+    assert control.scale == pytest.approx(3.0)
+    control.update(1.0, 1e3)
+    assert control.scale == pytest.approx(3.0 * math.exp(0.1))
+    control.update(1.0, 1e-9)
+    assert control.scale == pytest.approx(3.0)
+    control.update(1.0, 0.0)
+    assert control.scale == pytest.approx(3.0)
+
+
+@given(losses, st.floats(1.0, 10.0))
+def test_a_budget_stays_within_its_bounds(seen, bound):
+    rule = Budget(start=1.0, bound=bound, rate=1e3, settle=0.0)
+    control = rule.control([1.0, 0.0, 2.0], len(seen))
+    for loss, increase in seen:
+        control.update(loss, increase)
+        assert 1.0 / bound * 0.999 <= control.scale <= bound * 1.001
+
+
+def test_the_next_task_begins_with_the_scale_that_the_one_before_ended_with():
+    learner = after_first_task(Budget(share=1e-4, start=2.0, settle=0.0))
+    for loader in LOADERS[1:]:
+        learner.fit(loader, epochs=4, lr=0.1)
+        learner.consolidate(loader)
+    first, second = learner.selection
+    assert first.scale[0] == 2.0
+    assert first.scale[-1] > 2.0
+    assert second.scale[0] == first.scale[-1]
+    again = after_first_task(first.scale[-1])
+    again.load_state_dict(learner.state_dict())
+    again.fit(LOADERS[1], lr=0.1)
+    assert again.selection[-1].scale[0] == first.scale[-1]
+
+
+def test_another_rule_does_not_begin_where_one_ended():
+    learner = after_first_task(Budget(share=1e-4, start=2.0, settle=0.0))
+    learner.fit(LOADERS[1], epochs=4, lr=0.1)
+    learner.scale = Budget(share=1e-5, start=7.0)
+    learner.fit(LOADERS[1], epochs=4, lr=0.1)
+    assert learner.selection[-1].scale[0] == 7.0
+
+
+def test_the_loss_at_consolidation_is_that_of_eval_mode_on_the_tasks_own_data():
+    learner = after_first_task("auto")
+    model = learner.model.eval()
+    x, y = map(torch.cat, zip(*LOADERS[0], strict=True))
+    with torch.no_grad():
+        expected = float(nn.functional.cross_entropy(model(x), y))
+    assert learner.losses == [pytest.approx(expected, rel=1e-5)]
+    limited = after_first_task("auto", max_examples=16)
+    limited.model.eval()
+    with torch.no_grad():
+        expected = float(nn.functional.cross_entropy(limited.model(x[:16]), y[:16]))
+    assert limited.losses == [pytest.approx(expected, rel=1e-5)]
+    assert after_first_task(1.0).losses == [None]
+
+
+def test_a_budget_needs_the_losses_of_adopted_tasks():
+    learner = after_first_task(1.0)
+    curvature, anchor = learner.curvatures[0], learner.anchor
+    adopted = learner_of("auto")
+    adopted.model.load_state_dict(learner.model.state_dict())
+    adopted.adopt(curvature, anchor)
+    before = copy.deepcopy(adopted.model.state_dict())
+    with pytest.raises(OptionError, match="losses of all earlier tasks .*of 0 of 1: adopt takes"):
+        adopted.fit(LOADERS[1], lr=0.1)
+    after = adopted.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    told = learner_of("auto")
+    told.model.load_state_dict(learner.model.state_dict())
+    told.adopt(curvature, anchor, loss=0.7)
+    told.fit(LOADERS[1], lr=0.1)
+    assert told.selection[0].budget == pytest.approx(0.04 * 0.7)
+    again = learner_of("auto")
+    again.load_state_dict(told.state_dict())
+    assert again.losses == [0.7]

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekfac_rs.errors import EkfacError
+from ekfac_rs.experiments.comparison import Comparison, Experiment
 from ekfac_rs.experiments.finegrained import FineGrained
 from ekfac_rs.experiments.options import positive
 from ekfac_rs.experiments.permuted_mnist import PermutedMnist
 from ekfac_rs.experiments.settings import Preset
-from ekfac_rs.experiments.study import Experiment, Study
+from ekfac_rs.experiments.split_cifar import SplitCifar
+from ekfac_rs.experiments.study import PARTS, Study
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-EXPERIMENTS: tuple[type[Experiment], ...] = (PermutedMnist, FineGrained)
+EXPERIMENTS: tuple[type[Experiment], ...] = (PermutedMnist, SplitCifar, FineGrained)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     try:
-        _run(options, shlex.join(["python", "-m", "ekfac_rs.experiments", *given]))
+        options.run(options, shlex.join(["python", "-m", "ekfac_rs.experiments", *given]))
     except EkfacError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -38,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, command: str) -> None:
+def _compare(options: argparse.Namespace, command: str) -> None:
     experiment = options.experiment.from_options(_preset(options), options)
     output = options.output or Path("results", experiment.folder)
     workers = options.workers or experiment.workers(_processors())
-    study = Study(
+    comparison = Comparison(
         experiment,
         output,
         options.methods,
@@ -50,7 +52,22 @@ def _run(options: argparse.Namespace, command: str) -> None:
         workers=workers,
         threads_each=experiment.threads_each(_processors(), workers),
     )
-    print(study.run())
+    print(comparison.run())
+    print(f"written to {output}")
+
+
+def _study(options: argparse.Namespace, command: str) -> None:
+    output = options.output or Path("results", "study-quick" if options.quick else "study")
+    study = Study(
+        PARTS,
+        output,
+        quick=options.quick,
+        data_dir=options.data_dir,
+        command=command,
+        processors=_processors(),
+        workers=options.workers,
+    )
+    print(study.run(options.part))
     print(f"written to {output}")
 
 
@@ -75,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="EXPERIMENT")
     for experiment in EXPERIMENTS:
         _add_command(commands, experiment)
+    _add_study(commands)
     return parser
 
 
@@ -86,7 +104,7 @@ def _add_command(commands: "Commands", experiment: type[Experiment]) -> None:
         epilog=experiment.epilog,
         formatter_class=_HelpFormatter,
     )
-    parser.set_defaults(experiment=experiment)
+    parser.set_defaults(run=_compare, experiment=experiment)
     parser.add_argument("--preset", choices=list(experiment.presets), help=experiment.preset_help)
     experiment.add_arguments(parser)
     parser.add_argument("--data-dir", type=Path, metavar="FOLDER", help=experiment.data_help)
@@ -102,20 +120,64 @@ def _add_command(commands: "Commands", experiment: type[Experiment]) -> None:
         nargs="+",
         choices=list(experiment.methods),
         metavar="METHOD",
-        help=f"some of (default: all): {', '.join(experiment.methods)}",
+        help=f"some of (default: as the preset says): {', '.join(experiment.methods)}",
     )
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        metavar="N",
-        help="runs made at the same time (default: as many as there are processors; one for a "
-        "network given by path)",
-    )
+    _add_workers(parser, "as many as there are processors; one for a network given by path")
     changes = parser.add_argument_group(
         "changes to the preset", "In brackets: what holds without --preset."
     )
     for name, field in _changeable(experiment.default).items():
         _add_change(changes, name, field, getattr(experiment.default, name))
+
+
+def _add_study(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "study",
+        help="all of it: which method to use when",
+        description=(
+            "Make all comparisons and one report. Finished runs are kept: the same command goes "
+            "on where it was interrupted. It begins by saying how many runs there are to make, "
+            "and about how long they take: some six hours of one processor in all."
+        ),
+        formatter_class=_HelpFormatter,
+    )
+    parser.set_defaults(run=_study)
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=list(PARTS),
+        metavar="PART",
+        help=f"some of (default: all): {', '.join(PARTS)}",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small forms of all parts, ten minutes on two processors: to see that it works",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with MNIST, the archives and the weights (default: the folder in EKFAC_DATA, "
+        "otherwise ../shared/data, or a download for MNIST)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="report, a folder for each part, and finished runs (default: results/study, or "
+        "results/study-quick)",
+    )
+    _add_workers(parser, "as many as there are processors")
+
+
+def _add_workers(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help=f"runs made at the same time (default: {default})",
+    )
 
 
 def _add_change(

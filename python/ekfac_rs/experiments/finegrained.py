@@ -12,21 +12,24 @@ not looked at. The trade-off over the strength of the penalty is reported beside
 choice.
 """
 
+import dataclasses
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from ekfac_rs.errors import OptionError
+from ekfac_rs.experiments.comparison import Experiment
 from ekfac_rs.experiments.data import find_data
+from ekfac_rs.experiments.methods import methods_named, with_rules
 from ekfac_rs.experiments.networks import ARCHITECTURES, Weights
 from ekfac_rs.experiments.options import batch_size, fraction, number, option, positive
 from ekfac_rs.experiments.report import TRANSFER, GridPoint, counted
-from ekfac_rs.experiments.runs import Config, Execute, PlannedRun, RunRecord
-from ekfac_rs.experiments.settings import Method, Preset, Setting, strength_of
-from ekfac_rs.experiments.study import Experiment
+from ekfac_rs.experiments.runs import Config, Execute, PlannedRun, RunRecord, threads
+from ekfac_rs.experiments.settings import Preset, Setting, strength_of
 from ekfac_rs.experiments.transfer import TargetConfig, Transfer, TransferData
 
 __all__ = [
@@ -38,33 +41,24 @@ __all__ = [
     "choose",
 ]
 
-_CURVED = {"lr": "lrs", "scale": "scales", "damping": "damping"}
-
-METHODS: dict[str, Method] = {
-    "fine-tuning": Method("fine-tuning", {"curvature": "none"}, {"lr": "plain_lrs"}),
-    "l2-sp": Method("L2-SP", {"curvature": "none"}, {"lr": "lrs", "damping": "l2"}),
-    "diagonal": Method(
-        "diagonal Fisher",
-        {"curvature": "diagonal"},
-        {"lr": "lrs", "scale": "diagonal_scales", "damping": "damping"},
+METHODS = {
+    **methods_named(
+        *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-eval", "kfac-train", "xkfac"),
+        *("kfac-train-explicit", "xkfac-nested", "xkfac-nested-first", "xkfac-nested-explicit"),
+        *("xkfac-nested-merged", "scheduled-kfac", "scheduled-xkfac-nested", "kfac-frozen-own"),
+        *("xkfac-nested-own", "scheduled-xkfac-nested-own"),
     ),
-    "kfac-frozen": Method(
-        "K-FAC, BN frozen",
-        {"curvature": "kfac-eval", "freeze_bn_after": 0.0},
-        {"lr": "frozen_lrs", "scale": "scales", "damping": "damping"},
-    ),
-    "kfac-train": Method("K-FAC, train factors", {"curvature": "kfac-train"}, _CURVED),
-    "xkfac": Method("XK-FAC", {"curvature": "xkfac"}, _CURVED),
-    "xkfac-nested": Method("XK-FAC, nested", {"curvature": "xkfac-nested"}, _CURVED),
-    "xkfac-nested-explicit": Method(
-        "XK-FAC, nested, explicit steps", {"curvature": "xkfac-nested", "step": "explicit"}, _CURVED
-    ),
-    "xkfac-nested-merged": Method(
-        "XK-FAC, nested, W <- Wm, explicit steps",
-        {"curvature": "xkfac-nested", "weights": "merged", "step": "explicit"},
-        _CURVED,
-    ),
+    **with_rules("xkfac-nested"),
 }
+
+# Mini-batches of the runs by which the time of others is estimated.
+_PROBE_BATCHES = 2
+
+# What is compared unless methods are named.
+_USUAL = (
+    *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-train", "xkfac", "xkfac-nested"),
+    *("xkfac-nested-explicit", "xkfac-nested-merged"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +75,10 @@ class TransferPreset(Preset):
         Height and width of all images.
     crop
         As in `ekfac_rs.experiments.data.ImageTree.read`.
-    source_images
-        Read at most so many of each of the source's splits.
+    source_images, target_images
+        Read at most so many of each of the source's, or the target's, splits; None for all.
+    every_setting
+        Make final runs of every setting, see `Experiment`.
     tolerance
         Of the choice, see `choose`.
     remarks
@@ -106,6 +102,8 @@ class TransferPreset(Preset):
             "images are kept in memory",
         ),
     )
+    target_images: int | None = None
+    every_setting: bool = False
     tolerance: float = field(
         default=0.01,
         metadata=option(
@@ -119,6 +117,7 @@ class TransferPreset(Preset):
 
 # For images in folders given by path.
 FOLDERS = TransferPreset(
+    methods=_USUAL,
     model="resnet50",
     image_size=224,
     epochs=10,
@@ -136,6 +135,7 @@ PRESETS: dict[str, TransferPreset] = {
     for preset in (
         TransferPreset(
             name="lite0-clothing",
+            methods=_USUAL,
             model="efficientnet-lite0",
             image_size=96,
             source="imagenet_sample160.tar",
@@ -164,6 +164,7 @@ PRESETS: dict[str, TransferPreset] = {
         ),
         TransferPreset(
             name="cifar-clothing",
+            methods=_USUAL,
             model="resnet56-cifar",
             image_size=32,
             source="cifar10_jpeg.tar",
@@ -256,6 +257,7 @@ class FineGrained(Experiment):
         self.weights = weights
         self._about = about
         self._notes = notes
+        self._speeds: dict[tuple[str, bool], _Speed] = {}
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> None:
@@ -274,13 +276,33 @@ class FineGrained(Experiment):
 
     @classmethod
     def from_options(cls, preset: TransferPreset, options: Namespace) -> Self:
-        """Find and read the images."""
-        folder = options.data_dir
-        weights = options.source_weights or _weights(preset, folder)
-        source = options.source_data or _data("source-data", preset.source, folder)
-        target = options.target_data or _data("target-data", preset.target, folder)
+        """Find and read the images, those given by path first."""
+        return cls.read(
+            preset,
+            options.data_dir,
+            weights=options.source_weights,
+            source=options.source_data,
+            target=options.target_data,
+        )
+
+    @classmethod
+    def read(
+        cls,
+        preset: TransferPreset,
+        data_dir: Path | None,
+        *,
+        weights: Path | None = None,
+        source: Path | None = None,
+        target: Path | None = None,
+    ) -> Self:
+        """Find and read the images: those given, else those that the preset names."""
+        weights = weights or _weights(preset, data_dir)
+        source = source or _data("source-data", preset.source, data_dir)
+        target = target or _data("target-data", preset.target, data_dir)
         data, notes = TransferData.read(
-            source, target, preset.image_size, preset.crop, preset.source_images
+            *(source, target, preset.image_size, preset.crop),
+            source_images=preset.source_images,
+            target_images=preset.target_images,
         )
         about = {
             "source": {"data": source.name, "weights": weights.name},
@@ -291,17 +313,15 @@ class FineGrained(Experiment):
     def config(self, stage: str, seed: int, options: Setting) -> Config:
         """Plan the same for all stages: one run measures validation and test images."""
         preset = self.preset
-        chosen: Mapping[str, Any] = options
-        digests: Mapping[str, Any] = self._digests
-        return TargetConfig(
-            model=preset.model,
-            **digests,
-            batch_size=preset.batch_size,
-            seed=seed,
-            epochs=preset.epochs,
-            momentum=preset.momentum,
-            **chosen,
-        ).as_dict()
+        values: dict[str, Any] = {
+            "model": preset.model,
+            **self._digests,
+            "batch_size": preset.batch_size,
+            "seed": seed,
+            "epochs": preset.epochs,
+            "momentum": preset.momentum,
+        }
+        return TargetConfig(**{**values, **options}).as_dict()
 
     def source(self, config: Config) -> PlannedRun | None:
         """Take the curvature, where there is one."""
@@ -316,6 +336,11 @@ class FineGrained(Experiment):
         folder = output / "curvature"
         return partial(Transfer, self.preset.model, self.weights, self.data, folder, progress)
 
+    @property
+    def every_setting(self) -> bool:
+        """As the preset says: one run measures validation and test images."""
+        return self.preset.every_setting
+
     def score(self, record: RunRecord) -> float:
         """Accuracy on the target alone."""
         return record.measures["target_validation"]
@@ -327,6 +352,18 @@ class FineGrained(Experiment):
     def choose(self, points: Sequence[GridPoint]) -> Setting:
         """Choose the strongest penalty that the target can bear."""
         return choose(points, self.preset.tolerance)
+
+    def seconds(self, config: Config) -> float | None:
+        """Time a few mini-batches for each curvature; not of networks given by path."""
+        if not self.preset.name:
+            return None
+        # A penalty without a curvature takes time, too.
+        options = {"curvature": config["curvature"], "damping": config.get("damping", 0.0)}
+        like = TargetConfig(**self.config("final", 0, {**options, "lr": 1e-4}))
+        kind = like.curvature, like.is_fine_tuning
+        if kind not in self._speeds:
+            self._speeds[kind] = self._measured(like)
+        return self._speeds[kind].seconds(config, self.data)
 
     def workers(self, processors: int) -> int:
         """Networks given by path may be large: one run at a time then, on all processors."""
@@ -358,10 +395,11 @@ class FineGrained(Experiment):
             "mirrored and shifted at random; SGD with momentum, the learning rate falling to 0 "
             "along a cosine. One backbone, two heads; the source's is kept, the target's starts "
             "at zero. Fine-tuning trains the network as it is; the others first take the target's "
-            "statistics into the BatchNorms (or freeze them, where it says so), and L2-SP's "
-            "distance is that of merged weights.",
-            "Figures in per cent, ± the sample standard deviation over the final runs, seeds "
-            f"{', '.join(map(str, preset.seeds))}; average: of source after and target.",
+            "statistics into the BatchNorms (or freeze them, where it says so), and the distance "
+            "of L2 is that of merged weights.",
+            "Figures in per cent, ± the half width of the mean's 95 % interval (Student's t) over "
+            f"the final runs, seeds {', '.join(map(str, preset.seeds))}; average: of source after "
+            "and target.",
             *self._notes_on_the_choice(settings),
         ]
 
@@ -377,20 +415,49 @@ class FineGrained(Experiment):
             "target": self.data.target_digest,
         }
 
+    def _measured(self, like: TargetConfig) -> "_Speed":
+        """Make the source's run and two of the target's with a few images."""
+        few = self.data.part(_PROBE_BATCHES * self.preset.batch_size)
+        one, two = (dataclasses.replace(like, epochs=epochs) for epochs in (1, 2))
+        with TemporaryDirectory() as folder, threads(1):
+            runs = Transfer(self.preset.model, self.weights, few, Path(folder))
+            source = runs(one.at_source.as_dict()).seconds
+            return _Speed.of(source, runs(one.as_dict()).seconds, runs(two.as_dict()).seconds, few)
+
     def _notes_on_the_choice(self, settings: int) -> list[str]:
         preset, points = self.preset, 100 * self.preset.tolerance
         if settings == 1:
             return ["Each method at one setting: nothing was chosen."]
+        tried = (
+            "all run with every seed"
+            if preset.every_setting
+            else f"tried with seed {preset.grid_seed}"
+        )
         notes = [
-            f"Each method at one of {settings} settings, tried with seed {preset.grid_seed} and "
-            "chosen on the target's validation images alone: among those within "
+            f"Each method at one of {settings} settings, {tried} and chosen on the target's "
+            "validation images alone: among those within "
             f"{points:g} percentage {'point' if points == 1 else 'points'} of the method's best "
-            "accuracy the strongest penalty (largest scale, or damping for L2-SP), of equally "
+            "accuracy the strongest penalty (largest scale, or damping for L2), of equally "
             "strong ones the lower learning rate.",
-            "trade_off.png shows the grid's runs over the strength of the penalty, larger markers "
-            "for stronger ones, each at the learning rate that is best for the target's "
-            "validation images; outlined markers are the final runs.",
         ]
+        if preset.every_setting:
+            notes.append(
+                "Source accuracy at equal target accuracy: the best mean over the seeds among a "
+                "method's settings whose mean target accuracy reaches the level, both on test "
+                "images, with that setting's interval. It says what a method can do, whoever "
+                "chooses; the table above it, what comes of a choice without the source. "
+                "trade_off.png shows it as staircases, with a point for each setting in which no "
+                "run diverged."
+            )
+        else:
+            notes.append(
+                "trade_off.png shows the grid's runs over the strength of the penalty, larger "
+                "markers for stronger ones, each at the learning rate that is best for the "
+                "target's validation images; outlined markers are the final runs."
+            )
+        if preset.plain_epochs:
+            epochs = " or ".join(map(str, preset.plain_epochs))
+            notes.insert(1, f"Fine-tuning has learning rates of its own, with {epochs} epochs.")
         if preset.axis("frozen_lrs") != preset.lrs:
             rates = ", ".join(f"{lr:g}" for lr in preset.axis("frozen_lrs"))
             notes.insert(1, f"Learning rates with BatchNorm frozen: {rates}.")
@@ -417,6 +484,51 @@ def choose(points: Sequence[GridPoint], tolerance: float) -> Setting:
     near = [point.setting for point in points if point.best_known_score >= best - tolerance - 1e-9]
     chosen = min(near, key=lambda s: (-strength_of(s), float(s["lr"])))
     return dict(chosen)
+
+
+@dataclass(frozen=True)
+class _Speed:
+    """What things cost on this machine with one curvature, in seconds."""
+
+    factor_image: float
+    evaluated_image: float
+    trained_image: float
+    beginning: float
+
+    @classmethod
+    def of(
+        cls,
+        source: Mapping[str, float],
+        one: Mapping[str, float],
+        two: Mapping[str, float],
+        data: TransferData,
+    ) -> "_Speed":
+        """Take apart the seconds of the source's run and the target's of one and two epochs."""
+        epoch = max(two["fit"] - one["fit"], 0.0)
+        return cls(
+            factor_image=source["curvature"] / len(data.source_train),
+            evaluated_image=two["evaluate"] / _evaluated(data),
+            trained_image=epoch / len(data.target_train),
+            beginning=max(two["fit"] - 2 * epoch, 0.0),
+        )
+
+    def seconds(self, config: Config, data: TransferData) -> float:
+        """Estimate what a run takes: the target's if it has a learning rate."""
+        if "lr" not in config:
+            return (
+                len(data.source_train) * self.factor_image
+                + len(data.source_test) * self.evaluated_image
+            )
+        run = TargetConfig(**config)
+        trained = run.fits * run.epochs * len(data.target_train)
+        return (
+            self.beginning + trained * self.trained_image + _evaluated(data) * self.evaluated_image
+        )
+
+
+def _evaluated(data: TransferData) -> int:
+    """Return how many images the target's run is evaluated on."""
+    return len(data.source_test) + len(data.target_validation) + len(data.target_test)
 
 
 def _weights(preset: TransferPreset, data_dir: Path | None) -> Path:

@@ -5,7 +5,17 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-__all__ = ["batch_size", "fraction", "natural", "number", "option", "positive"]
+from ekfac_rs.scales import SCALES
+
+__all__ = [
+    "batch_size",
+    "fraction",
+    "natural",
+    "number",
+    "option",
+    "positive",
+    "scale",
+]
 
 
 def option(
@@ -49,6 +59,11 @@ def number(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
     return value
+
+
+def scale(text: str) -> float | str:
+    """Read a finite number from 0 on, or the name of a rule (`ekfac_rs.scales`)."""
+    return text if text in SCALES else number(text)
 
 
 def fraction(text: str) -> float:

@@ -18,9 +18,17 @@ import torch
 
 import ekfac_rs as ek
 from ekfac_rs.errors import FileFormatError
-from ekfac_rs.experiments.pictures import TradeOff, draw_bars, draw_curves, draw_trade_offs
+from ekfac_rs.experiments.intervals import Interval, Outcome, best_at, interval
+from ekfac_rs.experiments.pictures import (
+    Frontier,
+    TradeOff,
+    draw_bars,
+    draw_curves,
+    draw_frontiers,
+    draw_trade_offs,
+)
 from ekfac_rs.experiments.runs import RunRecord, write_json
-from ekfac_rs.experiments.settings import Setting, strength_of
+from ekfac_rs.experiments.settings import Setting, setting_text, strength_of
 from ekfac_rs.metrics import AccuracyMatrix
 
 __all__ = [
@@ -32,8 +40,11 @@ __all__ = [
     "MethodResult",
     "counted",
     "environment",
+    "equal_target_levels",
+    "equal_target_table",
     "markdown_table",
     "read_results",
+    "summary_table",
     "trade_off",
     "write_report",
 ]
@@ -57,6 +68,8 @@ class GridPoint:
         Wall-clock of its runs.
     measures
         Other results, by name; the choice does not look at them.
+    runs
+        Its final runs, one per seed, where every setting has some.
     """
 
     setting: Setting
@@ -65,6 +78,7 @@ class GridPoint:
     diverged: str | None
     seconds: float
     measures: Mapping[str, float] = field(default_factory=dict)
+    runs: Sequence[RunRecord] = ()
 
     @property
     def best_known_score(self) -> float:
@@ -99,15 +113,18 @@ class MethodResult:
         """Accuracy matrices of the final runs."""
         return [run.matrix for run in self.runs]
 
+    def stable_grid(self) -> list[GridPoint]:
+        """Return the points of the grid where no run diverged."""
+        return [point for point in self.grid if point.diverged is None]
+
     def edges(self) -> list[str]:
         """Return the settings chosen at an end of the range tried: the best may lie beyond it.
 
         Zero is a natural end and does not count.
         """
         axes = {
-            name: {point.setting[name] for point in self.grid}
-            for name, value in self.setting.items()
-            if not isinstance(value, str)
+            name: {v for point in self.grid if not isinstance(v := point.setting[name], str)}
+            for name in self.setting
         }
         return [
             name
@@ -139,15 +156,16 @@ class Column:
     ----------
     measure
         A key of `MethodResult.summary`.
-    deviation
-        Add the standard deviation.
+    with_interval
+        Add the half width of its 95 % interval.
     """
 
     measure: str
-    deviation: bool = False
+    with_interval: bool = False
 
 
 Picture = Callable[[Path, str, Sequence[MethodResult]], None]
+Table = Callable[[Sequence[MethodResult]], str]
 
 
 @dataclass(frozen=True)
@@ -160,10 +178,13 @@ class Layout:
         By heading.
     pictures
         By file name: what draws it, from its path, the report's title and the results.
+    tables
+        By heading: what else makes a table of the results; empty where they do not give one.
     """
 
     columns: Mapping[str, Column]
     pictures: Mapping[str, Picture]
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
 
 def _draw_average(path: Path, title: str, results: Sequence[MethodResult]) -> None:
@@ -186,7 +207,7 @@ def _draw_first_task(path: Path, title: str, results: Sequence[MethodResult]) ->
 
 STREAM = Layout(
     columns={
-        "average accuracy": Column("average_accuracy", deviation=True),
+        "average accuracy": Column("average_accuracy", with_interval=True),
         "task 1": Column("first_task"),
         "last task": Column("last_task"),
         "forgetting": Column("forgetting"),
@@ -203,9 +224,9 @@ def trade_off(result: MethodResult) -> TradeOff:
     that diverged are left out.
     """
     best: dict[float, GridPoint] = {}
-    for point in result.grid:
+    for point in result.stable_grid():
         strength = strength_of(point.setting)
-        if point.diverged is None and (strength not in best or point.score > best[strength].score):
+        if strength not in best or point.score > best[strength].score:
             best[strength] = point
     return TradeOff(
         result.label,
@@ -215,14 +236,71 @@ def trade_off(result: MethodResult) -> TradeOff:
 
 
 def _draw_trade_offs(path: Path, title: str, results: Sequence[MethodResult]) -> None:
-    draw_trade_offs(
-        path,
-        f"{title}: source against target",
-        "target accuracy",
-        "source accuracy",
-        [trade_off(result) for result in results],
-        reference=float(np.mean(results[0].summary()["first_task_before"])),
-    )
+    texts = (f"{title}: source against target", "target accuracy", "source accuracy")
+    reference = float(np.mean(results[0].summary()["first_task_before"]))
+    if _has_frontiers(results):
+        frontiers = [Frontier(result.label, _outcomes(result.stable_grid())) for result in results]
+        draw_frontiers(path, *texts, frontiers, reference)
+    else:
+        draw_trade_offs(path, *texts, [trade_off(result) for result in results], reference)
+
+
+def _has_frontiers(results: Sequence[MethodResult]) -> bool:
+    """Whether every setting has final runs."""
+    return all(result.grid and all(point.runs for point in result.grid) for result in results)
+
+
+def _outcomes(grid: Sequence[GridPoint]) -> list[Outcome]:
+    """Return source and target accuracies of settings that have final runs."""
+    return [
+        Outcome(
+            target=[run.accuracy[-1][1] for run in point.runs],
+            source=[run.accuracy[-1][0] for run in point.runs],
+        )
+        for point in grid
+    ]
+
+
+def equal_target_levels(
+    outcomes: Sequence[Outcome], step: float = 0.02, count: int = 6
+) -> list[float]:
+    """Return target accuracies to compare at: round ones, from the highest reached down."""
+    highest = max(float(np.mean(outcome.target)) for outcome in outcomes)
+    top = math.floor(highest / step + 1e-9)
+    return [round((top - i) * step, 10) for i in range(count) if top - i > 0]
+
+
+def equal_target_table(results: Sequence[MethodResult]) -> str:
+    """Return the table of what each method keeps of the source at equal target accuracy.
+
+    For each target accuracy the best source accuracy of any of its settings that reach it, mean
+    and 95 % interval; empty unless every setting has final runs.
+    """
+    if not _has_frontiers(results):
+        return ""
+    # Those of runs that diverged, too: with them a setting's mean reaches little.
+    outcomes = {result.label: _outcomes(result.grid) for result in results}
+    levels = equal_target_levels([outcome for each in outcomes.values() for outcome in each])
+    reached = {
+        label: [best_at(level, each) for level in levels] for label, each in outcomes.items()
+    }
+    best = [
+        max(kept.mean for row in reached.values() if (kept := row[i]) is not None)
+        for i in range(len(levels))
+    ]
+    head = ("source at target of", *(f"{100 * level:g}" for level in levels))
+    rule = ("---", *["---:"] * len(levels))
+    rows = [
+        (
+            label,
+            *(
+                "-" if kept is None else _bold(_percent(kept), kept.mean == highest)
+                for kept, highest in zip(row, best, strict=True)
+            ),
+        )
+        for label, row in reached.items()
+    ]
+    return _table(head, rule, rows)
 
 
 def _draw_bars(path: Path, title: str, results: Sequence[MethodResult]) -> None:
@@ -241,11 +319,12 @@ def _draw_bars(path: Path, title: str, results: Sequence[MethodResult]) -> None:
 TRANSFER = Layout(
     columns={
         "source before": Column("first_task_before"),
-        "source after": Column("first_task", deviation=True),
-        "target": Column("last_task", deviation=True),
-        "average": Column("average_accuracy", deviation=True),
+        "source after": Column("first_task", with_interval=True),
+        "target": Column("last_task", with_interval=True),
+        "average": Column("average_accuracy", with_interval=True),
     },
     pictures={"trade_off.png": _draw_trade_offs, "accuracies.png": _draw_bars},
+    tables={"Source accuracy at equal target accuracy": equal_target_table},
 )
 
 
@@ -290,13 +369,11 @@ def write_report(
         "methods": {result.key: _method_entry(result) for result in results},
     }
     write_json(output / "results.json", content)
-    lines = [
-        f"# {title}",
-        "",
-        markdown_table(results, layout),
-        "",
-        *(f"- {note}" for note in notes),
-    ]
+    lines = [f"# {title}", "", markdown_table(results, layout), ""]
+    for heading, make in layout.tables.items():
+        if further := make(results):
+            lines += [f"## {heading}", "", further, ""]
+    lines += [f"- {note}" for note in notes]
     table = "\n".join(lines).rstrip() + "\n"
     (output / "table.md").write_text(table, encoding="utf-8")
     for name, draw in layout.pictures.items():
@@ -319,13 +396,18 @@ def read_results(path: Path) -> list[MethodResult]:
                 key,
                 entry["label"],
                 entry["setting"],
-                [GridPoint(**point) for point in entry["grid"]],
+                [_grid_point(point) for point in entry["grid"]],
                 [RunRecord(**run) for run in entry["runs"]],
             )
             for key, entry in methods.items()
         ]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileFormatError(f"{path}: not the results of a study ({error})") from error
+        raise FileFormatError(f"{path}: not the results of a comparison ({error})") from error
+
+
+def _grid_point(entry: Mapping[str, Any]) -> GridPoint:
+    runs = tuple(RunRecord(**run) for run in entry.get("runs", ()))
+    return GridPoint(**{**entry, "runs": runs})
 
 
 def environment() -> dict[str, str | int | None]:
@@ -344,7 +426,7 @@ def environment() -> dict[str, str | int | None]:
 
 
 def markdown_table(results: Sequence[MethodResult], layout: Layout = STREAM) -> str:
-    """Return the table of all methods: percentages, mean ± standard deviation over the seeds."""
+    """Return the table of all methods: percentages, means with 95 % intervals over the seeds."""
     head = ("method", "chosen setting", *layout.columns, "seconds per run", "remarks")
     rule = ("---", "---", *["---:"] * (len(layout.columns) + 1), "---")
     summaries = [result.summary() for result in results]
@@ -352,13 +434,43 @@ def markdown_table(results: Sequence[MethodResult], layout: Layout = STREAM) -> 
     rows = [
         (
             result.label,
-            _setting_text(result.setting),
+            setting_text(result.setting),
             *(_cell(summary, column, best) for column in layout.columns.values()),
             f"{np.mean(summary['seconds']):.1f}",
             "; ".join(_remarks(result)),
         )
         for result, summary in zip(results, summaries, strict=True)
     ]
+    return _table(head, rule, rows)
+
+
+def summary_table(parts: Mapping[str, Sequence[MethodResult]]) -> str:
+    """Return a table of several comparisons, by name: average accuracy, a column for each.
+
+    Methods are the rows, those with the same label in one; the best of each column is in bold.
+    """
+    columns = {
+        name: {each.label: interval(each.summary()["average_accuracy"]) for each in results}
+        for name, results in parts.items()
+    }
+    best = {name: max(found.mean for found in column.values()) for name, column in columns.items()}
+    labels = list(dict.fromkeys(label for column in columns.values() for label in column))
+    rows = [
+        (
+            label,
+            *(
+                _bold(_percent(found), found.mean == best[name])
+                if (found := column.get(label)) is not None
+                else "-"
+                for name, column in columns.items()
+            ),
+        )
+        for label in labels
+    ]
+    return _table(("method", *columns), ("---", *["---:"] * len(columns)), rows)
+
+
+def _table(head: Sequence[str], rule: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
@@ -369,17 +481,20 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 def _cell(summary: Mapping[str, Sequence[float]], column: Column, best: float) -> str:
     """Return a measure in per cent, the best average accuracy in bold."""
-    values = summary[column.measure]
-    text = _percent(values, column.deviation)
-    is_best = column.measure == "average_accuracy" and float(np.mean(values)) == best
+    found = interval(summary[column.measure])
+    is_best = column.measure == "average_accuracy" and found.mean == best
+    return _bold(_percent(found, column.with_interval), is_best)
+
+
+def _bold(text: str, is_best: bool) -> str:
     return f"**{text}**" if is_best else text
 
 
 def _method_entry(result: MethodResult) -> dict[str, Any]:
     summary = {
         name: {
-            "mean": _number(float(np.mean(values))),
-            "std": _number(_deviation(values)),
+            "mean": _number(interval(values).mean),
+            "interval": _number(interval(values).half_width),
             "values": [_number(value) for value in values],
         }
         for name, values in result.summary().items()
@@ -402,28 +517,23 @@ def _remarks(result: MethodResult) -> list[str]:
         remarks.append(f"diverged in {diverged} of {len(result.runs)} runs")
     if warned:
         remarks.append(f"stability warning in {warned} of {len(result.runs)} runs")
+    scales = [run.measures["scale"] for run in result.runs if "scale" in run.measures]
+    if scales:
+        remarks.append(f"scale {np.mean(scales):.2g} at the end of a task")
+    elif len(result.grid) <= 1:
+        remarks.append("nothing chosen")
     if result.edges():
         remarks.append(f"{' and '.join(result.edges())} at the edge of the grid")
     return remarks
 
 
-def _setting_text(setting: Setting) -> str:
-    return ", ".join(
-        f"{name} {value if isinstance(value, str) else f'{value:g}'}"
-        for name, value in setting.items()
-    )
-
-
-def _percent(values: Sequence[float], deviation: bool = False) -> str:
-    mean, spread = 100 * float(np.mean(values)), 100 * _deviation(values)
-    if math.isnan(mean):
+def _percent(found: Interval, with_interval: bool = True) -> str:
+    if math.isnan(found.mean):
         return "n/a"
-    return f"{mean:.2f} ± {spread:.2f}" if deviation and not math.isnan(spread) else f"{mean:.2f}"
-
-
-def _deviation(values: Sequence[float]) -> float:
-    """Sample standard deviation; NaN for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    text = f"{100 * found.mean:.2f}"
+    if with_interval and not math.isnan(found.half_width):
+        text += f" ± {100 * found.half_width:.2f}"
+    return text
 
 
 def _number(value: float) -> float | None:

@@ -45,7 +45,7 @@ __all__ = [
 Config = Mapping[str, Any]
 Execute = Callable[[Config], "RunRecord"]
 
-# What a setting may do to a run. Any other error is a fault, and ends the study.
+# What a setting may do to a run. Any other error is a fault, and ends the comparison.
 DIVERGENCE = (NonFiniteError, NumericalError)
 
 
@@ -321,8 +321,12 @@ def write_json(path: Path, content: Any) -> None:
     """
     text = json.dumps(content, indent=1, allow_nan=False)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except BaseException:  # Ctrl-C, too.
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def config_digest(config: Config) -> str:

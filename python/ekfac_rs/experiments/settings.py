@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.experiments.options import batch_size, natural, number, option, positive
+from ekfac_rs.experiments.options import batch_size, natural, number, option, positive, scale
 
 __all__ = [
     "CURVATURES",
@@ -19,6 +19,7 @@ __all__ = [
     "RunConfig",
     "Setting",
     "grid",
+    "setting_text",
     "setting_words",
     "strength_of",
 ]
@@ -53,7 +54,7 @@ class RunConfig:
         Of training on one task.
     curvature
         A key of `CURVATURES`.
-    momentum, weights, step, scale, damping, freeze_bn_after
+    momentum, weights, step, own, scale, damping, freeze_bn_after
         As in `ekfac_rs.ContinualLearner`.
     """
 
@@ -66,7 +67,8 @@ class RunConfig:
     curvature: str = "none"
     weights: str = "kept"
     step: str = "stable"
-    scale: float = 1.0
+    own: bool = False
+    scale: float | str = 1.0
     damping: float = 0.0
     freeze_bn_after: float = 1.0
 
@@ -75,6 +77,19 @@ class RunConfig:
         """Whether nothing is protected: no curvature, no anchor, plain training."""
         return self.curvature == "none" and not self.damping
 
+    @property
+    def fits(self) -> int:
+        """About how often a task is learnt: halving begins anew until a scale is weak enough."""
+        return 6 if self.scale == "halving" else 1
+
+    def measures(self, learner: ek.ContinualLearner) -> dict[str, float]:
+        """Return what is known of a learner beside its accuracies: the scale that a rule chose.
+
+        Its mean over the tasks, each at its last step.
+        """
+        last = [selection.scale[-1] for selection in learner.selection if selection.scale]
+        return {"scale": float(np.mean(last))} if isinstance(self.scale, str) and last else {}
+
     def learner(self, model: nn.Module, **options: Any) -> ek.ContinualLearner:
         """Return a learner that has learnt nothing yet."""
         return ek.ContinualLearner(
@@ -82,6 +97,7 @@ class RunConfig:
             loss="cross_entropy",
             weights=self.weights,
             step=self.step,
+            own=self.own,
             scale=self.scale,
             damping=self.damping,
             momentum=self.momentum,
@@ -98,20 +114,29 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Size and grid of a study; an experiment adds what it has beside.
+    """Size and grid of a comparison; an experiment adds what it has beside.
 
     Attributes
     ----------
     name
         On the command line; empty for what holds without one.
+    methods
+        Compared where none are named; empty for all that the experiment has.
     seeds, grid_seed
         Of the final runs; of the grid, none of them.
     frozen_lrs
         Where BatchNorm is frozen, as many: a deep network bears only smaller ones then. Empty for
         those of `lrs`.
+    scheduled_lrs
+        Where BatchNorm is frozen in the course of a task, as many. Empty for those of `lrs`.
     plain_lrs
-        Of fine-tuning, which has no other axis: as many as the others have settings. Empty to
-        spread them, from a third of the lowest of `lrs` to three times the highest.
+        Of fine-tuning. Empty to spread them, from a third of the lowest of `lrs` to three times
+        the highest, as many as the others have settings.
+    plain_epochs
+        Of fine-tuning, which has no penalty to trade one task for another by: the length of
+        training and its rate are what it has. Empty for `epochs`.
+    rule_lrs
+        Where a rule chooses the scale. Empty for the middle one of `lrs`.
     diagonal_scales
         Of the diagonal curvature's penalty, as many. Empty for `scales`.
     l2
@@ -126,6 +151,7 @@ class Preset:
     """
 
     name: str = ""
+    methods: tuple[str, ...] = ()
     epochs: int = field(metadata=option(positive, "epochs per task"))
     batch_size: int = field(metadata=option(batch_size, "at least 2, for BN"))
     seeds: tuple[int, ...] = field(metadata=option(natural, "one final run each"))
@@ -134,16 +160,31 @@ class Preset:
         default=(),
         metadata=option(number, "those with BatchNorm frozen, as many; else as --lrs"),
     )
+    scheduled_lrs: tuple[float, ...] = field(
+        default=(),
+        metadata=option(
+            number, "those with BatchNorm frozen in the course of a task, as many; else as --lrs"
+        ),
+    )
     plain_lrs: tuple[float, ...] = field(
         default=(),
         metadata=option(
             number,
-            "those of fine-tuning, as many as the other methods have settings; else spread, from "
-            "a third of the lowest to three times the highest of --lrs",
+            "those of fine-tuning; else spread, from a third of the lowest to three times the "
+            "highest of --lrs",
         ),
     )
-    scales: tuple[float, ...] = field(
-        metadata=option(number, "scales of the curvature's penalty in the grid")
+    plain_epochs: tuple[int, ...] = field(
+        default=(), metadata=option(positive, "numbers of epochs of fine-tuning; else as --epochs")
+    )
+    rule_lrs: tuple[float, ...] = field(
+        default=(),
+        metadata=option(
+            number, "those where a rule chooses the scale; else the middle one of --lrs"
+        ),
+    )
+    scales: tuple[float | str, ...] = field(
+        metadata=option(scale, "scales of the curvature's penalty in the grid")
     )
     diagonal_scales: tuple[float, ...] = field(
         default=(),
@@ -176,9 +217,13 @@ class Preset:
         values = getattr(self, name)
         if not isinstance(values, tuple):
             return (values,)
-        if name == "plain_lrs" and not values:
+        if values:
+            return values
+        if name == "plain_lrs":
             return self._spread_lrs()
-        return values or self.axis(_FOLLOWED[name])
+        if name == "rule_lrs":
+            return [self.lrs[len(self.lrs) // 2]]
+        return self.axis(_FOLLOWED[name])
 
     def _spread_lrs(self) -> list[float]:
         count = len(grid(lr=self.lrs, scale=self.scales, crossed=self.crossed))
@@ -189,7 +234,14 @@ class Preset:
 
 
 # Axis -> the one that it follows where it is empty.
-_FOLLOWED = {"frozen_lrs": "lrs", "plain_lrs": "lrs", "diagonal_scales": "scales"}
+_FOLLOWED = {
+    "frozen_lrs": "lrs",
+    "scheduled_lrs": "lrs",
+    "plain_lrs": "lrs",
+    "plain_epochs": "epochs",
+    "rule_lrs": "lrs",
+    "diagonal_scales": "scales",
+}
 
 
 @dataclass(frozen=True)
@@ -211,6 +263,11 @@ class Method:
     fixed: Setting
     axes: Mapping[str, str]
 
+    @property
+    def is_penalised(self) -> bool:
+        """Whether it holds on to anything: fine-tuning alone does not."""
+        return self.fixed.get("curvature", "none") != "none" or "damping" in self.axes
+
     def settings(self, preset: Preset) -> list[Setting]:
         """Return the settings to try."""
         axes = {name: preset.axis(values) for name, values in self.axes.items()}
@@ -230,8 +287,20 @@ def grid(*, crossed: bool = False, **axes: Sequence[float | str]) -> list[Settin
 
 
 def strength_of(setting: Setting) -> float:
-    """Return how strong a setting's penalty is: its scale, else its damping; 0 without either."""
-    return float(setting.get("scale", setting.get("damping", 0.0)))
+    """Return how strong a setting's penalty is: its scale, else its damping; 0 without either.
+
+    What a rule makes of the scale is not known beforehand: that counts as 0, too.
+    """
+    strength = setting.get("scale", setting.get("damping", 0.0))
+    return 0.0 if isinstance(strength, str) else float(strength)
+
+
+def setting_text(setting: Setting) -> str:
+    """Return the setting in words fit for a table."""
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+        for name, value in setting.items()
+    )
 
 
 def setting_words(setting: Setting) -> list[str]:

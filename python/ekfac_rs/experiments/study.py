@@ -1,379 +1,405 @@
-"""A study: the methods of an experiment, each at settings of its own, over several seeds.
+"""The study: which method to use when, as one command over several experiments.
 
-Every method tries equally many settings on validation data; the best few, if the preset has
-finalists, are tried again at full length; one is chosen, by the experiment's rule, and run once
-for each seed on test data. A method with a single setting has nothing to choose and goes to the
-final runs at once. Finished runs are kept: a study goes on where it was.
+Every part is the comparison of one experiment at sizes of its own; what the parts found is put
+together in one report. Finished runs are kept, and parts share them where they are the same.
 """
 
 import dataclasses
-import time
-from abc import ABC, abstractmethod
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+
+from tqdm import tqdm
 
 from ekfac_rs.errors import OptionError
-from ekfac_rs.experiments.report import GridPoint, Layout, MethodResult, write_report
-from ekfac_rs.experiments.runs import (
-    Config,
-    Execute,
-    PlannedRun,
-    RunRecord,
-    RunStore,
-    Workers,
-    complete,
-)
-from ekfac_rs.experiments.settings import Method, Preset, Setting, setting_words
+from ekfac_rs.experiments import finegrained, permuted_mnist, split_cifar
+from ekfac_rs.experiments.comparison import Comparison, Experiment
+from ekfac_rs.experiments.finegrained import FineGrained, TransferPreset
+from ekfac_rs.experiments.methods import rule_names
+from ekfac_rs.experiments.permuted_mnist import PermutedMnist
+from ekfac_rs.experiments.report import counted, environment, read_results, summary_table
+from ekfac_rs.experiments.runs import PlannedRun, config_digest
+from ekfac_rs.experiments.settings import Preset
+from ekfac_rs.experiments.split_cifar import SplitCifar
 
-__all__ = ["Experiment", "Study"]
+__all__ = ["PARTS", "Part", "Study"]
 
 
-class Experiment(ABC):
-    """What an experiment has of its own: presets, methods, how a run is made, what is chosen by.
+@dataclass(frozen=True)
+class Part:
+    """One comparison of the study.
 
     Attributes
     ----------
-    name, summary, description, epilog, preset_help, data_help
-        On the command line and in ``--help``.
-    presets
-        By name.
-    default
-        What holds without ``--preset``.
-    methods
-        By name, in the order of the table.
-    layout
-        Columns of the table, and the pictures.
-    preset
-        Of this one.
+    experiment
+        What is compared.
+    preset, quick
+        Its size in the study, and in its quick form.
+    question
+        What it is to tell: a sentence of the report.
     """
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    description: ClassVar[str]
-    epilog: ClassVar[str] = ""
-    preset_help: ClassVar[str]
-    data_help: ClassVar[str]
-    presets: ClassVar[Mapping[str, Preset]]
-    default: ClassVar[Preset]
-    methods: ClassVar[Mapping[str, Method]]
-    layout: ClassVar[Layout]
+    experiment: type[Experiment]
     preset: Preset
-
-    @classmethod  # noqa: B027  most experiments have none
-    def add_arguments(cls, parser: ArgumentParser) -> None:
-        """Add options that are no changes to the preset."""
-
-    @classmethod
-    @abstractmethod
-    def from_options(cls, preset: Any, options: Namespace) -> Self:
-        """Return the experiment that the command line asks for.
-
-        Raises
-        ------
-        EkfacError
-            If its data are missing or damaged.
-        """
-
-    @abstractmethod
-    def config(self, stage: str, seed: int, options: Setting) -> Config:
-        """Return what determines a run.
-
-        Parameters
-        ----------
-        stage
-            ``"grid"`` and ``"finalist"`` are judged on validation data, ``"final"`` on test data;
-            a grid's runs may be shorter.
-        seed
-            Of the run.
-        options
-            What defines the method, with one of its settings.
-        """
-
-    def source(self, config: Config) -> PlannedRun | None:
-        """Return the run that one rests on, made before it and shared with others, if any."""
-        return None
-
-    @abstractmethod
-    def runner(self, output: Path, progress: bool) -> Callable[[], Execute]:
-        """Return what prepares a process for making runs; it has to be picklable."""
-
-    @abstractmethod
-    def score(self, record: RunRecord) -> float:
-        """Return the validation accuracy that settings are compared by."""
-
-    def measures(self, record: RunRecord) -> Mapping[str, float]:
-        """Return what is reported of a setting beside its score; the choice does not see it."""
-        return {}
-
-    def choose(self, points: Sequence[GridPoint]) -> Setting:
-        """Choose a setting: by default the one with the best score."""
-        return max(points, key=lambda point: point.best_known_score).setting
-
-    def seconds(self, config: Config) -> float | None:
-        """Estimate what a run takes on one worker, if that is known."""
-        return None
-
-    def workers(self, processors: int) -> int:
-        """Return how many runs to make at the same time."""
-        return processors
-
-    def threads_each(self, processors: int, workers: int) -> int:
-        """Return how many threads each of them computes on."""
-        return 1
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder with the results."""
-        return f"{self.name}-{self.preset.name}"
-
-    @abstractmethod
-    def title(self) -> str:
-        """Return the heading of the report."""
-
-    @abstractmethod
-    def notes(self, settings: int) -> list[str]:
-        """Return the sentences below the table; `settings` were tried for each method."""
-
-    @abstractmethod
-    def about(self) -> Mapping[str, Any]:
-        """Return what ``results.json`` says about the data."""
+    quick: Preset
+    question: str
 
 
 class Study:
-    """The whole comparison: grid, choice, final runs, report.
+    """Several comparisons with one report.
 
     Parameters
     ----------
-    experiment
-        What is compared, and how.
+    parts
+        By name, in the order of the report.
     output
-        Folder of the report; finished runs are kept in ``runs`` below it, and found again.
-    methods
-        Names of the experiment's methods; all by default.
+        Folder of the report, ``README.md``, and of a folder for each part. Finished runs are kept
+        in ``runs`` below it.
+    quick
+        Take each part's quick form.
+    data_dir
+        Where to look for data; None for where they usually are.
     command
         The command line, for the report.
-    workers, threads_each
-        Runs made at the same time, and threads that each computes on.
+    processors
+        To share among runs.
+    workers
+        Runs made at the same time; by default what each experiment makes of the processors.
     progress
-        Print the plan and show progress bars.
-
-    Raises
-    ------
-    OptionError
-        If a method is unknown, methods have unequal numbers of settings, or the grid's seed is
-        also one of a final run.
+        Print plans and show progress bars.
     """
 
     def __init__(
         self,
-        experiment: Experiment,
+        parts: Mapping[str, Part],
         output: Path,
-        methods: Sequence[str] | None = None,
         *,
+        quick: bool = False,
+        data_dir: Path | None = None,
         command: str = "",
-        workers: int = 1,
-        threads_each: int = 1,
+        processors: int = 1,
+        workers: int | None = None,
         progress: bool = True,
     ) -> None:
-        self.experiment = experiment
+        self.parts = parts
         self.output = output
+        self.quick = quick
+        self.data_dir = data_dir
         self.command = command
+        self.processors = processors
         self.workers = workers
-        self.threads_each = threads_each
         self.progress = progress
-        self.methods = _methods_of(experiment, methods)
-        self.settings = {
-            key: method.settings(experiment.preset) for key, method in self.methods.items()
-        }
-        # With a single setting there is nothing to choose.
-        self.tried = {key: s if len(s) > 1 else [] for key, s in self.settings.items()}
-        self._refuse_what_cannot_be()
-        self._store = RunStore(output / "runs")
-        self._records: dict[str, RunRecord] = {}
-        self._sources: dict[str, RunRecord] = {}
 
-    def run(self) -> str:
+    def run(self, names: Sequence[str] | None = None) -> str:
         """Make the runs that are not there yet, and write the report.
+
+        It is written anew when a part is finished, with all parts finished so far.
+
+        Parameters
+        ----------
+        names
+            Of the parts to make; all by default.
 
         Returns
         -------
         str
-            The table, in Markdown.
+            The report, in Markdown.
+
+        Raises
+        ------
+        OptionError
+            There is no such part, or none is named.
+        EkfacError
+            Data are missing or damaged: before any run is made.
         """
-        started = time.perf_counter()
+        comparisons = {name: self._comparison(name) for name in self._named(names)}
         if self.progress:
-            print(self._announcement(), flush=True)
-        prepare = self.experiment.runner(self.output, self.progress and self.workers == 1)
-        with Workers(self.workers, prepare, threads_each=self.threads_each) as pool:
-            screened = self._complete("grid", self.tried, pool)
-            finalists = {key: self._finalists(key, records) for key, records in screened.items()}
-            again = self._complete("finalist", finalists, pool)
-            grids = {
-                key: self._grid_points(key, screened[key], finalists[key], again[key])
-                for key in self.methods
-            }
-            chosen = {key: self._chosen(key, grids[key]) for key in self.methods}
-            final = self._complete("final", {key: [chosen[key]] for key in self.methods}, pool)
-        results = [
-            MethodResult(key, method.label, chosen[key], grids[key], final[key])
-            for key, method in self.methods.items()
-        ]
-        return self._report(results, time.perf_counter() - started)
+            print(self._announcement(comparisons), flush=True)
+        for name, comparison in comparisons.items():
+            if self.progress:
+                print(f"\n{name}: {comparison.experiment.title()}", flush=True)
+            comparison.run()
+            report = self._report()
+        return report
 
-    def _refuse_what_cannot_be(self) -> None:
-        preset = self.experiment.preset
-        counts = {key: len(settings) for key, settings in self.settings.items()}
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{key} {count}" for key, count in counts.items())
-            raise OptionError(f"methods: expected equally many settings for each, got {listed}")
-        if any(self.tried.values()) and preset.grid_seed in preset.seeds:
-            raise OptionError(f"seeds: {preset.grid_seed} is the seed of the grid")
+    def _named(self, names: Sequence[str] | None) -> list[str]:
+        named = list(self.parts) if names is None else list(names)
+        unknown = sorted(set(named) - set(self.parts))
+        if unknown or not named:
+            raise OptionError(f"part: expected some of {', '.join(self.parts)}, got {unknown}")
+        return [name for name in self.parts if name in named]
 
-    def _planned(
-        self, stage: str, settings: Mapping[str, Sequence[Setting]]
-    ) -> dict[str, list[PlannedRun]]:
-        """Return the runs of a stage by method: every setting, every seed."""
-        preset = self.experiment.preset
-        seeds = preset.seeds if stage == "final" else (preset.grid_seed,)
-        return {
-            key: [
-                PlannedRun(
-                    "-".join((stage, key, *setting_words(setting), f"seed{seed}")),
-                    self.experiment.config(stage, seed, {**self.methods[key].fixed, **setting}),
-                )
-                for setting in settings[key]
-                for seed in seeds
-            ]
-            for key in self.methods
-        }
+    def _comparison(self, name: str) -> Comparison:
+        part = self.parts[name]
+        preset = part.quick if self.quick else part.preset
+        experiment = part.experiment.read(preset, self.data_dir)
+        workers = self.workers or experiment.workers(self.processors)
+        return Comparison(
+            experiment,
+            self.output / name,
+            command=self.command,
+            workers=workers,
+            threads_each=experiment.threads_each(self.processors, workers),
+            store=self.output / "runs",
+            progress=self.progress,
+            estimate=not self.quick,
+        )
 
-    def _sources_of(self, runs: Mapping[str, Sequence[PlannedRun]]) -> list[PlannedRun]:
-        """Return what the runs rest on; several may share one."""
-        sources = [self.experiment.source(run.config) for runs in runs.values() for run in runs]
-        return list({run.name: run for run in sources if run is not None}.values())
-
-    def _complete(
-        self, stage: str, settings: Mapping[str, Sequence[Setting]], pool: Workers
-    ) -> dict[str, list[RunRecord]]:
-        """Return the records of a stage's runs by method."""
-        planned = self._planned(stage, settings)
-        sources = self._sources_of(planned)
-        made = complete({"": sources}, self._store, pool, "source", self.progress)[""]
-        self._sources |= {run.name: record for run, record in zip(sources, made, strict=True)}
-        records = complete(planned, self._store, pool, stage, self.progress)
-        for key, runs in planned.items():
-            self._records |= {run.name: r for run, r in zip(runs, records[key], strict=True)}
-        return records
-
-    def _finalists(self, key: str, records: Sequence[RunRecord]) -> list[Setting]:
-        """Return the settings that scored best in the grid, best first."""
-        scores = [self.experiment.score(record) for record in records]
-        ranked = sorted(range(len(scores)), key=lambda number: -scores[number])
-        return [self.tried[key][number] for number in ranked[: self.experiment.preset.finalists]]
-
-    def _grid_points(
-        self,
-        key: str,
-        screened: Sequence[RunRecord],
-        finalists: Sequence[Setting],
-        again: Sequence[RunRecord],
-    ) -> list[GridPoint]:
-        """Put together what is known about each setting."""
-        points = []
-        for setting, record in zip(self.tried[key], screened, strict=True):
-            longer = again[finalists.index(setting)] if setting in finalists else None
-            runs = [record] if longer is None else [record, longer]
-            points.append(
-                GridPoint(
-                    setting,
-                    score=self.experiment.score(record),
-                    full_length_score=None if longer is None else self.experiment.score(longer),
-                    diverged=next((run.diverged for run in runs if run.diverged), None),
-                    seconds=sum(run.seconds["total"] for run in runs),
-                    measures=self.experiment.measures(record),
-                )
+    def _announcement(self, comparisons: Mapping[str, Comparison]) -> str:
+        """Say how many runs there are to make and, but for the quick form, how long they take."""
+        runs = _runs_to_make(comparisons)
+        count = sum(map(len, runs.values()))
+        if self.quick:
+            return f"{counted(count, 'run')} to make, in {counted(len(runs), 'part')}"
+        seconds = dict.fromkeys(runs, 0.0)
+        with tqdm(total=count, desc="estimating what runs take", leave=False) as bar:
+            for name, of_part in runs.items():
+                for run in of_part:
+                    seconds[name] += comparisons[name].experiment.seconds(run.config) or 0.0
+                    bar.update()
+        here = sum(seconds[name] / comparisons[name].workers for name in runs)
+        return "\n".join(
+            (
+                *(f"{name}: {_amount(len(runs[name]), seconds[name])}" for name in runs),
+                f"in all: {_amount(count, sum(seconds.values()))}, {here / 3600:.1f} hours here",
             )
-        return points
+        )
 
-    def _chosen(self, key: str, points: Sequence[GridPoint]) -> Setting:
-        if not points:
-            return self.settings[key][0]
-        # What was tried again is compared by that alone.
-        finalists = [point for point in points if point.full_length_score is not None]
-        return self.experiment.choose(finalists or points)
-
-    def _announcement(self) -> str:
-        """Say what there is to do and, where it is known, about how long it takes."""
-        preset = self.experiment.preset
-        grid = [run for runs in self._planned("grid", self.tried).values() for run in runs]
-        # Which settings the later runs get is open, but for single ones; their size is not.
-        likely = {key: settings[-1:] for key, settings in self.settings.items()}
-        final = self._planned("final", likely)
-        finalist = {
-            key: runs * min(preset.finalists, len(self.tried[key]))
-            for key, runs in self._planned("finalist", likely).items()
+    def _report(self) -> str:
+        """Write what all parts that are finished have found."""
+        finished = {
+            name: self.output / name for name in self.parts if _is_finished(self.output / name)
         }
-        sources = self._sources_of({"": grid, **final})
-        stages = {
-            "source": (self._missing(sources), len(sources)),
-            "grid": (self._missing(grid), len(grid)),
-            "finalist": (several := [run for runs in finalist.values() for run in runs], None),
-            "final": ([run for runs in final.values() for run in runs], None),
-        }
-        settled = not several and not any(self.tried.values())
-        if settled:
-            runs, _ = stages["final"]
-            stages["final"] = self._missing(runs), len(runs)
-        idle = not any(runs for runs, total in stages.values() if total is not None)
-        texts = [
-            f"{stage} {len(runs)}"
-            + ("" if total is None else f" of {total}")
-            + ("" if idle else self._duration(runs))
-            for stage, (runs, total) in stages.items()
-            if runs or total
+        results = {name: read_results(folder / "results.json") for name, folder in finished.items()}
+        versions = ", ".join(f"{name} {value}" for name, value in environment().items())
+        lines = [
+            "# The study",
+            "",
+            f"Made by `{self.command}`, part by part; {versions}. Each part has its figures, the "
+            "grid's and those of every run, in its `results.json`.",
+            "",
+            "## Average accuracy",
+            "",
+            "Over the tasks of a stream, or of source and target, in per cent on test images, each "
+            "method at its chosen setting, ± the half width of the mean's 95 % interval.",
+            "",
+            summary_table(results),
         ]
-        return f"runs to make, {self.workers} at a time: {', '.join(texts)}"
-
-    def _missing(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-        return [run for run in runs if self._store.find(run) is None]
-
-    def _duration(self, runs: Sequence[PlannedRun]) -> str:
-        seconds = [self.experiment.seconds(run.config) for run in runs]
-        known = [value for value in seconds if value is not None]
-        return f" ({sum(known) / 60 / self.workers:.1f} minutes)" if known else ""
-
-    def _report(self, results: Sequence[MethodResult], seconds: float) -> str:
-        experiment, preset = self.experiment, self.experiment.preset
-        records = [*self._sources.values(), *self._records.values()]
-        about = {
-            "experiment": experiment.name,
-            "command": self.command,
-            **experiment.about(),
-            "preset": dataclasses.asdict(preset),
-            "seeds": list(preset.seeds),
-            "workers": self.workers,
-            "seconds": {
-                "all_runs": sum(record.seconds["total"] for record in records),
-                "this_call": seconds,
-            },
-            "source_runs": [dataclasses.asdict(record) for record in self._sources.values()],
-        }
-        notes = experiment.notes(len(next(iter(self.settings.values()))))
-        return write_report(
-            self.output, experiment.title(), results, about, notes, experiment.layout
-        )
+        for name, folder in finished.items():
+            lines += ["", *_section(name, folder, self.parts[name].question)]
+        report = "\n".join(lines) + "\n"
+        (self.output / "README.md").write_text(report, encoding="utf-8")
+        return report
 
 
-def _methods_of(experiment: Experiment, names: Sequence[str] | None) -> dict[str, Method]:
-    if names is None:
-        return dict(experiment.methods)
-    unknown = sorted(set(names) - set(experiment.methods))
-    if unknown:
-        raise OptionError(
-            f"methods: unknown {unknown}; expected some of {list(experiment.methods)}"
-        )
-    if not names:
-        raise OptionError("methods: expected at least one")
-    return {name: experiment.methods[name] for name in names}
+def _is_finished(folder: Path) -> bool:
+    return (folder / "results.json").is_file() and (folder / "table.md").is_file()
+
+
+def _section(name: str, folder: Path, question: str) -> list[str]:
+    """Return a part's own report as a section: its headings a step down, its pictures shown."""
+    title, *lines = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    pictures = [
+        f"![{path.stem.replace('_', ' ')}]({name}/{path.name})"
+        for path in sorted(folder.glob("*.png"))
+    ]
+    return [
+        f"#{title}",
+        "",
+        question,
+        *(f"#{line}" if line.startswith("#") else line for line in lines),
+        "",
+        "\n".join(pictures),
+    ]
+
+
+def _runs_to_make(comparisons: Mapping[str, Comparison]) -> dict[str, list[PlannedRun]]:
+    """Return the runs that are not there yet by part, those that parts share in the first."""
+    runs: dict[str, list[PlannedRun]] = {}
+    planned: set[str] = set()
+    for name, comparison in comparisons.items():
+        to_make = [(config_digest(run.config), run) for run in comparison.to_make()]
+        runs[name] = [run for digest, run in to_make if digest not in planned]
+        planned |= {digest for digest, _ in to_make}
+    return runs
+
+
+def _amount(runs: int, seconds: float) -> str:
+    """Say how many runs, and how long they take on one processor."""
+    return f"{counted(runs, 'run')}, about {seconds / 3600:.1f} core-hours"
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+# The same for all streams of permuted images, so that parts find each other's runs.
+_PERMUTED = dataclasses.replace(
+    permuted_mnist.PRESETS["full"],
+    name="study",
+    examples=15_000,
+    factor_examples=5_000,
+    grid_tasks=10,
+    finalists=0,
+    crossed=True,
+    lrs=(0.03, 0.1, 0.3),
+    frozen_lrs=(0.01, 0.03, 0.1),
+    plain_lrs=(0.001, 0.003, 0.01, 0.03, 0.1),
+    plain_epochs=(1, 2),
+    rule_lrs=(0.1,),
+)
+_QUICK_PERMUTED = dataclasses.replace(
+    permuted_mnist.PRESETS["quick"],
+    name="study-quick",
+    examples=4_000,
+    tasks=3,
+    epochs=1,
+    finalists=0,
+    seeds=(0, 1, 2),
+    lrs=(0.1,),
+    frozen_lrs=(0.03,),
+    plain_lrs=(0.01, 0.1),
+    scales=(1.0, 10.0),
+    diagonal_scales=(10.0, 100.0),
+    l2=(0.1, 1.0),
+    factor_examples=1_000,
+)
+_DEEP = (100,) * 6
+_BEST = ("fine-tuning", "kfac-frozen", "kfac-train", "scheduled-kfac-first")
+# The rows of the rules that choose a scale; () leaves them out. Halving takes six times as long.
+_RULES_OF_STREAMS = tuple(rule_names("scheduled-kfac-first"))
+_RULES_OF_TRANSFER = tuple(
+    name for name in rule_names("xkfac-nested") if not name.endswith("halving")
+)
+_QUICK = ("fine-tuning", "kfac-frozen", "xkfac")
+_CIFAR = finegrained.PRESETS["cifar-clothing"]
+_LITE0 = finegrained.PRESETS["lite0-clothing"]
+
+
+def _quick_transfer(preset: TransferPreset) -> TransferPreset:
+    """Return a form with few images."""
+    return dataclasses.replace(
+        preset,
+        name="study-quick",
+        methods=("fine-tuning", "kfac-frozen", "xkfac-nested"),
+        source_images=300,
+        target_images=400,
+        every_setting=True,
+        epochs=1,
+        seeds=(0, 1),
+    )
+
+
+PARTS: dict[str, Part] = {
+    "permuted-mnist": Part(
+        PermutedMnist,
+        dataclasses.replace(
+            _PERMUTED,
+            methods=(
+                *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-eval", "kfac-train"),
+                *("kfac-train-first", "kfac-train-explicit", "xkfac", "xkfac-explicit"),
+                *("xkfac-merged", "scheduled-kfac", "scheduled-kfac-first", "scheduled-xkfac"),
+                *_RULES_OF_STREAMS,
+            ),
+        ),
+        dataclasses.replace(
+            _QUICK_PERMUTED,
+            methods=(
+                *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-train", "xkfac"),
+                *("scheduled-kfac-first", "scheduled-kfac-first-auto"),
+            ),
+        ),
+        "Which curvature, which step, and what of BatchNorm and of the weights' norms? Every layer "
+        "is a Linear here, for which nested XK-FAC is XK-FAC.",
+    ),
+    "permuted-mnist-whole": Part(
+        PermutedMnist,
+        dataclasses.replace(_PERMUTED, methods=_BEST, examples=None, grid_examples=15_000),
+        dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, examples=None, grid_examples=4_000),
+        "The best of them on all images, at the settings chosen above.",
+    ),
+    "permuted-mnist-deep": Part(
+        PermutedMnist,
+        dataclasses.replace(_PERMUTED, methods=(*_BEST, "xkfac"), hidden=_DEEP),
+        dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, hidden=_DEEP),
+        "Does a deeper network change who wins?",
+    ),
+    "permuted-mnist-long": Part(
+        PermutedMnist,
+        dataclasses.replace(_PERMUTED, methods=_BEST, tasks=30),
+        dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, tasks=6),
+        "Does it last for many more tasks, at settings chosen on fewer?",
+    ),
+    "split-cifar": Part(
+        SplitCifar,
+        dataclasses.replace(
+            split_cifar.PRESETS["full"],
+            name="study",
+            methods=("fine-tuning", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
+            examples=5_000,
+            epochs=5,
+            batch_size=50,
+            grid_tasks=3,
+            grid_epochs=3,
+            lrs=(0.1,),
+            frozen_lrs=(0.03,),
+            plain_lrs=(0.01, 0.03, 0.1),
+            rule_lrs=(0.1,),
+        ),
+        dataclasses.replace(split_cifar.PRESETS["quick"], name="study-quick"),
+        "And convolutions, learnt from scratch, with an output layer for each task?",
+    ),
+    "cifar-clothing": Part(
+        FineGrained,
+        dataclasses.replace(
+            _CIFAR,
+            name="study",
+            every_setting=True,
+            methods=(
+                *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
+                *_RULES_OF_TRANSFER,
+            ),
+            source_images=1_000,
+            # Crossed: 0.03 with 10, 0.1 with 3 and with 10.
+            lrs=(0.03, 0.1),
+            frozen_lrs=(0.003, 0.01),
+            scheduled_lrs=(0.003, 0.01),
+            scales=(3.0, 10.0),
+            diagonal_scales=(1.0, 3.0),
+            l2=(0.01, 0.1),
+            plain_lrs=(0.003, 0.01, 0.03),
+            plain_epochs=(1, 2),
+            rule_lrs=(0.1,),
+        ),
+        dataclasses.replace(
+            _quick_transfer(_CIFAR),
+            lrs=(0.1,),
+            frozen_lrs=(0.01,),
+            scales=(3.0, 30.0),
+            plain_lrs=(0.01, 0.1),
+        ),
+        "From a trained network to other images: what is kept of the source where the target has "
+        "been learnt equally well?",
+    ),
+    "lite0-clothing": Part(
+        FineGrained,
+        dataclasses.replace(
+            _LITE0,
+            name="study",
+            every_setting=True,
+            methods=("fine-tuning", "kfac-frozen", "xkfac-nested"),
+            lrs=(0.001, 0.003),
+            frozen_lrs=(0.0003, 0.001),
+            scales=(1.0, 10.0),
+            plain_lrs=(0.0003, 0.001, 0.003),
+            rule_lrs=(0.003,),
+        ),
+        dataclasses.replace(
+            _quick_transfer(_LITE0),
+            lrs=(0.003,),
+            frozen_lrs=(0.001,),
+            scales=(1.0, 10.0),
+            plain_lrs=(0.001, 0.003),
+        ),
+        "The same of a network with depthwise convolutions, and with channels that are all but "
+        "dead.",
+    ),
+}

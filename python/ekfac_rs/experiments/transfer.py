@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import ekfac_rs as ek
 from ekfac_rs.errors import OptionError
@@ -30,6 +31,7 @@ from ekfac_rs.experiments.runs import (
     recorded,
 )
 from ekfac_rs.experiments.settings import CURVATURES, RunConfig
+from ekfac_rs.scales import rule_of
 
 __all__ = ["SourceConfig", "TargetConfig", "Transfer", "TransferData"]
 
@@ -114,6 +116,7 @@ class TransferData:
         image_size: int,
         crop: float,
         source_images: int,
+        target_images: int | None = None,
         progress: bool = True,
     ) -> tuple[Self, list[str]]:
         """Read the images of both tasks.
@@ -129,8 +132,8 @@ class TransferData:
             Directories or archives.
         image_size, crop
             As in `ImageTree.read`.
-        source_images
-            Read at most so many of each of the source's splits.
+        source_images, target_images
+            Read at most so many of each of the source's, or the target's, splits; None for all.
         progress
             Show tqdm bars.
 
@@ -155,10 +158,11 @@ class TransferData:
         if source_test.classes != source_train.classes:
             raise OptionError(f"source_data: expected the same classes in all splits of {source}")
 
-        target_train = read(target_tree, "train")
-        target_test = read(target_tree, _first_of(target_tree, "test", "validation"))
+        read_target = partial(read, target_tree, max_images=target_images)
+        target_train = read_target("train")
+        target_test = read_target(_first_of(target_tree, "test", "validation"))
         if {"validation", "test"} <= set(target_tree.splits):
-            target_validation = read(target_tree, "validation")
+            target_validation = read_target("validation")
             validation_note = ""
         else:
             target_train, target_validation = target_train.split(_HELD_OUT_SHARE, _HELD_OUT_SEED)
@@ -179,6 +183,11 @@ class TransferData:
             f"{image_size} x {image_size} pixels."
         ]
         return cls(source_train, source_test, target_train, target_validation, target_test), notes
+
+    def part(self, images: int) -> Self:
+        """Take at most so many images of each set, every class in proportion."""
+        sets = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return type(self)(*(each.part(images) for each in sets))
 
     @cached_property
     def source_digest(self) -> str:
@@ -221,6 +230,7 @@ class Transfer:
         self._folder = folder
         self._progress = progress
         self._source_before: float | None = None
+        self._loss_before: float | None = None
         self._kept: tuple[Path, ek.Curvature] | None = None
         outputs, classes = self._source_head().out_features, len(data.source_train.classes)
         if outputs != classes:
@@ -284,7 +294,7 @@ class Transfer:
             diverged,
             dict(counts),
             {**clock.seconds, "total": time.perf_counter() - started},
-            {"target_validation": validation},
+            {"target_validation": validation, **config.measures(learner)},
         )
 
     @property
@@ -314,8 +324,21 @@ class Transfer:
             layers = backbone_layers(model, self._head)
             # Two images show the data flow as well as a whole mini-batch does.
             anchor = ek.merged_weights(model, layers=layers, example=example[:2])
-            learner.adopt(self._curvature(config.at_source), anchor)
+            # The budget of scale="auto" is a share of it.
+            loss = self._source_loss() if rule_of(config.scale).needs_losses else None
+            learner.adopt(self._curvature(config.at_source), anchor, loss)
         return learner
+
+    @torch.no_grad()
+    def _source_loss(self) -> float:
+        """Return the source's mean training loss before anything is learnt; once per process."""
+        if self._loss_before is None:
+            model, data = self._network(), self._data.source_train
+            losses = [
+                F.cross_entropy(model(x), y, reduction="sum") for x, y in self._in_order(data)
+            ]
+            self._loss_before = float(sum(losses)) / len(data)
+        return self._loss_before
 
     def _curvature(self, config: SourceConfig) -> ek.Curvature | None:
         """Return the source's curvature, from the file kept if it has been taken before."""

@@ -47,6 +47,7 @@ from ekfac_rs.learning.optimization import (
     require_optimizer,
     require_scheduler,
 )
+from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.learning.training import (
     Means,
     Plan,
@@ -133,6 +134,11 @@ class ContinualLearner:
         parameters have learning rates of their own, both look at the highest that there was so
         far in the task. Optimisers whose steps do not grow with the gradient, such as Adam, do not
         diverge in either case; for them "stable" turns steps away from what is held on to.
+    own : bool
+        Whether stable steps also count with the curvature of the task that is being learnt, taken
+        of the last four mini-batches from time to time (`QuadraticPenalty.precondition`): a
+        learning rate that its own loss would not bear, as with frozen BatchNorms, does not diverge
+        then. Under a penalty alone, from the second task on.
     optimizer : callable, optional
         Called as ``optimizer(parameters, lr=lr)`` when a task's training begins, with the list of
         the model's trainable parameters and the learning rate given to `fit`; returns a
@@ -166,6 +172,9 @@ class ContinualLearner:
         One for each of them (none where ``approximation`` is None), or with ``max_terms`` one for
         all.
     anchor : Anchor or None
+    losses : list of float or None
+        Mean loss of each of them when it was consolidated, on its own data in eval mode: taken
+        where ``scale`` has to know it, otherwise None.
     selection : list of Selection
         What the rule for the scale did, one for each call of `fit` under a penalty.
 
@@ -204,6 +213,7 @@ class ContinualLearner:
         damping: float = 0.0,
         max_terms: int | None = None,
         step: str = "stable",
+        own: bool = False,
         optimizer: MakesOptimizer | None = None,
         scheduler: str | MakesScheduler | None = "cosine",
         momentum: float = 0.9,
@@ -250,6 +260,7 @@ class ContinualLearner:
         self.damping = damping
         self.max_terms = max_terms
         self.step = step
+        self.own = own
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.momentum = momentum
@@ -263,6 +274,7 @@ class ContinualLearner:
         self.task = 0
         self.curvatures: list[Curvature] = []
         self.anchor: Anchor | None = None
+        self.losses: list[float | None] = []
         self.selection: list[Selection] = []
         # For weights="first": those that the learner was given.
         self._norms = weight_norms(self.model)
@@ -416,14 +428,16 @@ class ContinualLearner:
             self._reparameterize_if_any(source)
         put_in_train_mode(model)
         penalty = None if rule is None else self.penalty()
-        control = None
+        scale = None
         if rule is not None and penalty is not None:
             cleanup.callback(penalty.close)
+            before = next((x for x in reversed(self.selection) if x.rule == repr(rule)), None)
+            control = rule.control(self.losses, plan.steps, before)
             if selection is None:
                 selection = Selection(repr(rule), self.task)
                 self.selection.append(selection)
                 undo.callback(self.selection.pop)
-            control = ScaleOfSteps(rule.control(self.task, plan.steps), penalty, selection)
+            scale = ScaleOfSteps(control, penalty, selection)
         optimization = Optimization(
             [p for p in model.parameters() if p.requires_grad],
             lr,
@@ -441,13 +455,37 @@ class ContinualLearner:
             self._outputs,
             optimization,
             penalty,
-            control,
+            scale,
             stable=self.step == "stable",
+            own=self._own_of(penalty) if self.own and self.step == "stable" else None,
             doubled=self._doubled,
             plan=plan,
             so_far=self._so_far,
             begun=undo.pop_all,
         )
+
+    def _own_of(self, penalty: QuadraticPenalty | None) -> OwnCurvature | None:
+        if penalty is None:
+            return None
+        assert self.anchor is not None
+        names = tuple(self.anchor)
+
+        def estimate(
+            batches: Sequence[tuple[Inputs, Tensor]], generator: torch.Generator
+        ) -> Curvature:
+            return estimate_curvature(
+                self.model,
+                batches,
+                loss=self.likelihood,
+                approximation=self.approximation or "kfac-expand",
+                coordinates=self.coordinates,
+                labels=self.labels,
+                generator=generator,
+                layers=names,
+                output_fn=self.output_fn,
+            )
+
+        return OwnCurvature(estimate)
 
     @own_modes()
     def consolidate(self, loader: Source) -> None:
@@ -477,12 +515,17 @@ class ContinualLearner:
                 with restored_on_failure(self.model):
                     curvature, anchor = self._consolidated(source)
                 kept = self._kept([*self.curvatures, *([] if curvature is None else [curvature])])
+                loss = None
+                if rule_of(self.scale).needs_losses:
+                    source.require_passes(2, "consolidate, which takes the loss for the scale")
+                    loss = self._mean_loss(source)
                 self._share(anchor, undo)
                 self.curvatures, self.anchor = kept, anchor
+                self.losses.append(loss)
             undo.pop_all()
         self._begin_task(self.task + 1)
 
-    def adopt(self, curvature: Curvature | None, anchor: Anchor) -> None:
+    def adopt(self, curvature: Curvature | None, anchor: Anchor, loss: float | None = None) -> None:
         """Take over a task that was consolidated elsewhere.
 
         Parameters
@@ -491,6 +534,8 @@ class ContinualLearner:
             Of the task's loss at the model's present weights; None where the learner takes none.
         anchor : Anchor
             The present weights, from `merged_weights` or `raw_weights`.
+        loss : float, optional
+            The task's mean loss there, in eval mode; ``scale="auto"`` needs it.
 
         Raises
         ------
@@ -516,6 +561,7 @@ class ContinualLearner:
             self._share(anchor, undo)
             undo.pop_all()
         self.curvatures, self.anchor = kept, anchor
+        self.losses.append(loss)
         self._begin_task(self.task + 1)
 
     def grow(self, classes: int) -> None:
@@ -630,6 +676,19 @@ class ContinualLearner:
                 results.append(self._evaluated(loader))
         return results
 
+    @torch.no_grad()
+    def _mean_loss(self, source: Loader) -> float:
+        """Mean loss in eval mode, over as many examples as the curvature is taken of."""
+        means = Means(device_of(self.model))
+        with as_found(self.model):
+            self.model.eval()
+            for batch in source.batches():
+                loss = self.likelihood.loss(*self._outputs(batch))
+                means.add(loss, zero := torch.zeros_like(loss), batch.examples, zero, zero)
+                if self.max_examples is not None and means.examples >= self.max_examples:
+                    break
+        return means.result()["loss"]
+
     def _evaluated(self, loader: Source) -> float:
         """Evaluate the model in use."""
         result = Means(device_of(self.model))
@@ -661,7 +720,7 @@ class ContinualLearner:
             curvatures,
             anchor,
             damping=self.damping,
-            scale=rule_of(self.scale).control(max(self.task, 1), steps=1).scale,
+            scale=rule_of(self.scale).first_scale(),
             coordinates=self.coordinates,
         )
 
@@ -676,6 +735,7 @@ class ContinualLearner:
             "anchor": anchor,
             "norms": dict(self._norms),
             "heads": self._heads.state_dict(),
+            "losses": list(self.losses),
             "selection": [selection.as_dict() for selection in self.selection],
             "curvatures": [(c.tensors(), c.metadata()) for c in self.curvatures],
         }
@@ -711,6 +771,7 @@ class ContinualLearner:
         self._heads.load_tensors(state.get("heads", {}))
         self.model.load_state_dict(state["model"])
         self.curvatures, self.anchor, self.selection = curvatures, anchor, selection
+        self.losses = list(state.get("losses", [None] * len(curvatures)))
         self._norms = dict(state["norms"])
         self._begin_task(state["task"])
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ekfac_rs.batchnorm import device_of, frozen_batchnorms
 from ekfac_rs.errors import NonFiniteError, NumericalError
 from ekfac_rs.learning.optimization import Optimization
+from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.likelihood import Likelihood
 from ekfac_rs.loading import Batch, Inputs, Loader
 from ekfac_rs.penalty import QuadraticPenalty
@@ -79,6 +80,8 @@ class Training:
         The penalty's, where there is one.
     stable : bool
         Whether gradients are preconditioned for the penalty.
+    own : OwnCurvature or None
+        Of the task, where they are preconditioned for its loss, too.
     doubled : callable
         Tells, given two examples, the parameters that stay as they are once BatchNorms are frozen.
     plan : Plan
@@ -102,6 +105,7 @@ class Training:
         scale: "ScaleOfSteps | None",
         *,
         stable: bool,
+        own: OwnCurvature | None,
         doubled: Callable[[Inputs], list[nn.Parameter]],
         plan: Plan,
         so_far: SoFar,
@@ -115,6 +119,7 @@ class Training:
         self._penalty = penalty
         self._scale = scale
         self._stable = stable
+        self._own = own
         self._doubled = doubled
         self._plan = plan
         self._so_far = so_far
@@ -164,6 +169,8 @@ class Training:
             self._so_far.example = batch.inputs.first(2).clone()
         if self.steps_done == self._plan.freeze_at < self._plan.steps:
             self._freeze(batch.inputs.first(2))
+        frozen = self.steps_done >= self._plan.freeze_at
+        own = None if self._own is None else self._own.at(batch, frozen)
         outputs, targets = self._outputs(batch)
         if first or not outputs.is_cuda:
             self._likelihood.validate(outputs, targets)
@@ -190,7 +197,7 @@ class Training:
         self._optimization.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         if self._penalty is not None and self._stable:
-            self._penalty.precondition(self._optimization.highest_lr)
+            self._penalty.precondition(self._optimization.highest_lr, own)
         self._optimization.step(self._still)
         self.steps_done += 1
         self._begun()

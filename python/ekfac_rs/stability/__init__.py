@@ -1,7 +1,7 @@
 """Stability of training steps on a penalty: where explicit ones diverge, and one that does not."""
 
 from ekfac_rs.stability.eigenvalue import Hessian, top_eigenvalue_of_parameters
-from ekfac_rs.stability.step import StableStep, StableSteps
+from ekfac_rs.stability.step import StableStep, StableSteps, next_look
 from ekfac_rs.stability.view import Situation, View
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "StableStep",
     "StableSteps",
     "View",
+    "next_look",
     "top_eigenvalue_of_parameters",
 ]

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +20,6 @@ from ekfac_rs.curvature import (
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.operators import LARGE, ByEntry, Operator, Rotated, Spectrum, WithRows
 from ekfac_rs.stability.view import Moves, View
-
-_Terms = KroneckerSum | ColumnwiseSum | ThinKroneckerSum
 
 
 class Part:
@@ -76,14 +76,21 @@ class Bound(ABC):
         """Yield the parts of ``K`` seen from the parameters, good for ``(I + c K)^-1``."""
 
 
-def bound_of(block: Block | None, scale: float, damping: float, like: Tensor) -> Bound:
-    """Return the bound of ``scale * block + damping``; ``like`` has the shape of weights."""
-    if isinstance(block, EigenbasisSum):
-        block = block.above()
-    if isinstance(block, KroneckerSum | ColumnwiseSum | ThinKroneckerSum):
-        return _KroneckerBound(block, scale, damping)
-    values = block.values if isinstance(block, DiagonalBlock) else torch.zeros_like(like)
-    return _DiagonalBound(scale * values + damping)
+def bound_of(blocks: Sequence[tuple[float, Block]], damping: float, like: Tensor) -> Bound:
+    """Return the bound of blocks times their scales, and damping.
+
+    Parameters
+    ----------
+    blocks : sequence of (float, Block)
+        All diagonal or none.
+    damping : float
+    like : Tensor of shape (D, K)
+        Of the weights' shape.
+    """
+    diagonal = [scale * b.values for scale, b in blocks if isinstance(b, DiagonalBlock)]
+    if len(diagonal) == len(blocks):
+        return _DiagonalBound(reduce(add, diagonal, torch.zeros_like(like)) + damping)
+    return _KroneckerBound((term for scaled in blocks for term in _terms_of(*scaled)), damping)
 
 
 class _KroneckerBound(Bound):
@@ -93,9 +100,9 @@ class _KroneckerBound(Bound):
     terms are positive semi-definite (method: stable step). Groups of a single row add up exactly.
     """
 
-    def __init__(self, block: _Terms, scale: float, damping: float) -> None:
-        A, G, self.terms = _above(_stacks(block))
-        self._A, self._G = _damped(A, scale * G, damping)
+    def __init__(self, terms: Iterable[tuple[Tensor, Tensor]], damping: float) -> None:
+        A, G, self.terms = _above(terms)
+        self._A, self._G = _damped(A, G, damping)
         self.is_zero = not bool(self._A.any() and self._G.any())
         self._constant: Spectrum | None = None
 
@@ -192,11 +199,17 @@ def _kept_columns(view: View, K: int) -> slice:
     return slice(0 if view.weight is not None else inputs, K if view.bias is not None else inputs)
 
 
-def _stacks(block: _Terms) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield terms with an axis of groups: matrices ``[groups, n, n]``, diagonals ``[1, n]``."""
+def _terms_of(scale: float, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield terms above a block, each with an axis of groups.
+
+    Matrices are ``[groups, n, n]``, diagonals ``[1, n]``.
+    """
+    if isinstance(block, EigenbasisSum):
+        block = block.above()
+    assert isinstance(block, KroneckerSum | ColumnwiseSum | ThinKroneckerSum)
     terms = block.products() if isinstance(block, ThinKroneckerSum) else block.terms
     for A, G in terms:
-        yield (A, G) if G.dim() == 3 else (A[None], G[None])
+        yield (A, scale * G) if G.dim() == 3 else (A[None], scale * G[None])
 
 
 def _above(terms: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:

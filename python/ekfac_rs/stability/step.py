@@ -1,6 +1,6 @@
 """The step that stays stable on a penalty: linearly implicit, layer by layer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from ekfac_rs._lanczos import top_eigenvalue
 from ekfac_rs.curvature import Block
 from ekfac_rs.errors import ModelChangedError, NumericalError
 from ekfac_rs.layers import AffineLayer
-from ekfac_rs.stability.bounds import Bound, Part, bound_of
+from ekfac_rs.stability.bounds import Part, bound_of
 from ekfac_rs.stability.eigenvalue import Hessian, seen_from_parameters
 from ekfac_rs.stability.view import Situation, View
 
@@ -67,21 +67,21 @@ class StableStep:
     ) -> None:
         self._layer = layer
         self._merged = merged and layer.batchnorm is not None
+        self._block, self._damping, self._like = block, damping, like
         self._hessian_at = hessian
-        self._bound_at: Callable[[float], Bound] = lambda scale: bound_of(
-            block, scale, damping, like
-        )
-        self._scale = -1.0
+        self._taken: tuple[float, Block | None] | None = None
         self._parts: list[Part] = []
         self.strength = 0.0
         self.top = 0.0
 
-    def prepare(self, situation: Situation | None, lr: float, scale: float) -> None:
+    def prepare(
+        self, situation: Situation | None, lr: float, scale: float, own: Block | None
+    ) -> None:
         """Take ``K`` where the model is now, as strong as learning rates up to ``lr`` need it.
 
-        And penalties up to ``scale``.
+        And penalties up to ``scale``, beside the present task's own curvature.
         """
-        self._take_scale(scale)
+        self._take(scale, own)
         self._parts, self.top = [], 0.0
         view = View(self._layer, situation if self._merged else None)
         if not view.parameters or self._bound.is_zero or lr == 0.0:
@@ -106,11 +106,16 @@ class StableStep:
                 for parameter, gradient in part.scattered(X, gradients).items():
                     gradients[parameter].copy_(gradient)
 
-    def _take_scale(self, scale: float) -> None:
-        if scale == self._scale:
+    def _take(self, scale: float, own: Block | None) -> None:
+        if self._taken is not None and self._taken[0] == scale and self._taken[1] is own:
             return
-        self._scale, self._hessian = scale, self._hessian_at(scale)
-        self._bound = self._bound_at(scale)
+        self._taken = scale, own
+        blocks = [] if self._block is None else [(scale, self._block)]
+        self._hessian = self._hessian_at(scale)
+        if own is not None:
+            blocks.append((1.0, own))
+            self._hessian = _sum_of(self._hessian, own.product)
+        self._bound = bound_of(blocks, self._damping, self._like)
         self._least_strength = 1.0 / (_SAFE * self._bound.terms)
         self.strength = self.strength or self._bound.terms**-0.5
 
@@ -158,6 +163,16 @@ class StableStep:
         return lr * top_eigenvalue(product, view.start(), _PRODUCTS, _TOLERANCE, limit)
 
 
+def next_look(count: int) -> int:
+    """Return the step for the next look, after one at step ``count``."""
+    # Gains and inputs move fastest in the beginning.
+    return count + min(_INTERVAL, max(_FIRST_INTERVAL, count))
+
+
+def _sum_of(first: Hessian, second: Hessian) -> Hessian:
+    return lambda V: first(V).add_(second(V.contiguous()))
+
+
 class StableSteps:
     """The layers' stable steps, and when they look at the model anew."""
 
@@ -166,6 +181,7 @@ class StableSteps:
         self._situations: dict[str, Situation | None] = {}
         self._modes: tuple[bool, ...] = ()
         self._prepared: tuple[float, float] | None = None
+        self._own: Mapping[str, Block] = {}
         self._count, self._next = 0, 0
 
     def is_due(self, modes: tuple[bool, ...]) -> bool:
@@ -177,6 +193,10 @@ class StableSteps:
         """Take the layers' situations."""
         self._situations, self._modes, self._prepared = situations, modes, None
 
+    def take_own(self, own: Mapping[str, Block]) -> None:
+        """Take the present task's own curvature, for all steps until another is taken."""
+        self._own, self._prepared = own, None
+
     def apply(self, lr: float, scale: float) -> None:
         """Multiply the gradients of all layers, for a learning rate and a penalty's scale."""
         if not self._situations:
@@ -184,10 +204,9 @@ class StableSteps:
         if not self._is_prepared(lr, scale):
             lr_and_scale = self._with_headroom(lr, scale)
             for name, step in self.steps.items():
-                step.prepare(self._situations[name], *lr_and_scale)
+                step.prepare(self._situations[name], *lr_and_scale, self._own.get(name))
             self._prepared = lr_and_scale
-            # Gains and inputs move fastest in the beginning.
-            self._next = self._count + min(_INTERVAL, max(_FIRST_INTERVAL, self._count))
+            self._next = next_look(self._count)
         for step in self.steps.values():
             step.apply(lr)
         self._count += 1

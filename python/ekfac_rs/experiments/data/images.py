@@ -73,7 +73,19 @@ class ImageSet:
         chosen[stratified_rows(self.labels, round(share * len(self)), seed)] = True
         return self._rows(~chosen), self._rows(chosen)
 
-    def _rows(self, rows: npt.NDArray[np.bool_]) -> "ImageSet":
+    def part(self, count: int, seed: int = 0) -> "ImageSet":
+        """Take so many images, or all if there are fewer, every class in proportion."""
+        return self._rows(np.sort(stratified_rows(self.labels, count, seed)))
+
+    def of_classes(self, chosen: Sequence[int]) -> "ImageSet":
+        """Take the images of some classes, given by their indices: these count from 0 then."""
+        rows = np.isin(self.labels, chosen)
+        labels = np.zeros(len(self.classes), np.int64)
+        labels[list(chosen)] = np.arange(len(chosen))
+        classes = tuple(self.classes[number] for number in chosen)
+        return ImageSet(self.images[rows], labels[self.labels[rows]], classes)
+
+    def _rows(self, rows: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> "ImageSet":
         return ImageSet(self.images[rows], self.labels[rows], self.classes)
 
 

@@ -1,0 +1,43 @@
+"""The curvature of the task that is being learnt, for the step that is stable on its loss, too."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ekfac_rs.curvature import Curvature
+from ekfac_rs.loading import Batch, Inputs
+from ekfac_rs.stability import next_look
+
+# Mini-batches that it is taken of, the last ones seen.
+_MINI_BATCHES = 4
+
+Estimate = Callable[[Sequence[tuple[Inputs, Tensor]], torch.Generator], Curvature]
+
+
+class OwnCurvature:
+    """The present task's own curvature, taken anew from time to time and when BatchNorms freeze.
+
+    Parameters
+    ----------
+    estimate : callable
+        Takes a curvature of mini-batches, with a generator for the labels that it draws.
+    """
+
+    def __init__(self, estimate: Estimate) -> None:
+        self._estimate = estimate
+        self._batches: deque[tuple[Inputs, Tensor]] = deque(maxlen=_MINI_BATCHES)
+        # The user's random state stays as it is.
+        self._generator = torch.Generator().manual_seed(0)
+        self._count, self._next, self._frozen = 0, 0, False
+        self._curvature: Curvature | None = None
+
+    def at(self, batch: Batch, frozen: bool) -> Curvature:
+        """Return the curvature for the step on this mini-batch, before the model is called."""
+        self._batches.append((batch.inputs, batch.targets))
+        if self._curvature is None or frozen != self._frozen or self._count >= self._next:
+            self._curvature = self._estimate(tuple(self._batches), self._generator)
+            self._next, self._frozen = next_look(self._count), frozen
+        self._count += 1
+        return self._curvature

@@ -1,0 +1,170 @@
+"""Stable steps that count with the curvature of the task that is being learnt."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import ekfac_rs as ek
+from ekfac_rs.errors import IncompatibleError, NumericalError, ShapeError, UnknownLayerError
+from nets import classification_loader, mlp
+
+X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = X @ torch.randn(5, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def linear():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 3).double())
+
+
+def held(model, scale=1.0, **options):
+    """A penalty on a model where it is, and the curvature of its loss there."""
+    curvature = ek.estimate_curvature(
+        model, [(X, Y)], loss="mse", generator=torch.Generator().manual_seed(0), **options
+    )
+    return ek.QuadraticPenalty(model, curvature, ek.merged_weights(model), scale=scale), curvature
+
+
+def preconditioner(model, penalty, lr, own):
+    """The matrix that gradients of the one layer are multiplied by."""
+    layer = model[0]
+    columns = []
+    for unit in torch.eye(18, dtype=torch.float64):
+        model(X)
+        penalty()
+        V = unit.view(3, 6)
+        layer.weight.grad, layer.bias.grad = V[:, :5].clone(), V[:, 5].clone()
+        penalty.precondition(lr, own)
+        moved = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+        columns.append(moved.flatten())
+    return torch.stack(columns, 1)
+
+
+@pytest.mark.parametrize("approximation", ["kfac-expand", "xkfac", "diagonal"])
+def test_steps_are_safe_on_the_sum_of_old_and_own_curvature_and_on_no_less(approximation):
+    model, lr = linear(), 1e3
+    penalty, old = held(model, scale=0.01, approximation=approximation)
+    with torch.no_grad():
+        model[0].weight += 1.0
+    with penalty:
+        own = ek.estimate_curvature(
+            model,
+            [(3.0 * X + 1.0, Y)],
+            loss="mse",
+            approximation=approximation,
+            generator=torch.Generator().manual_seed(1),
+        )
+        H = 0.01 * old["0"].dense() + own["0"].dense()
+        with_own = torch.linalg.eigvals(lr * preconditioner(model, penalty, lr, own) @ H)
+        without = torch.linalg.eigvals(lr * preconditioner(model, penalty, lr, None) @ H)
+    assert float(with_own.real.max()) <= 1.55
+    assert float(without.real.max()) > 20.0
+
+
+def test_training_converges_far_above_the_learning_rate_that_the_loss_bears():
+    def learner_with(own):
+        learner = ek.ContinualLearner(
+            linear(),
+            loss="mse",
+            approximation="kfac-expand",
+            scale=1e-6,
+            momentum=0.0,
+            scheduler=None,
+            own=own,
+            generator=torch.Generator().manual_seed(0),
+        )
+        learner.fit([(X, Y)], steps=1, lr=0.0)
+        learner.consolidate([(X, Y)])
+        return learner
+
+    # The Hessian of the mean over examples and three outputs is 2/3 times the second moment.
+    inputs = torch.cat([X, torch.ones(64, 1, dtype=torch.float64)], 1)
+    top = float(torch.linalg.eigvalsh(inputs.T @ inputs / 64)[-1]) * 2.0 / 3.0
+    lr = 100.0 * 2.0 / top
+    with_own, without = learner_with(True), learner_with(False)
+    history = with_own.fit([(X, Y)], steps=60, lr=lr)
+    assert history[-1]["loss"] < 1e-2 * history[0]["loss"]
+    try:
+        worse = without.fit([(X, Y)], steps=60, lr=lr)
+    except NumericalError:
+        return
+    assert worse[-1]["loss"] > 1e3 * worse[0]["loss"]
+
+
+def test_nothing_of_the_users_is_touched_by_taking_it():
+    loaders = [classification_loader(8, 3, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+
+    def state_after(own):
+        torch.manual_seed(5)
+        generator = torch.Generator().manual_seed(0)
+        model = mlp(8, 12, 3, dtype=torch.float32)
+        learner = ek.ContinualLearner(model, own=own, damping=0.1, generator=generator)
+        learner.fit(loaders[0], lr=0.1)
+        learner.consolidate(loaders[0])
+        learner.fit(loaders[1], epochs=3, lr=0.0)
+        return learner.model.state_dict(), torch.get_rng_state(), generator.get_state()
+
+    (with_own, *states), (without, *others) = state_after(True), state_after(False)
+    assert all(torch.equal(with_own[name], without[name]) for name in without)
+    assert all(map(torch.equal, states, others))
+
+
+def test_explicit_steps_have_no_use_for_it():
+    loaders = [classification_loader(8, 3, seed=seed, dtype=torch.float32) for seed in (0, 1)]
+    weights = []
+    for own in (True, False):
+        torch.manual_seed(5)
+        learner = ek.ContinualLearner(
+            mlp(8, 12, 3, dtype=torch.float32),
+            own=own,
+            step="explicit",
+            damping=0.1,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for loader in loaders:
+            learner.fit(loader, lr=0.01)
+            learner.consolidate(loader)
+        weights.append(torch.cat([p.detach().flatten() for p in learner.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_another_kind_of_curvature_is_refused_and_changes_nothing():
+    model = linear()
+    penalty, curvature = held(model, approximation="kfac-expand")
+    wide = nn.Sequential(nn.Linear(7, 3).double())
+    other = nn.Sequential(nn.Identity(), copy.deepcopy(model[0]))
+    options = {"loss": "mse", "approximation": "kfac-expand"}
+    wrong = {
+        "diagonal": (
+            ek.estimate_curvature(model, [(X, Y)], loss="mse", approximation="diagonal"),
+            IncompatibleError,
+            "layer '0': expected an own curvature with a KroneckerSum, got a DiagonalBlock",
+        ),
+        "raw": (
+            ek.estimate_curvature(model, [(X, Y)], coordinates="raw", **options),
+            IncompatibleError,
+            "own: expected a curvature in merged coordinates, got one in raw",
+        ),
+        "shape": (
+            ek.estimate_curvature(wide, [(X[:, [0, 1, 2, 3, 4, 0, 1]], Y)], **options),
+            ShapeError,
+            r"layer '0': expected an own curvature of shape \(3, 6\), got \(3, 8\)",
+        ),
+        "layer": (
+            ek.estimate_curvature(other, [(X, Y)], **options),
+            UnknownLayerError,
+            r"own: expected a block of layer '0', got those of \['1'\]",
+        ),
+    }
+    with penalty:
+        model(X)
+        (model(X).square().mean() + penalty()).backward()
+        before = model[0].weight.grad.clone()
+        for own, error, words in wrong.values():
+            with pytest.raises(error, match=words):
+                penalty.precondition(1.0, own)
+            assert torch.equal(model[0].weight.grad, before)
+        penalty.precondition(1.0, curvature)
