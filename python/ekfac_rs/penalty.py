@@ -235,7 +235,7 @@ class QuadraticPenalty:
         ``gamma / sigma``, once in the gradient and once in the weights. Layers are taken one by
         one, BatchNorms in the mode they are in. In train mode their statistics follow the weights
         as on the last curvature's data; with a diagonal one, with eigenvalues or nearest factors
-        (see `estimate_curvature`) and with a sum over tasks (see `compress_curvatures`), which do
+        (see `estimate_curvature`) and with what `compress_curvatures` made, which do
         not know the inputs, and in eval mode they are constants. Infinite for a zero penalty.
         """
         top = max(self._top_eigenvalue_of_parameters(layer) for layer in self._layers)
@@ -762,11 +762,11 @@ def _input_moments(
     curvatures: Sequence[Curvature], layers: Iterable[AffineLayer]
 ) -> dict[str, _InputMoments]:
     """Moments of the inputs of every layer that takes up a BatchNorm's scale, where known."""
-    # The nearest factors are no moments, and a sum over tasks has no longer those of the last.
+    # The nearest factors are no moments, and compressed ones are no longer those of one task.
     return {
         layer.name: _InputMoments(block)
         for curvature in curvatures
-        if curvature.settings.correction != "nearest" and curvature.tasks == 1
+        if curvature.settings.correction != "nearest" and curvature.max_terms is None
         for layer in layers
         if layer.batchnorm is not None and layer.absorbs_scale
         if isinstance(block := curvature[layer.name], KroneckerSum)

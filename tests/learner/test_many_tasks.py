@@ -246,11 +246,29 @@ def test_sums_are_stored(max_terms, storage, tmp_path):
         assert error < (1e-3 if storage == "half" else 1e-15)
 
 
-def test_sums_are_no_passes_to_merge():
-    _, made = curvatures(3)
+@pytest.mark.parametrize("storage", ["full", "triangle", "half"])
+def test_one_task_with_fewer_terms_than_strata_is_stored(storage, tmp_path):
+    _, made = curvatures(1)
+    one = ek.compress_curvatures(made, 1)
+    assert one.tasks == 1
+    assert one.trace() == pytest.approx(made[0].trace(), rel=1e-12)
+    one.save(tmp_path / "f", storage=storage)
+    loaded = ek.Curvature.load(tmp_path / "f")
+    assert loaded.max_terms == 1
+    for name, block in one.items():
+        assert len(made[0][name].terms) == 2
+        assert repr(loaded[name]) == repr(block)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_was_compressed_is_no_pass_to_merge(count):
+    _, made = curvatures(count)
     whole = ek.compress_curvatures(made, 2)
     for pair in ((whole, made[0]), (made[0], whole)):
-        with pytest.raises(IncompatibleError, match="tasks: expected passes of one task, got sums"):
+        with pytest.raises(
+            IncompatibleError,
+            match="expected passes of one task, got what compress_curvatures made",
+        ):
             pair[0].merge(pair[1])
 
 

@@ -86,6 +86,8 @@ class Curvature(Mapping[str, Block]):
     tasks : int
         1, or of how many tasks this is the sum. Examples and batches are those of all of them then;
         settings, loss, weights (``signatures``) and versions those of the last.
+    max_terms : int or None
+        What `compress_curvatures` bounded the blocks to; their terms are no longer those of strata.
     """
 
     blocks: dict[str, Block]
@@ -99,6 +101,7 @@ class Curvature(Mapping[str, Block]):
     uncovered: tuple[str, ...]
     versions: dict[str, str]
     tasks: int = 1
+    max_terms: int | None = None
 
     def __getitem__(self, name: str) -> Block:
         try:
@@ -171,7 +174,7 @@ class Curvature(Mapping[str, Block]):
         Raises
         ------
         IncompatibleError
-            Another setting, layer, shape or model, or a sum over tasks; the message names it.
+            Another setting, layer, shape or model, or a compressed curvature; the message names it.
         """
         self._require_same_pass(other)
         examples = self.examples + other.examples
@@ -196,11 +199,11 @@ class Curvature(Mapping[str, Block]):
         )
 
     def _require_same_pass(self, other: "Curvature") -> None:
-        if (self.tasks, other.tasks) != (1, 1):
-            raise IncompatibleError(
-                f"tasks: expected passes of one task, got sums of {self.tasks} and {other.tasks}: "
-                "compress_curvatures adds tasks"
-            )
+        for curvature in (self, other):
+            if curvature.max_terms is not None:
+                raise IncompatibleError(
+                    f"expected passes of one task, got what compress_curvatures made: {curvature!r}"
+                )
         for setting, (mine, theirs) in self.settings.differences(other.settings).items():
             raise IncompatibleError(f"{setting}: expected {mine!r} in both, got {theirs!r}")
         if self.batchnorms != other.batchnorms:
@@ -298,7 +301,7 @@ class Curvature(Mapping[str, Block]):
                 _with_prefix(tensors, f"{index}."),
                 values["settings"],
                 None
-                if values.get("tasks", 1) > 1
+                if values.get("max_terms") is not None
                 else len(kept_strata(values["gradient_examples"][name])),
             )
             for index, name in enumerate(layers)
@@ -372,6 +375,7 @@ def compress_curvatures(curvatures: Sequence[Curvature], max_terms: int) -> Curv
             for name in last
         },
         tasks=sum(curvature.tasks for curvature in curvatures),
+        max_terms=max_terms,
     )
 
 
@@ -423,14 +427,14 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def _block_of(tensors: Mapping[str, Tensor], settings: PassSettings, strata: int | None) -> Block:
-    """Rebuild a block from what its `tensors` gave; ``strata`` is None for sums over tasks."""
+    """Rebuild a block from what its `tensors` gave; ``strata`` is None where it was compressed."""
     if settings.approximation == DIAGONAL:
         return DiagonalBlock(tensors["diagonal"])
-    if any(key.startswith("thin.") for key in tensors):
+    if any(key.startswith(("thin.", "remainder.", "rest.")) for key in tensors):
         return ThinKroneckerSum.from_tensors(tensors)
     terms = strata
     if terms is None or settings.correction is not None:
-        # Merged ones have the terms of both, and sums those of all tasks.
+        # Merged ones have the terms of both; how many compressed ones have, nothing else tells.
         terms = len({key.partition(".")[0] for key in tensors})
     if settings.correction == "eigenvalues":
         return EigenbasisSum.from_tensors(tensors, terms)

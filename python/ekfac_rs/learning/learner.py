@@ -514,11 +514,11 @@ class ContinualLearner:
             if self._protects:
                 with restored_on_failure(self.model):
                     curvature, anchor = self._consolidated(source)
+                kept = self._kept([*self.curvatures, *([] if curvature is None else [curvature])])
                 loss = None
                 if rule_of(self.scale).needs_losses:
                     source.require_passes(2, "consolidate, which takes the loss for the scale")
                     loss = self._mean_loss(source)
-                kept = self._kept([*self.curvatures, *([] if curvature is None else [curvature])])
                 self._share(anchor, undo)
                 self.curvatures, self.anchor = kept, anchor
                 self.losses.append(loss)

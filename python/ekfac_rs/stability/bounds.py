@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, starmap
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +87,10 @@ def bound_of(blocks: Sequence[tuple[float, Block]], damping: float, like: Tensor
     like : Tensor of shape (D, K)
         Of the weights' shape.
     """
-    values, terms = torch.zeros_like(like), []
-    for scale, block in blocks:
-        if isinstance(block, DiagonalBlock):
-            values = values + scale * block.values
-        else:
-            terms.append((scale, block.above() if isinstance(block, EigenbasisSum) else block))
-    if not terms:
-        return _DiagonalBound(values + damping)
-    return _KroneckerBound(chain.from_iterable(starmap(_terms_of, terms)), damping)
+    diagonal = [scale * b.values for scale, b in blocks if isinstance(b, DiagonalBlock)]
+    if len(diagonal) == len(blocks):
+        return _DiagonalBound(reduce(add, diagonal, torch.zeros_like(like)) + damping)
+    return _KroneckerBound((term for scaled in blocks for term in _terms_of(*scaled)), damping)
 
 
 class _KroneckerBound(Bound):
@@ -204,7 +200,12 @@ def _kept_columns(view: View, K: int) -> slice:
 
 
 def _terms_of(scale: float, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield terms with an axis of groups: matrices ``[groups, n, n]``, diagonals ``[1, n]``."""
+    """Yield terms above a block, each with an axis of groups.
+
+    Matrices are ``[groups, n, n]``, diagonals ``[1, n]``.
+    """
+    if isinstance(block, EigenbasisSum):
+        block = block.above()
     assert isinstance(block, KroneckerSum | ColumnwiseSum | ThinKroneckerSum)
     terms = block.products() if isinstance(block, ThinKroneckerSum) else block.terms
     for A, G in terms:
