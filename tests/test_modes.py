@@ -70,14 +70,28 @@ def exported(model, batches):
     return dict(model.state_dict())
 
 
-def learnt(model, batches):
-    learner = ek.ContinualLearner(model, damping=0.1, generator=seeded())
-    for _ in range(2):
+def learnt(model, batches, tasks=2, **options):
+    learner = ek.ContinualLearner(model, damping=0.1, generator=seeded(), **options)
+    for _ in range(tasks):
         learner.fit(batches, lr=0.01)
         learner.consolidate(batches)
     return {
         "accuracy": torch.tensor(learner.evaluate([batches]), device="cpu", dtype=torch.float64)
     } | dict(model.state_dict())
+
+
+def learnt_in_every_way(model, batches):
+    return learnt(
+        model,
+        batches,
+        tasks=4,
+        head="new",
+        max_terms=3,
+        scale="auto",
+        own=True,
+        weights="first",
+        freeze_bn_after=0.5,
+    )
 
 
 CALLS = {
@@ -90,6 +104,7 @@ CALLS = {
     "reparameterize": put_back,
     "merge_batchnorm": exported,
     "learner": learnt,
+    "learner in every way": learnt_in_every_way,
     "describe": lambda model, batches: ek.describe(model).factor_bytes,
 }
 

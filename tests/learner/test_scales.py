@@ -69,7 +69,7 @@ def test_what_is_predicted_is_the_quadratic_form_of_the_sum_of_curvatures():
             parameter += 0.1
     learner.model.eval()
     with learner.penalty() as penalty, torch.no_grad():
-        value, increase = float(penalty()), penalty.predicted_increase()
+        value, increase = float(penalty()), float(penalty.predicted_increase())
         deviations = penalty.deviations()
     forms = [
         curvature[name].quadratic(D.detach().contiguous())
@@ -88,7 +88,7 @@ def test_a_prediction_is_of_running_statistics_whatever_the_mini_batch():
     with learner.penalty() as penalty:
         learner.model.eval()
         penalty()
-        settled = penalty.predicted_increase()
+        settled = float(penalty.predicted_increase())
         learner.model.train()
         running = learner.model[1].running_var.clone()
         learner.model(LOADERS[1][0][0])
@@ -96,10 +96,10 @@ def test_a_prediction_is_of_running_statistics_whatever_the_mini_batch():
         learner.model[1].running_mean.zero_()
         learner.model(LOADERS[1][1][0])
         penalty()
-        in_between = penalty.predicted_increase()
+        in_between = float(penalty.predicted_increase())
         learner.model.eval()
         penalty()
-        assert in_between == penalty.predicted_increase()
+        assert in_between == float(penalty.predicted_increase())
     assert in_between != pytest.approx(settled, rel=1e-3)
 
 

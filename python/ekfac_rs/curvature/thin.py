@@ -387,12 +387,12 @@ class ThinKroneckerSum(Block):
     def _near(self) -> EigenbasisSum:
         """Nearest operator that is diagonal in the eigenbasis of the summed factors."""
         D, K = self.shape
-        A, G = torch.zeros(K, K).to(self.rest.terms[0][0]), torch.zeros(D, D).to(self._Q)
+        A, G = self._R.new_zeros(K, K), self._Q.new_zeros(D, D)
         for one, other in self.products():
             A += other.trace() * one
             G += one.trace() * other
         (_, U), (_, P) = eigh(A), eigh(G)
-        values = torch.zeros(D, K).to(A)
+        values = A.new_zeros(D, K)
         for one, other in self.rest.terms:
             seen_A, seen_G = ((X * (factor @ X)).sum(0) for X, factor in ((U, one), (P, other)))
             values += torch.outer(seen_G, seen_A)

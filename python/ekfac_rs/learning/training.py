@@ -273,7 +273,7 @@ class ScaleOfSteps:
     def __init__(self, control: Control, penalty: QuadraticPenalty, selection: Selection) -> None:
         self._control, self._penalty, self._selection = control, penalty, selection
         self._pending: _Copied | None = None
-        self._increase = torch.zeros(())
+        self._increase: Tensor
         selection.budget = control.budget
 
     def take(self) -> None:
@@ -285,8 +285,9 @@ class ScaleOfSteps:
         self.finish()
         self._selection.scale.append(self._penalty.scale)
         if len(self._selection.scale) % _PREDICTION_INTERVAL == 1:
-            increase = torch.as_tensor(self._penalty.predicted_increase())
-            self._increase = increase.to(loss.device, torch.float64)
+            self._increase = torch.as_tensor(
+                self._penalty.predicted_increase(), dtype=torch.float64, device=loss.device
+            )
         self._pending = _Copied(torch.stack([loss.detach().double(), self._increase]))
         if not loss.is_cuda:
             self.finish()
