@@ -84,6 +84,16 @@ METHODS: dict[str, Method] = {
         {"curvature": "kfac-eval", "freeze_bn_after": 0.2, "weights": "first"},
         _SCHEDULED,
     ),
+    "scheduled-kfac-first-own": Method(
+        "K-FAC, eval factors, BN 20 %, first norms, steps by own curvature",
+        {
+            "curvature": "kfac-eval",
+            "freeze_bn_after": 0.2,
+            "weights": "first",
+            "own": True,
+        },
+        _CURVED,
+    ),
     "scheduled-xkfac": Method(
         "XK-FAC, BN 20 %", {"curvature": "xkfac", "freeze_bn_after": 0.2}, _SCHEDULED
     ),
