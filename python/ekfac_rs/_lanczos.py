@@ -10,6 +10,8 @@ from ekfac_rs.errors import NumericalError
 
 # So far below its limit, a value found by a few products will not get there.
 _FAR = 0.2
+# What is left of a product by so many roundings or less is nothing new.
+_ROUNDINGS = 8.0
 
 
 def top_eigenvalue(
@@ -40,7 +42,8 @@ def top_eigenvalue(
         A product is not finite.
     """
     basis = start.new_empty(min(iterations, start.numel()), start.numel())
-    basis[0] = start / start.norm()
+    basis[0] = start / _norm(start)
+    rounding = _ROUNDINGS * torch.finfo(start.dtype).eps
     diagonal: list[float] = []
     beside: list[float] = []
     before = top = 0.0
@@ -49,20 +52,27 @@ def top_eigenvalue(
         diagonal.append(float(w @ basis[i]))
         if not math.isfinite(diagonal[-1]):
             raise NumericalError("top eigenvalue: the product overflows")
-        # Against all earlier directions, or rounding brings them back.
+        # Against all earlier directions, or rounding brings them back; twice, because where little
+        # is left over, much of it is rounding again.
         earlier = basis[: i + 1]
-        w = w - earlier.T @ (earlier @ w)
+        for _ in range(2):
+            w = w - earlier.T @ (earlier @ w)
         earlier_top, before, top = before, top, _top_of_tridiagonal(diagonal, beside)
-        size = float(w.norm())
+        size = _norm(w)
         # Twice in a row: it may rest for one product on its way.
         at_rest = top - earlier_top <= tolerance * top
         settled = limit is not None and (top > limit or (i > 2 and top < _FAR * limit))
-        if at_rest or settled or size <= 1e-12 * max(top, 1e-300):
+        if at_rest or settled or size <= rounding * top:
             break
         if i + 1 < len(basis):
             beside.append(size)
             basis[i + 1] = w / size
     return top
+
+
+def _norm(v: Tensor) -> float:
+    """Norm whose squares neither overflow nor vanish in single precision."""
+    return float(torch.linalg.vector_norm(v, dtype=torch.float64))
 
 
 def _top_of_tridiagonal(diagonal: Sequence[float], beside: Sequence[float]) -> float:
