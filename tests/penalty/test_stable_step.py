@@ -374,6 +374,26 @@ def test_a_learning_rate_that_rises_is_prepared_for():
     assert max(values) < 3.0 * values[0]
 
 
+@pytest.mark.parametrize("rising", ["lr", "scale"])
+def test_what_rises_puts_no_look_at_the_model_off(monkeypatch, rising):
+    model, x, curvature, anchor = consolidated()
+    looks = []
+    with ek.QuadraticPenalty(model, curvature, anchor) as penalty:
+        taken = penalty._stable.look
+        monkeypatch.setattr(
+            penalty._stable, "look", lambda *at: (looks.append(penalty._stable._count), taken(*at))
+        )
+        lr = 0.1 * penalty.max_stable_lr()
+        for step in range(200):
+            model(x)
+            penalty().backward()
+            factor = 1.05**step
+            penalty.scale = factor if rising == "scale" else 1.0
+            penalty.precondition(lr * factor if rising == "lr" else lr)
+            model.zero_grad()
+    assert looks == [0, 10, 20, 40, 80, 160]
+
+
 def test_a_learner_stays_finite_at_strengths_that_explicit_steps_do_not_bear():
     # One mini-batch each: with several, the noise of batch statistics is as strong as the penalty.
     first, second = (

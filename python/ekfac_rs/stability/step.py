@@ -192,6 +192,7 @@ class StableSteps:
     def look(self, situations: dict[str, Situation | None], modes: tuple[bool, ...]) -> None:
         """Take the layers' situations."""
         self._situations, self._modes, self._prepared = situations, modes, None
+        self._next = next_look(self._count)
 
     def take_own(self, own: Mapping[str, Block]) -> None:
         """Take the present task's own curvature, for all steps until another is taken."""
@@ -206,7 +207,6 @@ class StableSteps:
             for name, step in self.steps.items():
                 step.prepare(self._situations[name], *lr_and_scale, self._own.get(name))
             self._prepared = lr_and_scale
-            self._next = next_look(self._count)
         for step in self.steps.values():
             step.apply(lr)
         self._count += 1
