@@ -1,6 +1,6 @@
 """Torch tensors as the Rust core sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,3 +81,23 @@ def write_all(writes: Sequence[tuple[Tensor, Tensor]]) -> None:
         for target, value in before:
             target.copy_(value)
         raise
+
+
+Kept = Sequence[tuple[Tensor, Tensor]]
+
+
+def kept(tensors: Iterable[Tensor]) -> Kept:
+    """Return tensors, each with a copy of its values, for `put_back`."""
+    return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+@torch.no_grad()
+def put_back(before: Kept) -> None:
+    """Give tensors the values that they were `kept` with, whatever these are.
+
+    A mask may hold minus infinity, and one that diverged NaN. What has not changed is not written:
+    a buffer may have been expanded over memory that it cannot be written to.
+    """
+    for tensor, values in before:
+        if not torch.equal(tensor, values):
+            tensor.copy_(values)

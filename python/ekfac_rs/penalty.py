@@ -286,7 +286,8 @@ class QuadraticPenalty:
         Raises
         ------
         IncompatibleError
-            ``own`` is of another kind than the earlier tasks' curvatures.
+            ``own`` is of another kind than the earlier tasks' curvatures, or merged with other
+            BatchNorms.
         UnknownLayerError, ShapeError
             It lacks a layer, or has one of another shape.
         ModelChangedError
@@ -413,6 +414,12 @@ class QuadraticPenalty:
             )
         blocks = {}
         for layer in self._layers:
+            batchnorm = layer.batchnorm_name
+            if layer.name in own and own.batchnorms[layer.name] != batchnorm:
+                raise IncompatibleError(
+                    f"layer {layer.name!r}: expected an own curvature with {_named(batchnorm)} "
+                    f"merged into it, got one with {_named(own.batchnorms[layer.name])}"
+                )
             if layer.name not in own:
                 raise UnknownLayerError(
                     f"own: expected a block of layer {layer.name!r}, got those of {list(own)}"

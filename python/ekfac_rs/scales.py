@@ -118,9 +118,9 @@ class Adaptive(ScaleRule):
     """The paper's idea: weighted losses of old and new tasks "converge to similar values".
 
     The formula is not in the paper's text; this is a dual ascent. ``log scale`` moves by
-    ``rate / steps * (L_s - L_t) / (L_s + L_t)`` after each step, with ``L_s = scale * predicted
-    increase`` and ``L_t`` the new task's loss: the larger one gets more weight. Where ``L_t`` stays
-    large, as in short runs, that weakens the penalty.
+    ``rate / steps * (L_s - L_t) / (|L_s| + |L_t|)`` after each step, with ``L_s = scale *
+    predicted increase`` and ``L_t`` the new task's loss: the larger one gets more weight. Where
+    ``L_t`` stays large, as in short runs, that weakens the penalty.
 
     Attributes
     ----------
@@ -159,8 +159,10 @@ class _AdaptiveControl(Control):
 
     def update(self, loss: float, increase: float) -> None:
         old, new = self.scale * increase, loss
-        if old + new > 0.0:
-            moved = self._log_scale + self._step * (old - new) / (old + new)
+        # A log-likelihood of densities may be negative; no step is ever larger than the rate's.
+        apart = abs(old) + abs(new)
+        if apart > 0.0:
+            moved = self._log_scale + self._step * (old - new) / apart
             self._log_scale = min(max(moved, -self._log_bound), self._log_bound)
             self.scale = math.exp(self._log_scale)
 
@@ -170,9 +172,10 @@ class Budget(ScaleRule):
     """Ours: as weak as a budget for the earlier tasks allows.
 
     The new task may add ``share`` to the sum of the earlier tasks' losses, each as it was when the
-    task was consolidated. What is predicted (`QuadraticPenalty.predicted_increase`) is steered to
-    that by dual ascent within the run, no restarts: ``log scale`` moves by ``rate / steps`` times
-    the logarithm of what is predicted over what is allowed, held between -1 and 1.
+    task was consolidated. (Where that sum is 0 there is no budget, and the scale stays.) What is
+    predicted (`QuadraticPenalty.predicted_increase`) is steered to that by dual ascent within the
+    run, no restarts: ``log scale`` moves by ``rate / steps`` times the logarithm of what is
+    predicted over what is allowed, held between -1 and 1.
 
     A task begins by moving far and comes back while its learning rate falls. So the first
     ``settle`` of the steps count for nothing, and what is allowed falls to the budget from three
@@ -202,11 +205,11 @@ class Budget(ScaleRule):
 
     def __post_init__(self) -> None:
         for name in ("share", "start"):
-            require_nonnegative(name, getattr(self, name))
-            if getattr(self, name) == 0.0:
-                raise OptionError(f"{name}: expected more than 0, got 0")
+            _require_positive(name, getattr(self, name))
         require_nonnegative("rate", self.rate)
         require_nonnegative("settle", self.settle)
+        if self.settle > 1.0:
+            raise OptionError(f"settle: expected a share of the steps, up to 1, got {self.settle}")
         _require_bound(self.bound)
 
     def control(
@@ -218,7 +221,13 @@ class Budget(ScaleRule):
         if len(known) < len(losses):
             raise OptionError(
                 f"scale: expected the losses of all earlier tasks for {self!r}, got those of "
-                f"{len(known)} of {len(losses)}: adopt takes loss="
+                f"{len(known)} of {len(losses)}: consolidate takes them where the scale is such a "
+                "rule by then, adopt as loss=, and learner.losses can be filled in"
+            )
+        if sum(known) < 0.0:
+            raise OptionError(
+                f"scale: expected losses that add up to at least 0 for {self!r}, whose budget is a "
+                f"share of them, got {sum(known):g}"
             )
         return _BudgetControl(self, self.share * sum(known), len(losses), steps, scale)
 
@@ -273,7 +282,7 @@ class Halving(ScaleRule):
     tries: int = 10
 
     def __post_init__(self) -> None:
-        require_nonnegative("start", self.start)
+        _require_positive("start", self.start)
         require_nonnegative("tolerance", self.tolerance)
         require_count("tries", self.tries)
 
@@ -363,6 +372,12 @@ class Selection:
         scales.set_yscale("log")
         scales.set(xlabel="step", ylabel="scale")
         figure.savefig(path)
+
+
+def _require_positive(name: str, value: float) -> None:
+    require_nonnegative(name, value)
+    if value == 0.0:
+        raise OptionError(f"{name}: expected more than 0, got 0")
 
 
 def _require_bound(bound: float) -> None:

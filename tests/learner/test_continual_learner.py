@@ -11,7 +11,7 @@ from torch import nn
 import ekfac_rs as ek
 from ekfac_rs.errors import EmptyLoaderError, NumericalError
 from ekfac_rs.learning import training
-from nets import mlp, random_batchnorms
+from nets import classification_loader, mlp, random_batchnorms
 
 
 def shifted_tasks(tasks=3, examples=192, inputs=8, classes=3, batch_size=32):
@@ -557,3 +557,29 @@ def test_an_epoch_reports_means_over_its_examples(loss):
     assert epoch["loss"] == pytest.approx(expected, rel=1e-6)
     assert epoch["accuracy"] == pytest.approx(accuracy, rel=1e-12, nan_ok=True)
     assert epoch["penalty"] == 0.0
+
+
+@pytest.mark.parametrize("weights", ["kept", "first", "merged"])
+@pytest.mark.parametrize("failing", ["scheduler", "scale", "first mini-batch"])
+def test_a_call_that_fails_before_its_first_step_changes_no_tensor(weights, failing):
+    learner = ek.ContinualLearner(mlp(6, 8, 3, dtype=torch.float32), weights=weights)
+    first, second = (
+        classification_loader(6, 3, examples=64, seed=seed, dtype=torch.float32) for seed in (0, 1)
+    )
+    learner.fit(first, epochs=5, lr=0.1)
+    learner.consolidate(first)
+    before = copy.deepcopy(learner.model.state_dict())
+
+    def fail(*anything):
+        raise ZeroDivisionError
+
+    if failing == "scheduler":
+        learner.scheduler = fail
+    elif failing == "scale":
+        learner.scale = "auto"  # whose losses were not taken
+    else:
+        learner.target_fn = lambda batch: batch[1] + 3
+    with pytest.raises((ZeroDivisionError, ek.EkfacError)):
+        learner.fit(second, lr=0.1)
+    for name, tensor in learner.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

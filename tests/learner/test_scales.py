@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import OptionError
+from ekfac_rs.errors import EkfacError, OptionError
 from ekfac_rs.scales import Adaptive, Budget, Fixed, Halving, Selection, rule_of
 from nets import classification_loader
 
@@ -280,6 +280,9 @@ def test_no_other_scale_is_taken(scale):
         lambda: Budget(bound=math.inf),
         lambda: Halving(tries=0),
         lambda: Halving(start=-1.0),
+        lambda: Halving(start=0.0),
+        lambda: Budget(start=0.0),
+        lambda: Budget(settle=1.5),
         lambda: Fixed(math.nan),
     ],
 )
@@ -390,7 +393,9 @@ def test_a_budget_needs_the_losses_of_adopted_tasks():
     adopted.model.load_state_dict(learner.model.state_dict())
     adopted.adopt(curvature, anchor)
     before = copy.deepcopy(adopted.model.state_dict())
-    with pytest.raises(OptionError, match="losses of all earlier tasks .*of 0 of 1: adopt takes"):
+    with pytest.raises(
+        OptionError, match="losses of all earlier tasks .*of 0 of 1: consolidate takes"
+    ):
         adopted.fit(LOADERS[1], lr=0.1)
     after = adopted.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -402,3 +407,166 @@ def test_a_budget_needs_the_losses_of_adopted_tasks():
     again = learner_of("auto")
     again.load_state_dict(told.state_dict())
     assert again.losses == [0.7]
+
+
+# --- halving: all or nothing ---------------------------------------------------------------------
+
+
+class WithMaskAndMemory(nn.Sequential):
+    """A mask of minus infinity in its state, a count outside it, and extra state."""
+
+    def __init__(self):
+        super().__init__(*net())
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1.0
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return {"anything": [1]}
+
+    def set_extra_state(self, state):
+        assert state == {"anything": [1]}
+
+
+def unusual_learner(scale, **options):
+    learner = ek.ContinualLearner(WithMaskAndMemory(), scale=scale, **options)
+    learner.fit(LOADERS[0], lr=0.1)
+    learner.consolidate(LOADERS[0])
+    return learner
+
+
+def everything(learner):
+    model = learner.model
+    tensors = [t.clone() for t in (*model.parameters(), *model.buffers())]
+    return tensors, copy.deepcopy(learner.selection), learner._so_far.example is None
+
+
+@pytest.mark.parametrize("halfway", ["without penalty", "in a try"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("weights_option", ["kept", "first"])
+def test_halving_that_fails_in_any_run_takes_all_of_them_back(halfway, failure, weights_option):
+    learner = unusual_learner(Halving(start=100.0, tries=3), weights=weights_option)
+    before = everything(learner)
+
+    def stop(step, learner):
+        if step == 3 and bool(learner.selection) == (halfway == "in a try"):
+            raise failure
+
+    with pytest.raises(failure):
+        learner.fit(LOADERS[1], lr=0.1, callback=stop)
+    for old, new in zip(before[0], everything(learner)[0], strict=True):
+        assert torch.equal(old, new)
+    assert everything(learner)[1:] == before[1:]
+    learner.fit(LOADERS[1], lr=0.1)
+    assert len(learner.selection) == 1
+
+
+def test_halving_that_fails_takes_a_new_output_layer_back():
+    learner = after_first_task(Halving(tries=2), head="new", output_layer="3")
+
+    def stop(step, learner):
+        if learner.selection:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner.fit(LOADERS[1], classes=3, callback=stop)
+    learner.fit(LOADERS[1], classes=5)
+    assert learner.model[3].out_features == 5
+
+
+def test_every_try_begins_with_buffers_as_they_were():
+    learner = unusual_learner(Halving(start=100.0, tolerance=0.0, tries=3))
+    before = float(learner.model.calls)
+    learner.fit(LOADERS[1], lr=0.1)
+    assert len(learner.selection[0].tries) >= 2
+    assert float(learner.model.calls) == before + len(LOADERS[1])
+
+
+def test_extra_state_comes_back_with_a_learners_state():
+    learner = unusual_learner(1.0)
+    other = ek.ContinualLearner(WithMaskAndMemory())
+    other.load_state_dict(learner.state_dict())
+    assert torch.equal(other.model[0].weight, learner.model[0].weight)
+
+
+@pytest.mark.parametrize("made", [lambda: iter(LOADERS[2]), list], ids=["iterator", "empty"])
+def test_validation_data_that_do_not_serve_are_refused(made):
+    learner = after_first_task(Halving(start=1.0, tries=2))
+    before = weights(learner)
+    with pytest.raises(EkfacError, match="loader: expected"):
+        learner.fit(LOADERS[1], validation=made())
+    assert torch.equal(weights(learner), before)
+    assert learner.selection == []
+
+
+def test_tries_are_judged_without_gradients():
+    learner, seen = after_first_task(Halving(start=1.0, tries=1)), []
+
+    def validation():
+        for batch in LOADERS[2]:
+            seen.append(torch.is_grad_enabled())
+            yield batch
+
+    learner.fit(LOADERS[1], validation=validation)
+    assert seen
+    assert not any(seen)
+
+
+# --- rules and what they need --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["adaptive", "auto", "halving", Halving(tries=1)], ids=str)
+def test_a_rule_is_refused_where_there_is_no_curvature_for_its_scale(scale):
+    with pytest.raises(OptionError, match="scale: expected a number with approximation=None"):
+        learner_of(scale, approximation=None)
+    learner = after_first_task(2.0, approximation=None)
+    learner.scale = scale
+    before = weights(learner)
+    for call in (learner.fit, learner.consolidate):
+        with pytest.raises(OptionError, match="scale: expected a number"):
+            call(LOADERS[1])
+    assert torch.equal(weights(learner), before)
+    # Nothing is held on to at all: ordinary fine-tuning.
+    learner_of(scale, approximation=None, damping=0.0).fit(LOADERS[0])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, "0.1", True], ids=repr)
+def test_only_a_finite_number_is_adopted_as_loss(loss):
+    learner = after_first_task("auto")
+    other = ek.ContinualLearner(learner.model, approximation="xkfac", scale="auto")
+    with pytest.raises(EkfacError, match="loss: expected a task's mean loss"):
+        other.adopt(learner.curvatures[0], learner.anchor, loss)
+    assert other.task == 0
+    assert other.anchor is None
+
+
+def test_an_iterator_is_refused_before_a_pass_where_the_rule_takes_a_loss_too():
+    learner, drawn = learner_of("auto"), []
+    learner.fit(LOADERS[0])
+
+    def batches():
+        for batch in LOADERS[0]:
+            drawn.append(batch)
+            yield batch
+
+    with pytest.raises(OptionError, match="takes the loss for the scale"):
+        learner.consolidate(batches())
+    assert drawn == []
+
+
+def test_negative_losses_move_the_adaptive_scale_by_no_more_than_its_rate():
+    control = Adaptive(bound=10.0, rate=1.0).control([1.0], 100)
+    control.update(-0.999, 1.0)
+    assert 1.0 < control.scale <= 10.0 ** (1.0 / 100.0) * 1.000001
+
+
+def test_a_budget_of_losses_below_zero_is_refused():
+    with pytest.raises(OptionError, match="add up to at least 0"):
+        Budget().control([0.5, -0.6], 10)
+    control = Budget(start=2.0).control([0.0, 0.0], 1)
+    control.update(1.0, 1.0)
+    assert control.scale == 2.0

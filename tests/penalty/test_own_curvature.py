@@ -1,13 +1,20 @@
 """Stable steps that count with the curvature of the task that is being learnt."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import IncompatibleError, NumericalError, ShapeError, UnknownLayerError
+from ekfac_rs.errors import (
+    IncompatibleError,
+    NumericalError,
+    OptionError,
+    ShapeError,
+    UnknownLayerError,
+)
 from nets import classification_loader, mlp
 
 X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -113,22 +120,21 @@ def test_nothing_of_the_users_is_touched_by_taking_it():
 
 
 def test_explicit_steps_have_no_use_for_it():
-    loaders = [classification_loader(8, 3, seed=seed, dtype=torch.float32) for seed in (0, 1)]
-    weights = []
-    for own in (True, False):
-        torch.manual_seed(5)
-        learner = ek.ContinualLearner(
-            mlp(8, 12, 3, dtype=torch.float32),
-            own=own,
-            step="explicit",
-            damping=0.1,
-            generator=torch.Generator().manual_seed(0),
-        )
-        for loader in loaders:
-            learner.fit(loader, lr=0.01)
-            learner.consolidate(loader)
-        weights.append(torch.cat([p.detach().flatten() for p in learner.model.parameters()]))
-    assert torch.equal(*weights)
+    with pytest.raises(OptionError, match="own: expected it with step=.stable."):
+        ek.ContinualLearner(mlp(8, 12, 3), own=True, step="explicit")
+
+
+def test_one_that_has_other_batchnorms_merged_into_it_is_refused():
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    loader = classification_loader(5, 3, dtype=torch.float32)
+    curvature = ek.estimate_curvature(model, loader)
+    other = dataclasses.replace(curvature, batchnorms={**curvature.batchnorms, "2": None})
+    with ek.QuadraticPenalty(model, curvature, ek.merged_weights(model)) as penalty:
+        (model(loader[0][0]).square().sum() + penalty()).backward()
+        before = model[2].weight.grad.clone()
+        with pytest.raises(IncompatibleError, match="layer '2': expected an own .* BatchNorm '3'"):
+            penalty.precondition(1.0, other)
+        assert torch.equal(model[2].weight.grad, before)
 
 
 def test_another_kind_of_curvature_is_refused_and_changes_nothing():

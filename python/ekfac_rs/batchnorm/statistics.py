@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ekfac_rs._modes import plain_name
-from ekfac_rs._tensors import write_all
+from ekfac_rs._tensors import Kept, kept, put_back
 from ekfac_rs.errors import BatchNormError
 
 
@@ -118,18 +118,18 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        write_all(before)
+        put_back(before)
         raise
 
 
-def kept_batchnorms(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Parameters and statistics of every BatchNorm, each with a copy, for `write_all`."""
-    return [
-        (tensor, tensor.detach().clone())
+def kept_batchnorms(model: nn.Module) -> Kept:
+    """Parameters and statistics of every BatchNorm, each with a copy, for `put_back`."""
+    return kept(
+        tensor
         for module in model.modules()
         if isinstance(module, _BatchNorm)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    ]
+    )
 
 
 def _refuse_one_value(name: str) -> Hook:

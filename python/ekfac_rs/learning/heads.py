@@ -520,8 +520,13 @@ def require_same_tensors(
             f"state: expected the tensors of {place}, got others: {', '.join(sorted(names))}"
         )
     for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
+        if _shape(tensor) != _shape(state[name]):
             raise IncompatibleError(
-                f"state: expected {name!r} of {place} of shape {tuple(tensor.shape)}, got "
-                f"{tuple(state[name].shape)}"
+                f"state: expected {name!r} of {place} of shape {_shape(tensor)}, got "
+                f"{_shape(state[name])}"
             )
+
+
+def _shape(value: object) -> tuple[int, ...] | None:
+    """Shape of a tensor; None for a module's extra state, which may be anything."""
+    return tuple(value.shape) if isinstance(value, Tensor) else None

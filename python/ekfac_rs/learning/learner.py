@@ -1,6 +1,7 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
 from ekfac_rs._modes import bare_model, own_modes
-from ekfac_rs._tensors import write_all
+from ekfac_rs._tensors import kept, put_back
 from ekfac_rs.batchnorm import (
     WEIGHTS,
     Anchor,
@@ -22,7 +23,7 @@ from ekfac_rs.batchnorm import (
     reparameterize,
     weight_norms,
 )
-from ekfac_rs.batchnorm.statistics import kept_batchnorms, restored_on_failure
+from ekfac_rs.batchnorm.statistics import restored_on_failure
 from ekfac_rs.curvature import (
     APPROXIMATIONS,
     CORRECTIONS,
@@ -32,9 +33,11 @@ from ekfac_rs.curvature import (
     estimate_curvature,
 )
 from ekfac_rs.errors import (
+    DtypeError,
     EkfacError,
     EmptyLoaderError,
     IncompatibleError,
+    NonFiniteError,
     OptionError,
     UnsupportedLayerError,
 )
@@ -119,7 +122,8 @@ class ContinualLearner:
         What `reparameterize` does with the weights when a task begins; "first" brings rows back to
         the norms that they had when the learner was made.
     scale : float, {"counting", "adaptive", "auto", "halving"} or ScaleRule
-        Of the penalty: a number, or the rule that chooses it (`ekfac_rs.scales`).
+        Of the penalty: a number, or the rule that chooses it (`ekfac_rs.scales`). It multiplies
+        the curvatures alone; where ``approximation`` is None it has to be a number.
     damping : float
         Of the penalty.
     max_terms : int, optional
@@ -138,7 +142,7 @@ class ContinualLearner:
         Whether stable steps also count with the curvature of the task that is being learnt, taken
         of the last four mini-batches from time to time (`QuadraticPenalty.precondition`): a
         learning rate that its own loss would not bear, as with frozen BatchNorms, does not diverge
-        then. Under a penalty alone, from the second task on.
+        then. Under a penalty alone, from the second task on, and with stable steps alone.
     optimizer : callable, optional
         Called as ``optimizer(parameters, lr=lr)`` when a task's training begins, with the list of
         the model's trainable parameters and the learning rate given to `fit`; returns a
@@ -239,7 +243,10 @@ class ContinualLearner:
         require_count("draws", draws)
         if max_terms is not None:
             require_count("max_terms", max_terms)
-        rule_of(scale)
+        if own and step != "stable":
+            raise OptionError(
+                f'own: expected it with step="stable", whose steps it is for, got step={step!r}'
+            )
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
         require_nonnegative("momentum", momentum)
@@ -258,6 +265,7 @@ class ContinualLearner:
         self.weights = weights
         self.scale = scale
         self.damping = damping
+        self._rule()
         self.max_terms = max_terms
         self.step = step
         self.own = own
@@ -298,6 +306,9 @@ class ContinualLearner:
         mode keeps its statistics and is penalised under them. A model in eval mode as a whole is
         put in train mode first (see `frozen_batchnorms` for what stays frozen), and back after.
 
+        A call that fails before its first step changes nothing, with ``scale="halving"`` one that
+        fails or is interrupted in any try; otherwise the model stays as the steps have made it.
+
         Parameters
         ----------
         loader : iterable of (x, y), or a function that returns one
@@ -316,7 +327,8 @@ class ContinualLearner:
             Default: as many as the targets need, whose classes count from 0; the loader is gone
             through once more to see.
         validation : iterable of (x, y), or a function that returns one, optional
-            Of the task, for ``scale="halving"`` alone. Default: ``loader`` itself.
+            Of the task, for ``scale="halving"`` alone, gone through after every try. Default:
+            ``loader`` itself.
         callback : callable, optional
             Called as ``callback(step, learner)`` after every step, counted from 1; with
             ``scale="halving"``, in every try anew.
@@ -333,8 +345,8 @@ class ContinualLearner:
         OptionError
             Both epochs and steps; a number below 1; an iterator that ends before training does;
             classes where there is no new output layer, or none where targets do not tell;
-            validation where nothing is tried; the learner's optimizer or scheduler returned
-            something else, or one whose ``step`` needs an argument.
+            validation where nothing is tried, or an iterator of it; the learner's optimizer or
+            scheduler returned something else, or one whose ``step`` needs an argument.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
@@ -350,16 +362,19 @@ class ContinualLearner:
         if classes is not None:
             require_count("classes", classes)
         source = self._loader(loader)
-        rule = rule_of(self.scale)
+        rule = self._rule()
         if validation is not None and not isinstance(rule, Halving):
             raise OptionError('validation: expected none but with scale="halving"')
         with ExitStack() as undo:
             self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
             plan = self._plan(source, epochs, steps)
-            once = partial(self._fitted, source, lr, plan, callback, undo)
+            once = partial(self._fitted, source, lr, plan, callback)
             if isinstance(rule, Halving) and self._is_penalised:
-                return self._fitted_by_halving(rule, once, source, plan, validation or loader)
-            return once(rule)
+                judges = source if validation is None else self._loader(validation)
+                history = self._fitted_by_halving(rule, once, source, plan, judges, undo)
+                undo.pop_all()
+                return history
+            return once(undo, rule)
 
     def _fitted(
         self,
@@ -371,7 +386,10 @@ class ContinualLearner:
         rule: ScaleRule | None,
         selection: Selection | None = None,
     ) -> list[dict[str, float]]:
-        """Train once, under a penalty where there is a rule for its scale."""
+        """Train once, under a penalty where there is a rule for its scale.
+
+        What is changed before the first step, ``undo`` takes back until then.
+        """
         with ExitStack() as cleanup:
             training = self._training(source, lr, plan, undo, cleanup, rule, selection)
             told = None if callback is None else lambda step: callback(step, self)
@@ -383,22 +401,35 @@ class ContinualLearner:
         once: Callable[..., list[dict[str, float]]],
         source: Loader,
         plan: Plan,
-        validation: Source,
+        validation: Loader,
+        undo: ExitStack,
     ) -> list[dict[str, float]]:
-        """Train without a penalty, and then under ever weaker ones until that is enough."""
+        """Train without a penalty, and then under ever weaker ones until that is enough.
+
+        No try before the last is training to go on with: ``undo`` takes back all of them.
+        """
         source.require_passes((plan.passes or 2) * 2, 'fit with scale="halving"')
+        validation.require_passes(rule.tries + 1, 'fit with scale="halving"')
         selection = Selection(repr(rule), self.task)
-        begun = [(tensor, tensor.clone()) for tensor in self.model.state_dict().values()]
-        once(None)
+        begun = kept(_tensors_of(self.model))
+        undo.callback(setattr, self, "_so_far", self._so_far)
+        undo.callback(put_back, begun)
+
+        def tried(rule: ScaleRule | None) -> list[dict[str, float]]:
+            put_back(begun)
+            self._so_far = SoFar()
+            selection.clear_steps()
+            with ExitStack() as own_undo:
+                return once(own_undo, rule, selection)
+
+        tried(None)
         reference = self._evaluated(validation)
         selection.tries.append((0.0, reference))
         self.selection.append(selection)
+        undo.callback(self.selection.remove, selection)
         for number in range(rule.tries):
-            write_all(begun)
-            self._so_far = SoFar()
             scale = rule.start / 2.0**number
-            selection.clear_steps()
-            history = once(Fixed(scale), selection)
+            history = tried(Fixed(scale))
             reached = self._evaluated(validation)
             selection.tries.append((scale, reached))
             if rule.is_enough(reached, reference):
@@ -421,7 +452,7 @@ class ContinualLearner:
         before the first step, ``undo`` takes back until then.
         """
         model = self.model
-        undo.callback(write_all, kept_batchnorms(model))
+        undo.callback(put_back, kept(_tensors_of(model)))
         cleanup.callback(set_modes, modes_of(model))
         protected = self.anchor is not None and self.coordinates == "merged"
         if protected and plan.freeze_at > 0:
@@ -507,6 +538,9 @@ class ContinualLearner:
         Whatever `estimate_curvature`, `reparameterize` and `merged_weights` raise.
         """
         source = self._loader(loader)
+        needs_loss = self._rule().needs_losses and self._protects
+        if needs_loss:
+            source.require_passes(2, "consolidate, which takes the loss for the scale")
         with ExitStack() as undo:
             self._heads.begin(self.task, undo, None, None)
             self._heads.bind(lambda: self._example_of(source), undo)
@@ -514,13 +548,11 @@ class ContinualLearner:
             if self._protects:
                 with restored_on_failure(self.model):
                     curvature, anchor = self._consolidated(source)
-                kept = self._kept([*self.curvatures, *([] if curvature is None else [curvature])])
-                loss = None
-                if rule_of(self.scale).needs_losses:
-                    source.require_passes(2, "consolidate, which takes the loss for the scale")
-                    loss = self._mean_loss(source)
-                self._share(anchor, undo)
-                self.curvatures, self.anchor = kept, anchor
+                    new = [] if curvature is None else [curvature]
+                    curvatures = self._kept([*self.curvatures, *new])
+                    loss = self._mean_loss(source) if needs_loss else None
+                    self._share(anchor, undo)
+                self.curvatures, self.anchor = curvatures, anchor
                 self.losses.append(loss)
             undo.pop_all()
         self._begin_task(self.task + 1)
@@ -543,9 +575,13 @@ class ContinualLearner:
             Another approximation, correction, coordinates or layers than the learner's.
         ModelChangedError, UnknownLayerError, ShapeError, DtypeError, DeviceError
             The model is not theirs, as for `QuadraticPenalty`. A failed call changes nothing.
+        NonFiniteError, DtypeError
+            The loss is not finite, or no number.
         OptionError, UnsupportedLayerError
             ``head="new"``, and the output layer can only be found in a forward pass: name it.
         """
+        if loss is not None:
+            _require_finite_loss("loss", loss)
         if curvature is not None:
             self._require_of_this_kind(curvature)
         elif self.approximation is not None:
@@ -557,10 +593,10 @@ class ContinualLearner:
             self._heads.bind(lambda: None, undo)
             self._require_own_layer_apart(*anchor, *(curvature or ()))
             self._penalty_of(adopted, anchor).close()
-            kept = self._kept(adopted)
+            curvatures = self._kept(adopted)
             self._share(anchor, undo)
             undo.pop_all()
-        self.curvatures, self.anchor = kept, anchor
+        self.curvatures, self.anchor = curvatures, anchor
         self.losses.append(loss)
         self._begin_task(self.task + 1)
 
@@ -687,8 +723,11 @@ class ContinualLearner:
                 means.add(loss, zero := torch.zeros_like(loss), batch.examples, zero, zero)
                 if self.max_examples is not None and means.examples >= self.max_examples:
                     break
-        return means.result()["loss"]
+        mean = means.result()["loss"]
+        _require_finite_loss("consolidate", mean)
+        return mean
 
+    @torch.no_grad()
     def _evaluated(self, loader: Source) -> float:
         """Evaluate the model in use."""
         result = Means(device_of(self.model))
@@ -797,6 +836,16 @@ class ContinualLearner:
     def _protects(self) -> bool:
         """Whether anything is ever held on to; otherwise this is ordinary fine-tuning."""
         return self.approximation is not None or self.damping > 0.0
+
+    def _rule(self) -> ScaleRule:
+        """Return the rule for the scale, which may have been changed between two tasks."""
+        rule = rule_of(self.scale)
+        if self.approximation is None and self.damping > 0.0 and not isinstance(rule, Fixed):
+            raise OptionError(
+                f"scale: expected a number with approximation=None, which leaves no curvature that "
+                f"the scale would multiply, got {rule!r}: L2 has damping alone"
+            )
+        return rule
 
     def _begin_task(self, task: int) -> None:
         self.task, self._so_far = task, SoFar()
@@ -990,6 +1039,19 @@ class ContinualLearner:
                     max_examples=self.max_examples,
                     input_fn=self.input_fn,
                 )
+
+
+def _require_finite_loss(place: str, loss: float) -> None:
+    if isinstance(loss, bool) or not isinstance(loss, int | float):
+        raise DtypeError(f"{place}: expected a task's mean loss as a number, got {loss!r}")
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"{place}: expected a task's mean loss to be finite, got {loss}")
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """All that training may change, also buffers that are in no state."""
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def _with_rows(values: Tensor, rows: int) -> Tensor:
