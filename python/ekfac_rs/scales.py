@@ -394,7 +394,7 @@ _BY_NAME: dict[str, Callable[[], ScaleRule]] = {
 SCALES = tuple(_BY_NAME)
 
 
-def rule_of(scale: float | str | ScaleRule) -> ScaleRule:
+def rule_of(scale: object) -> ScaleRule:
     """Return the rule that a learner was asked for by ``scale``.
 
     Raises
@@ -407,4 +407,9 @@ def rule_of(scale: float | str | ScaleRule) -> ScaleRule:
     if isinstance(scale, str):
         require_choice("scale", scale, SCALES)
         return _BY_NAME[scale]()
+    if not isinstance(scale, int | float):
+        names = ", ".join(map(repr, SCALES))
+        raise OptionError(
+            f"scale: expected a number, one of {names} or a ScaleRule (an instance), got {scale!r}"
+        )
     return Fixed(scale)

@@ -307,3 +307,13 @@ def test_a_diagonal_stays_as_it_is():
 def test_numbers_of_terms_that_are_none_are_refused(max_terms):
     with pytest.raises(OptionError, match="max_terms: expected an integer of at least 1"):
         bounded(ek.DiagonalBlock(torch.ones(2, 3)), max_terms)
+
+
+def test_a_single_curvature_is_compressed_as_the_only_one():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    batch = (torch.randn(8, 4), torch.randint(3, (8,)))
+    curvature = ek.estimate_curvature(model, [batch], approximation="xkfac-nested")
+    one, among = (ek.compress_curvatures(c, 1) for c in (curvature, [curvature]))
+    assert one.tasks == among.tasks == 1
+    assert torch.equal(one["0"].dense(), among["0"].dense())

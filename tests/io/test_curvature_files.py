@@ -297,6 +297,44 @@ def test_a_damaged_file_is_refused_by_its_name(damage, saved, tmp_path):
         ek.Curvature.load(path)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("value", [None, "x", -1, 0, 3.5, [], {}], ids=repr)
+@pytest.mark.parametrize(
+    "key",
+    ["batchnorms", "signatures", "gradient_examples", "examples", "batches", "tasks", "max_terms"],
+)
+def test_metadata_of_another_type_are_refused_and_not_left_for_later(
+    key, value, compressed, saved, tmp_path
+):
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(saved)
+    if compressed:
+        one = ek.Curvature.load(path)
+        ek.compress_curvatures([one, one], 1).save(path)
+    header, body = _header(path.read_bytes())
+    metadata = json.loads(header["__metadata__"]["ekfac_rs"])
+    metadata[key] = value
+    header["__metadata__"]["ekfac_rs"] = json.dumps(metadata)
+    path.write_bytes(_with_header(header, body))
+    if (key, value, compressed) == ("max_terms", None, False):
+        ek.Curvature.load(path)
+        return
+    with pytest.raises(ek.errors.FileFormatError, match="damaged"):
+        ek.Curvature.load(path)
+
+
+def test_terms_that_belong_to_no_block_are_refused():
+    one = curvature(approximation="kfac-expand")
+    tensors = one.tensors()
+    more = tensors | {"0.9.A": tensors["0.0.A"]}
+    with pytest.raises(ValueError, match="belong to no block: 0.9.A"):
+        ek.Curvature.from_tensors(more, one.metadata())
+    # Two terms of two tasks, which the metadata call a single pass's one.
+    two = ek.compress_curvatures([one, one], 2)
+    with pytest.raises(ValueError, match="belong to no block: 0.1.A, 0.1.G"):
+        ek.Curvature.from_tensors(two.tensors(), two.metadata() | {"max_terms": None})
+
+
 def test_a_flipped_header_byte_never_gives_a_wrong_curvature(saved, tmp_path):
     """Whatever is read after damage in the header is either refused or one and the same."""
     path = tmp_path / "flipped"

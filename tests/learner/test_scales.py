@@ -264,10 +264,15 @@ def test_tolerance_is_a_share_of_the_reference(reference, tolerance, missing):
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf, "largest", None, [1.0]], ids=repr)
+@pytest.mark.parametrize(
+    "scale", [-1.0, math.nan, math.inf, "largest", None, [1.0], Budget], ids=repr
+)
 def test_no_other_scale_is_taken(scale):
     with pytest.raises(OptionError, match="scale: expected"):
         learner_of(scale)
+    if not isinstance(scale, float):
+        with pytest.raises(OptionError, match="'counting', 'adaptive', 'auto', 'halving'"):
+            learner_of(scale)
 
 
 @pytest.mark.parametrize(

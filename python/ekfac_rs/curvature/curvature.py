@@ -290,8 +290,15 @@ class Curvature(Mapping[str, Block]):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     ) -> "Curvature":
-        """Rebuild from `tensors` and `metadata`."""
+        """Rebuild from `tensors` and `metadata`.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, EkfacError
+            They are not what these gave: something is missing, left over or of another type.
+        """
         values = dict(metadata)
+        _require_metadata(values)
         layers = values.pop("layers", None) or list(values["batchnorms"])
         values["settings"] = PassSettings(**values["settings"])
         values["signatures"] = {name: Signature(*s) for name, s in values["signatures"].items()}
@@ -306,10 +313,13 @@ class Curvature(Mapping[str, Block]):
             )
             for index, name in enumerate(layers)
         }
-        return cls(blocks=blocks, **values)
+        curvature = cls(blocks=blocks, **values)
+        if left_over := tensors.keys() - curvature.tensors().keys():
+            raise ValueError(f"tensors that belong to no block: {', '.join(sorted(left_over))}")
+        return curvature
 
 
-def compress_curvatures(curvatures: Sequence[Curvature], max_terms: int) -> Curvature:
+def compress_curvatures(curvatures: Curvature | Sequence[Curvature], max_terms: int) -> Curvature:
     """Sum of the curvatures of several tasks, within the cost of ``max_terms`` terms a layer.
 
     For `QuadraticPenalty` it stands for all of them. Memory and the time of a product do not grow
@@ -323,7 +333,7 @@ def compress_curvatures(curvatures: Sequence[Curvature], max_terms: int) -> Curv
 
     Parameters
     ----------
-    curvatures : sequence of Curvature
+    curvatures : Curvature or sequence of Curvature
         Of tasks, or sums of them from here; the last task last.
     max_terms : int
         At least 1, which keeps a single Kronecker product: too few for many tasks.
@@ -341,6 +351,7 @@ def compress_curvatures(curvatures: Sequence[Curvature], max_terms: int) -> Curv
         Curvatures in different coordinates, of different kinds or over different layers.
     """
     require_count("max_terms", max_terms)
+    curvatures = [curvatures] if isinstance(curvatures, Curvature) else list(curvatures)
     if not curvatures:
         raise OptionError("curvatures: expected at least one, got none")
     require_summable(curvatures, curvatures[0].settings.coordinates)
@@ -420,6 +431,30 @@ def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
     if coordinates == "merged" and has_statistics:
         return Signature.of(merged_weight_of(layer))
     return Signature.of(layer.raw_weight())
+
+
+def _require_metadata(values: Mapping[str, Any]) -> None:
+    """Raise unless JSON's values are what `Curvature.metadata` gave, as far as types tell."""
+    names = values["batchnorms"].keys() if isinstance(values["batchnorms"], Mapping) else ()
+    for key in ("batchnorms", "signatures", "gradient_examples"):
+        if not names or not isinstance(values[key], Mapping) or values[key].keys() != names:
+            raise ValueError(f"{key}: expected a value for each layer, got {values[key]!r}")
+    if values.get("layers") is not None and set(values["layers"]) != set(names):
+        raise ValueError(f"layers: expected {', '.join(names)}, got {values['layers']!r}")
+    # Files from before there were sums over tasks have neither of the last two.
+    counts = {"examples": values["examples"], "batches": values["batches"]}
+    counts["tasks"] = values.get("tasks", 1)
+    counts["max_terms"] = 1 if values.get("max_terms") is None else values["max_terms"]
+    for key, count in counts.items():
+        require_count(key, count)
+    if not isinstance(values["loss"], float | int):
+        raise TypeError(f"loss: expected a number, got {values['loss']!r}")
+    for examples in values["gradient_examples"].values():
+        if not all(isinstance(count, int) for count in examples):
+            raise TypeError(f"gradient_examples: expected numbers of examples, got {examples!r}")
+    for key in ("uncovered", "layers"):
+        if isinstance(values.get(key), str):
+            raise TypeError(f"{key}: expected names, got {values[key]!r}")
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
