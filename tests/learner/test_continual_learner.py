@@ -583,3 +583,16 @@ def test_a_call_that_fails_before_its_first_step_changes_no_tensor(weights, fail
         learner.fit(second, lr=0.1)
     for name, tensor in learner.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("without", [{"losses": []}, {}], ids=["empty", "missing"])
+def test_a_state_of_a_learner_that_held_on_to_nothing_is_read(without):
+    loader = classification_loader(6, 3, examples=32, dtype=torch.float32)
+    learner = ek.ContinualLearner(mlp(6, 8, 3, dtype=torch.float32), approximation=None)
+    learner.consolidate(loader)
+    assert learner.losses == [None]
+    state = learner.state_dict()
+    del state["losses"]
+    other = ek.ContinualLearner(mlp(6, 8, 3, dtype=torch.float32), approximation=None)
+    other.load_state_dict(state | without)
+    assert (other.task, other.losses) == (1, [None])

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -293,3 +294,50 @@ def test_what_cannot_be_summed_is_refused():
             ek.compress_curvatures(made, max_terms)
     with pytest.raises(OptionError, match="max_terms"):
         learner_of(0)
+
+
+def kept_state(learner):
+    """Everything of a state, in a form that compares."""
+
+    def flat(value):
+        if isinstance(value, torch.Tensor):
+            return value.tolist()
+        if isinstance(value, dict):
+            return {key: flat(part) for key, part in value.items()}
+        return [flat(part) for part in value] if isinstance(value, list | tuple) else value
+
+    return flat(learner.state_dict())
+
+
+@pytest.mark.parametrize("head", [None, "new"])
+@pytest.mark.parametrize("value", [None, 7, "x", [1], {"a": 1}], ids=repr)
+@pytest.mark.parametrize(
+    "key", ["model", "task", "anchor", "norms", "heads", "losses", "selection", "curvatures"]
+)
+def test_a_state_with_a_part_of_another_kind_changes_nothing(key, value, head):
+    learner = learn(learner_of(2, scale="auto", head=head), TASKS[:2])
+    state = copy.deepcopy(learner.state_dict())
+    other = learn(learner_of(2, scale="auto", head=head), TASKS[2:3])
+    before = kept_state(other)
+    if (key, value) == ("task", 7):
+        value = 1  # fewer than there are curvatures of
+    if (key, value) == ("losses", None):
+        value = [0.1, math.nan]  # None is what a learner had that held on to nothing
+    with pytest.raises(IncompatibleError, match="state: expected"):
+        other.load_state_dict(state | {key: value})
+    assert kept_state(other) == before
+    other.load_state_dict(state)
+    assert kept_state(other) == kept_state(learner)
+
+
+def test_a_state_whose_anchor_is_of_other_shapes_or_weights_changes_nothing():
+    learner = learn(learner_of(2), TASKS[:2])
+    other = learn(learner_of(2), TASKS[2:3])
+    before = kept_state(other)
+    name = next(iter(learner.anchor))
+    for change in (lambda w: w[:2], lambda w: 2.0 * w):
+        state = copy.deepcopy(learner.state_dict())
+        state["anchor"]["weights"][name] = change(state["anchor"]["weights"][name])
+        with pytest.raises(IncompatibleError, match=f"state: expected an anchor .*{name}"):
+            other.load_state_dict(state)
+        assert kept_state(other) == before

@@ -1,7 +1,7 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -545,6 +545,7 @@ class ContinualLearner:
             self._heads.begin(self.task, undo, None, None)
             self._heads.bind(lambda: self._example_of(source), undo)
             self._require_own_layer_apart()
+            loss = None
             if self._protects:
                 with restored_on_failure(self.model):
                     curvature, anchor = self._consolidated(source)
@@ -553,8 +554,8 @@ class ContinualLearner:
                     loss = self._mean_loss(source) if needs_loss else None
                     self._share(anchor, undo)
                 self.curvatures, self.anchor = curvatures, anchor
-                self.losses.append(loss)
             undo.pop_all()
+        self.losses.append(loss)
         self._begin_task(self.task + 1)
 
     def adopt(self, curvature: Curvature | None, anchor: Anchor, loss: float | None = None) -> None:
@@ -797,22 +798,33 @@ class ContinualLearner:
             ]
             anchor = None if state["anchor"] is None else Anchor(**state["anchor"])
             selection = [Selection.from_dict(values) for values in state.get("selection", [])]
-        except (KeyError, TypeError, ValueError) as error:
+            task, norms = state["task"], dict(state["norms"])
+            heads = dict(state.get("heads", {"kind": "one"}))
+            model = dict(state["model"])
+            # A learner that held on to nothing kept none, once.
+            losses = list(state.get("losses") or [None] * task)
+            _require_tasks_of_a_state(task, losses, norms, curvatures, anchor)
+        except (KeyError, TypeError, ValueError, AttributeError, EkfacError) as error:
             raise IncompatibleError(f"state: expected a learner's state, got {error!r}") from error
         for curvature in curvatures:
             self._require_of_this_kind(curvature)
         with ExitStack() as undo:
-            self._reshape(state.get("heads", {"kind": "one"}), undo)
-            require_same_tensors(self.model, state["model"])
+            self._reshape(heads, undo)
+            require_same_tensors(self.model, model)
             if anchor is not None:
+                try:
+                    self._penalty_of(curvatures, anchor).close()
+                except EkfacError as error:
+                    raise IncompatibleError(
+                        f"state: expected an anchor and curvatures of this model, got {error}"
+                    ) from error
                 self._share(anchor, undo)
             undo.pop_all()
-        self._heads.load_tensors(state.get("heads", {}))
+        self._heads.load_tensors(heads)
         self.model.load_state_dict(state["model"])
         self.curvatures, self.anchor, self.selection = curvatures, anchor, selection
-        self.losses = list(state.get("losses", [None] * state["task"]))
-        self._norms = dict(state["norms"])
-        self._begin_task(state["task"])
+        self.losses, self._norms = losses, norms
+        self._begin_task(task)
 
     def _reshape(self, heads: dict[str, Any], undo: ExitStack) -> None:
         """Give models and heads the shapes that a state's have."""
@@ -1041,7 +1053,31 @@ class ContinualLearner:
                 )
 
 
-def _require_finite_loss(place: str, loss: float) -> None:
+def _require_tasks_of_a_state(
+    task: object,
+    losses: Sequence[object],
+    norms: Mapping[str, object],
+    curvatures: Sequence[Curvature],
+    anchor: Anchor | None,
+) -> None:
+    """Raise unless what a state says of its tasks goes together."""
+    if isinstance(task, bool) or not isinstance(task, int) or task < 0:
+        raise TypeError(f"task: expected a number of tasks, got {task!r}")
+    held = sum(curvature.tasks for curvature in curvatures)
+    if held > task or len(losses) != task or (anchor is None and held):
+        raise ValueError(
+            f"task: {task}, with curvatures of {held} tasks, losses of {len(losses)} and "
+            f"{'no' if anchor is None else 'an'} anchor"
+        )
+    for loss in losses:
+        if loss is not None:
+            _require_finite_loss("losses", loss)
+    for name, norm in norms.items():
+        if not isinstance(norm, Tensor):
+            raise TypeError(f"norms: expected a tensor for layer {name!r}, got {norm!r}")
+
+
+def _require_finite_loss(place: str, loss: object) -> None:
     if isinstance(loss, bool) or not isinstance(loss, int | float):
         raise DtypeError(f"{place}: expected a task's mean loss as a number, got {loss!r}")
     if not math.isfinite(loss):
