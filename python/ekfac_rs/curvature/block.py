@@ -7,12 +7,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ekfac_rs._checks import require_like
+from ekfac_rs._lanczos import top_eigenvalue
 from ekfac_rs.errors import IncompatibleError, NumericalError, OptionError
 
 Terms = Sequence[tuple[Tensor, Tensor]]
 
 # Above this many rows a dense matrix is no longer a fallback anyone wants.
 _DENSE_LIMIT = 4096
+# Products that a top eigenvalue may take, and the change at which it takes no more.
+_PRODUCTS = 100
+_TOLERANCE = 1e-6
 
 
 class Block(ABC):
@@ -103,6 +108,27 @@ class Block(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Return what the block is made of under keys for a file."""
 
+    def _checked(self, V: Tensor) -> Tensor:
+        """Return ``V`` without its graph; refuse one that is no (D, K) or (S, D, K) of the block's.
+
+        Raises
+        ------
+        ShapeError, DtypeError, DeviceError
+        """
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        stacked = isinstance(V, Tensor) and V.dim() == 3
+        require_like("V", V, (V.shape[0], *self.shape) if stacked else self.shape, like)
+        return V.detach()
+
+    def _require_fitting(self, other: Self) -> None:
+        """Raise `IncompatibleError` unless a block adds up with this one."""
+        if self._fit() != other._fit():
+            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
+
+    def _fit(self) -> tuple[object, ...]:
+        """Return what two blocks that add up have in common."""
+        return self.shape, self.dtype, self.device
+
 
 def kept_strata(gradient_examples: Sequence[int]) -> list[int]:
     """Return the strata that had a degree of freedom: the others are no terms."""
@@ -157,6 +183,24 @@ def dense_logdet(block: Block, damping: float, closed: str, instead: str = "") -
             f" with damping {damping}"
         )
     return 2.0 * float(factor.diagonal().log().sum())
+
+
+def top_eigenvalue_by_products(block: Block, start: Tensor) -> float:
+    """Largest eigenvalue of a block, to a relative 1e-4; 0 where ``start`` is zero.
+
+    Parameters
+    ----------
+    block : Block
+    start : Tensor of shape (D, K)
+        To begin with; not orthogonal to the top eigenvector.
+    """
+    if not bool(start.any()):
+        return 0.0
+
+    def product(v: Tensor) -> Tensor:
+        return block.product(v.reshape(block.shape)).flatten()
+
+    return top_eigenvalue(product, start.flatten(), _PRODUCTS, _TOLERANCE)
 
 
 def more_outputs(block: Block, outputs: int, groups: int = 1) -> int:

@@ -300,9 +300,9 @@ def _traces(factor: Tensor) -> Tensor:
 
 def _added_up(block: KroneckerSum) -> Terms:
     """Return the terms; of groups of a single row their sum, which is one."""
-    if block.groups < block.shape[0] or len(block.terms) == 1:
+    whole = block.added_up()
+    if whole is None or len(block.terms) == 1:
         return block.terms
-    whole = torch.stack([A.double() * G.double() for A, G in block.terms]).sum(0)
     return [(whole.to(block.dtype), torch.ones_like(block.terms[0][1]))]
 
 

@@ -13,7 +13,6 @@ from ekfac_rs.curvature.block import Block, Terms, mixed_terms, more_outputs
 from ekfac_rs.curvature.kronecker import KroneckerSum, eigh
 from ekfac_rs.errors import (
     DtypeError,
-    IncompatibleError,
     NumericalError,
     OptionError,
     ShapeError,
@@ -395,18 +394,6 @@ class ColumnwiseSum(Block):
                     f"{damping}"
                 )
             yield from zip(members[start : start + share], roots, strict=True)
-
-    def _checked(self, V: Tensor) -> Tensor:
-        if isinstance(V, Tensor) and V.dim() == 3:
-            require_like("V", V, (V.shape[0], *self.shape), self.terms[0][0])
-        else:
-            require_like("V", V, self.shape, self.terms[0][0])
-        return V.detach()
-
-    def _require_fitting(self, other: "ColumnwiseSum") -> None:
-        mine, theirs = ((block.shape, block.dtype, block.device) for block in (self, other))
-        if mine != theirs:
-            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
 
 
 # Columns whose top eigenvalues are computed at a time.

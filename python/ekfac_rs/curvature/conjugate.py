@@ -39,7 +39,7 @@ def conjugate_gradients(
         They did not reach the tolerance.
     """
     if tolerance is None:
-        tolerance = 1e-6 if V.dtype == torch.float32 else 1e-12
+        tolerance = default_tolerance(V.dtype)
     X, residual = torch.zeros_like(V), V.clone()
     direction, before = torch.zeros_like(V), 1.0
     wanted = tolerance * _size(V)
@@ -61,6 +61,11 @@ def conjugate_gradients(
         f"solve: expected a residual of at most {wanted:g} after {max_iterations} iterations "
         f"of conjugate gradients, got {reached:g} with damping {damping}"
     )
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return the relative residual to stop at where none is given."""
+    return 1e-6 if dtype == torch.float32 else 1e-12
 
 
 def _inner(V: Tensor, W: Tensor) -> float:

@@ -9,22 +9,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
-from ekfac_rs._lanczos import top_eigenvalue
-from ekfac_rs.curvature.block import Block, dense_logdet, more_outputs
+from ekfac_rs.curvature.block import (
+    Block,
+    dense_logdet,
+    more_outputs,
+    top_eigenvalue_by_products,
+)
 from ekfac_rs.curvature.columnwise import ColumnwiseSum
 from ekfac_rs.curvature.conjugate import conjugate_gradients
 from ekfac_rs.curvature.kronecker import KroneckerSum, eigh
 from ekfac_rs.errors import (
     DtypeError,
-    IncompatibleError,
     NumericalError,
     OptionError,
     ShapeError,
 )
-
-# Products that a top eigenvalue may take, and the change at which it takes no more.
-_PRODUCTS = 100
-_TOLERANCE = 1e-6
 
 
 class EigenbasisTerm(NamedTuple):
@@ -325,14 +324,7 @@ class EigenbasisSum(Block):
         # Largest where the diagonal in one basis is: not orthogonal to the top eigenvector.
         basis = self._largest()
         values = self._in_basis_of(basis).terms[0].values
-        start = basis.outside(values.sqrt()).flatten()
-        if not bool(start.any()):
-            return damping
-
-        def product(v: Tensor) -> Tensor:
-            return self.product(v.reshape(self.shape)).flatten()
-
-        return top_eigenvalue(product, start, _PRODUCTS, _TOLERANCE) + damping
+        return top_eigenvalue_by_products(self, basis.outside(values.sqrt())) + damping
 
     def above(self) -> KroneckerSum | ColumnwiseSum:
         """Return Kronecker products above the terms: ``G (x) A - term`` is positive semi-definite.
@@ -471,26 +463,9 @@ class EigenbasisSum(Block):
         values = torch.stack([term.seen_from(basis) for term in self.terms]).sum(0)
         return EigenbasisSum([(basis.U, basis.Q, values.to(self.dtype))])
 
-    def _checked(self, V: Tensor) -> Tensor:
-        if isinstance(V, Tensor) and V.dim() == 3:
-            require_like("V", V, (V.shape[0], *self.shape), self.terms[0].values)
-        else:
-            require_like("V", V, self.shape, self.terms[0].values)
-        return V.detach()
-
-    def _require_fitting(self, other: "EigenbasisSum") -> None:
-        mine, theirs = (
-            (
-                block.shape,
-                block.terms[0].Q.shape,
-                block.terms[0].U is None,
-                block.dtype,
-                block.device,
-            )
-            for block in (self, other)
-        )
-        if mine != theirs:
-            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
+    def _fit(self) -> tuple[object, ...]:
+        first = self.terms[0]
+        return *super()._fit(), first.Q.shape, first.U is None
 
 
 def _trace(factor: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from ekfac_rs import _core
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
 from ekfac_rs._tensors import borrow
 from ekfac_rs.curvature.block import Block, dense_logdet, mixed_terms, more_outputs
+from ekfac_rs.curvature.conjugate import default_tolerance
 from ekfac_rs.errors import (
     DtypeError,
-    IncompatibleError,
     OptionError,
     ShapeError,
 )
@@ -311,7 +311,7 @@ class KroneckerSum(Block):
             inverse.solve(borrow(V), borrow(out))
             return out
         if tolerance is None:
-            tolerance = 1e-6 if self.dtype == torch.float32 else 1e-12
+            tolerance = default_tolerance(self.dtype)
         _core.conjugate_gradients(
             self._borrowed, damping, borrow(V), borrow(out), tolerance, max_iterations
         )
@@ -374,11 +374,19 @@ class KroneckerSum(Block):
         out.add_(self._noise((n,), generator), alpha=damping**0.5)
         return self.solve(out, damping)
 
+    def added_up(self) -> Tensor | None:
+        """Return the one input factor that the terms add up to, in float64, ``[groups, K, K]``.
+
+        Where every group is a single row G is a number for each. None where there are no groups, or
+        larger ones.
+        """
+        if self.groups == 1 or self.groups < self.shape[0]:
+            return None
+        return torch.stack([A.double() * G.double() for A, G in self.terms]).sum(0)
+
     def _inverse(self, damping: float) -> _core.KroneckerInverse | None:
         """Return the inverse of the damped block where it has a closed form."""
-        if self.groups > 1 and self.groups == self.shape[0]:
-            # G is a number for each group: the terms add up to one.
-            whole = torch.stack([A.double() * G.double() for A, G in self.terms]).sum(0)
+        if (whole := self.added_up()) is not None:
             one = whole.new_ones(self.groups, 1, 1)
             return _core.KroneckerInverse([(borrow(whole), borrow(one))], damping)
         if len(self.terms) == 1 or (len(self.terms) == 2 and damping == 0.0):
@@ -390,19 +398,8 @@ class KroneckerSum(Block):
             (*batch, *self.shape), dtype=self.dtype, device=self.device, generator=generator
         )
 
-    def _checked(self, V: Tensor) -> Tensor:
-        if isinstance(V, Tensor) and V.dim() == 3:
-            require_like("V", V, (V.shape[0], *self.shape), self.terms[0][0])
-        else:
-            require_like("V", V, self.shape, self.terms[0][0])
-        return V.detach()
-
-    def _require_fitting(self, other: "KroneckerSum") -> None:
-        mine, theirs = (
-            (block.shape, block.groups, block.dtype, block.device) for block in (self, other)
-        )
-        if mine != theirs:
-            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
+    def _fit(self) -> tuple[object, ...]:
+        return *super()._fit(), self.groups
 
 
 def _stack_of(factor: Tensor) -> tuple[int, ...]:

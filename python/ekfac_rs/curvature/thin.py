@@ -9,17 +9,12 @@ from torch.nn import functional as F
 
 from ekfac_rs import _core
 from ekfac_rs._checks import require_count, require_finite, require_like, require_nonnegative
-from ekfac_rs._lanczos import top_eigenvalue
 from ekfac_rs._tensors import borrow
-from ekfac_rs.curvature.block import Block, dense_logdet, more_outputs
+from ekfac_rs.curvature.block import Block, dense_logdet, more_outputs, top_eigenvalue_by_products
 from ekfac_rs.curvature.conjugate import conjugate_gradients
 from ekfac_rs.curvature.eigenbasis import EigenbasisSum
 from ekfac_rs.curvature.kronecker import KroneckerSum, eigh
 from ekfac_rs.errors import IncompatibleError, OptionError, ShapeError
-
-# Products that a top eigenvalue may take, and the change at which it takes no more.
-_PRODUCTS = 100
-_TOLERANCE = 1e-6
 
 
 class ThinKroneckerSum(Block):
@@ -280,14 +275,8 @@ class ThinKroneckerSum(Block):
         generator = torch.Generator("cpu").manual_seed(0)
         start = torch.randn(self.shape, generator=generator, dtype=torch.float64, device="cpu")
         # Once multiplied, most of it is along the largest eigenvectors.
-        start = self.product(start.to(self.device, self.dtype)).flatten()
-        if not bool(start.any()):
-            return damping
-
-        def product(v: Tensor) -> Tensor:
-            return self.product(v.reshape(self.shape)).flatten()
-
-        return top_eigenvalue(product, start, _PRODUCTS, _TOLERANCE) + damping
+        start = self.product(start.to(self.device, self.dtype))
+        return top_eigenvalue_by_products(self, start) + damping
 
     # --- inverses ---
 
@@ -399,18 +388,6 @@ class ThinKroneckerSum(Block):
         for R, Q in self.terms:
             values += torch.outer((P.mT @ Q).square().sum(1), (U.mT @ R).square().sum(1))
         return EigenbasisSum([(U, P, values.clamp_min(0.0))])
-
-    def _checked(self, V: Tensor) -> Tensor:
-        if isinstance(V, Tensor) and V.dim() == 3:
-            require_like("V", V, (V.shape[0], *self.shape), self._R)
-        else:
-            require_like("V", V, self.shape, self._R)
-        return V.detach()
-
-    def _require_fitting(self, other: "ThinKroneckerSum") -> None:
-        mine, theirs = ((block.shape, block.dtype, block.device) for block in (self, other))
-        if mine != theirs:
-            raise IncompatibleError(f"expected a block like {self!r}, got {other!r}")
 
 
 def _side_by_side(roots: Sequence[Tensor], empty: Tensor) -> tuple[Tensor, list[int]]:
