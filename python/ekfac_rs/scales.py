@@ -44,11 +44,23 @@ class Control:
         Parameters
         ----------
         loss : float
-            Of the new task's mini-batch.
+            Of the new task's mini-batch: as the likelihood reduces it, a mean by default.
         increase : float
             Predicted for the **sum** of the earlier tasks' mean losses
             (`QuadraticPenalty.predicted_increase`).
         """
+
+
+class _BoundedControl(Control):
+    """A scale whose logarithm moves, as far from 0 as that of a bound."""
+
+    def __init__(self, scale: float, bound: float) -> None:
+        super().__init__(scale)
+        self._log_scale, self._log_bound = math.log(scale), math.log(bound)
+
+    def move(self, by: float) -> None:
+        self._log_scale = min(max(self._log_scale + by, -self._log_bound), self._log_bound)
+        self.scale = math.exp(self._log_scale)
 
 
 class ScaleRule(ABC):
@@ -66,11 +78,10 @@ class ScaleRule(ABC):
     def first_scale(self) -> float:
         """Return the scale that it begins with."""
 
-    @abstractmethod
     def control(
         self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
     ) -> Control:
-        """Begin a task.
+        """Begin a task; by default with a scale that stays.
 
         Parameters
         ----------
@@ -81,7 +92,17 @@ class ScaleRule(ABC):
             That the task takes.
         before : Selection, optional
             What the rule did in the task before, where it was this rule.
+
+        Returns
+        -------
+        Control
+
+        Raises
+        ------
+        OptionError
+            The rule needs to know losses that are not there, or can do nothing with them.
         """
+        return Control(self.first_scale())
 
 
 @dataclass(frozen=True)
@@ -95,18 +116,17 @@ class Fixed(ScaleRule):
     Attributes
     ----------
     scale : float
+
+    Raises
+    ------
+    OptionError
+        It is negative or not finite.
     """
 
     scale: float
 
     def __post_init__(self) -> None:
         require_nonnegative("scale", self.scale)
-
-    def control(
-        self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
-    ) -> Control:
-        """Begin a task with this scale."""
-        return Control(self.first_scale())
 
     def first_scale(self) -> float:
         """Return this scale."""
@@ -129,9 +149,14 @@ class Adaptive(ScaleRule):
     rate : float
         How far ``log scale`` can move in a task, times ``log bound``.
 
+    Raises
+    ------
+    OptionError
+        ``bound`` is below 1, or ``rate`` negative, or one not finite.
+
     References
     ----------
-    Lee, Hong, Joo, Kim, CVPR 2020, section 5 (the aim).
+    Lee, Hong, Joo, Kim, CVPR 2020 (the aim).
     """
 
     bound: float = 30.0
@@ -145,26 +170,24 @@ class Adaptive(ScaleRule):
         self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
     ) -> Control:
         """Begin a task with scale 1."""
-        return _AdaptiveControl(math.log(self.bound), self.rate / steps)
+        return _AdaptiveControl(self, steps)
 
     def first_scale(self) -> float:
         """Return 1."""
         return 1.0
 
 
-class _AdaptiveControl(Control):
-    def __init__(self, log_bound: float, step: float) -> None:
-        super().__init__(1.0)
-        self._log_bound, self._step, self._log_scale = log_bound, step * log_bound, 0.0
+class _AdaptiveControl(_BoundedControl):
+    def __init__(self, rule: Adaptive, steps: int) -> None:
+        super().__init__(rule.first_scale(), rule.bound)
+        self._step = rule.rate / steps * math.log(rule.bound)
 
     def update(self, loss: float, increase: float) -> None:
         old, new = self.scale * increase, loss
         # A log-likelihood of densities may be negative; no step is ever larger than the rate's.
         apart = abs(old) + abs(new)
         if apart > 0.0:
-            moved = self._log_scale + self._step * (old - new) / apart
-            self._log_scale = min(max(moved, -self._log_bound), self._log_bound)
-            self.scale = math.exp(self._log_scale)
+            self.move(self._step * (old - new) / apart)
 
 
 @dataclass(frozen=True)
@@ -194,6 +217,12 @@ class Budget(ScaleRule):
         How far ``log scale`` can move in a task.
     settle : float
         From 0 to 1.
+
+    Raises
+    ------
+    OptionError
+        ``share`` or ``start`` is not above 0, ``rate`` or ``settle`` negative, ``settle`` above 1,
+        ``bound`` below 1, or one not finite.
     """
 
     share: float = 0.04
@@ -236,9 +265,9 @@ class Budget(ScaleRule):
         return float(self.start)
 
 
-class _BudgetControl(Control):
+class _BudgetControl(_BoundedControl):
     def __init__(self, rule: Budget, allowed: float, tasks: int, steps: int, scale: float) -> None:
-        super().__init__(scale)
+        super().__init__(scale, rule.bound)
         self.budget = allowed / tasks
         self._rule, self._allowed, self._steps, self._done = rule, allowed, steps, 0
 
@@ -249,9 +278,7 @@ class _BudgetControl(Control):
         if share < rule.settle or increase <= 0.0 or allowed <= 0.0:
             return
         over = min(max(math.log(increase / allowed), -1.0), 1.0)
-        moved = math.log(self.scale) + rule.rate / self._steps * over
-        log_bound = math.log(rule.bound)
-        self.scale = math.exp(min(max(moved, -log_bound), log_bound))
+        self.move(rule.rate / self._steps * over)
 
 
 @dataclass(frozen=True)
@@ -271,9 +298,14 @@ class Halving(ScaleRule):
     tries : int
         At most so many; the last one counts in any case.
 
+    Raises
+    ------
+    OptionError
+        ``start`` is not above 0, ``tolerance`` negative, ``tries`` below 1, or one not finite.
+
     References
     ----------
-    De Lange et al., "A continual learning survey", TPAMI 2021, section 5 (stability decay).
+    De Lange et al., "A continual learning survey", TPAMI 2021 (stability decay).
     Masana et al., "Class-incremental learning: survey", TPAMI 2022 (FACIL).
     """
 
@@ -285,12 +317,6 @@ class Halving(ScaleRule):
         _require_positive("start", self.start)
         require_nonnegative("tolerance", self.tolerance)
         require_count("tries", self.tries)
-
-    def control(
-        self, losses: Sequence[float | None], steps: int, before: "Selection | None" = None
-    ) -> Control:
-        """Begin the first try."""
-        return Control(self.first_scale())
 
     def first_scale(self) -> float:
         """Return ``start``."""
@@ -312,8 +338,8 @@ class Selection:
     tasks : int
         Earlier ones.
     scale, loss, increase : list of float
-        At each step: the penalty's scale, the new task's loss, and the predicted increase of the
-        earlier tasks' mean losses, a mean over these tasks.
+        At each step: the penalty's scale, the new task's loss on the mini-batch, and the predicted
+        increase of the earlier tasks' mean losses, a mean over these tasks.
     budget : float or None
         What ``increase`` was steered to.
     tries : list of (float, float)
