@@ -357,10 +357,10 @@ def compress_curvatures(curvatures: Curvature | Sequence[Curvature], max_terms: 
     require_summable(curvatures, curvatures[0].settings.coordinates)
     last = curvatures[-1]
     for curvature in curvatures:
-        if _in_words(curvature) != _in_words(last):
+        if curvature.settings.kind != last.settings.kind:
             raise IncompatibleError(
-                f"approximation: expected {_in_words(last)} in all curvatures, got "
-                f"{_in_words(curvature)}"
+                f"approximation: expected {last.settings.kind} in all curvatures, got "
+                f"{curvature.settings.kind}"
             )
 
     def summed(name: str) -> Block:
@@ -406,7 +406,7 @@ def require_summable(curvatures: Sequence[Curvature], coordinates: str) -> None:
         if _kinds_of(curvature) != _kinds_of(first):
             raise IncompatibleError(
                 f"approximation: expected one kind of block in all curvatures, got "
-                f"{_in_words(first)} and {_in_words(curvature)}"
+                f"{first.settings.kind} and {curvature.settings.kind}"
             )
 
 
@@ -414,12 +414,6 @@ def _kinds_of(curvature: Curvature) -> set[type[Block]]:
     # Dense terms and thin ones add up.
     thin_or_dense = (KroneckerSum, ThinKroneckerSum)
     return {KroneckerSum if isinstance(b, thin_or_dense) else type(b) for b in curvature.values()}
-
-
-def _in_words(curvature: Curvature) -> str:
-    settings = curvature.settings
-    corrected = "" if settings.correction is None else f" with {settings.correction!r} corrected"
-    return f"{settings.approximation!r}{corrected}"
 
 
 def signature_of(layer: AffineLayer, coordinates: str) -> Signature:

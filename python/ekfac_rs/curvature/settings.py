@@ -63,7 +63,18 @@ class PassSettings:
         """Make the settings of passes under this loss."""
         return cls(likelihood=repr(likelihood), **settings)
 
+    @property
+    def kind(self) -> str:
+        """Approximation and correction in words."""
+        return kind_in_words(self.approximation, self.correction)
+
     def differences(self, other: "PassSettings") -> dict[str, tuple[Any, Any]]:
         """Return the settings that are not the same in both, and their values."""
         mine, theirs = asdict(self), asdict(other)
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def kind_in_words(approximation: str | None, correction: str | None) -> str:
+    """Say what an approximation with a correction is called in messages."""
+    corrected = "" if correction is None else f" with {correction!r} corrected"
+    return f"{approximation!r}{corrected}"

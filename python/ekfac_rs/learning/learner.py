@@ -32,6 +32,7 @@ from ekfac_rs.curvature import (
     compress_curvatures,
     estimate_curvature,
 )
+from ekfac_rs.curvature.settings import kind_in_words
 from ekfac_rs.errors import (
     DtypeError,
     EkfacError,
@@ -54,7 +55,7 @@ from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.learning.training import (
     Means,
     Plan,
-    ScaleOfSteps,
+    ScaledPenalty,
     SoFar,
     Training,
     modes_of,
@@ -459,7 +460,7 @@ class ContinualLearner:
             self._reparameterize_if_any(source)
         put_in_train_mode(model)
         penalty = None if rule is None else self.penalty()
-        scale = None
+        scaled = None
         if rule is not None and penalty is not None:
             cleanup.callback(penalty.close)
             before = next((x for x in reversed(self.selection) if x.rule == repr(rule)), None)
@@ -468,7 +469,7 @@ class ContinualLearner:
                 selection = Selection(repr(rule), self.task)
                 self.selection.append(selection)
                 undo.callback(self.selection.pop)
-            scale = ScaleOfSteps(control, penalty, selection)
+            scaled = ScaledPenalty(control, penalty, selection)
         optimization = Optimization(
             [p for p in model.parameters() if p.requires_grad],
             lr,
@@ -485,8 +486,7 @@ class ContinualLearner:
             self.likelihood,
             self._outputs,
             optimization,
-            penalty,
-            scale,
+            scaled,
             stable=self.step == "stable",
             own=self._own_of(penalty) if self.own and self.step == "stable" else None,
             doubled=self._doubled,
@@ -866,10 +866,9 @@ class ContinualLearner:
         settings = curvature.settings
         theirs = settings.approximation, settings.coordinates, settings.correction
         if theirs != (self.approximation, self.coordinates, self.correction):
-            corrected = "" if self.correction is None else f" with {self.correction!r} corrected"
+            kind = kind_in_words(self.approximation, self.correction)
             raise IncompatibleError(
-                f"curvature: expected {self.approximation!r}{corrected} in {self.coordinates} "
-                f"coordinates, got {curvature!r}"
+                f"curvature: expected {kind} in {self.coordinates} coordinates, got {curvature!r}"
             )
         if self.layers is not None and set(self.layers) != set(curvature.layers):
             raise IncompatibleError(

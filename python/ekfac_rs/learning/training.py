@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ekfac_rs.batchnorm import device_of, frozen_batchnorms
+from ekfac_rs.curvature import Curvature
 from ekfac_rs.errors import NonFiniteError, NumericalError
 from ekfac_rs.learning.optimization import Optimization
 from ekfac_rs.learning.own import OwnCurvature
@@ -75,9 +76,7 @@ class Training:
     outputs : callable
         Calls the model.
     optimization : Optimization
-    penalty : QuadraticPenalty or None
-    scale : ScaleOfSteps or None
-        The penalty's, where there is one.
+    penalty : ScaledPenalty or None
     stable : bool
         Whether gradients are preconditioned for the penalty.
     own : OwnCurvature or None
@@ -101,8 +100,7 @@ class Training:
         likelihood: Likelihood,
         outputs: Outputs,
         optimization: Optimization,
-        penalty: QuadraticPenalty | None,
-        scale: "ScaleOfSteps | None",
+        penalty: "ScaledPenalty | None",
         *,
         stable: bool,
         own: OwnCurvature | None,
@@ -117,7 +115,6 @@ class Training:
         self._outputs = outputs
         self._optimization = optimization
         self._penalty = penalty
-        self._scale = scale
         self._stable = stable
         self._own = own
         self._doubled = doubled
@@ -152,8 +149,8 @@ class Training:
                     if callback is not None:
                         callback(self.steps_done)
                 self._finite.finish()
-                if self._scale is not None:
-                    self._scale.finish()
+                if self._penalty is not None:
+                    self._penalty.finish()
                 history.append(means.result())
                 if plan.passes is None and self.steps_done == plan.steps:
                     break
@@ -180,8 +177,6 @@ class Training:
         loss = self._likelihood.loss(outputs, targets)
         total, penalty = loss, torch.zeros_like(loss)
         if self._penalty is not None:
-            if self._scale is not None:
-                self._scale.take()
             try:
                 penalty = self._penalty()
             except NonFiniteError as error:
@@ -190,8 +185,8 @@ class Training:
                 ) from error
             total = loss + penalty
         self._finite.add(self.steps_done + 1, total.detach())
-        if self._scale is not None:
-            self._scale.note(loss)
+        if self._penalty is not None:
+            self._penalty.note(loss)
         # An optimiser may hold less than the model, and more.
         self._model.zero_grad(set_to_none=True)
         self._optimization.optimizer.zero_grad(set_to_none=True)
@@ -257,8 +252,8 @@ class _Copied:
         return self._values
 
 
-class ScaleOfSteps:
-    """The scale of a penalty over the steps of a task, chosen by a rule and written down.
+class ScaledPenalty:
+    """A penalty over the steps of a task, its scale chosen by a rule and written down.
 
     On a GPU the rule sees a step during the next one, so that nothing waits.
 
@@ -276,9 +271,14 @@ class ScaleOfSteps:
         self._increase: Tensor
         selection.budget = control.budget
 
-    def take(self) -> None:
-        """Give the penalty its scale for the next step."""
+    def __call__(self) -> Tensor:
+        """Value of the penalty, with its scale for this step."""
         self._penalty.scale = self._control.scale
+        return self._penalty()
+
+    def precondition(self, lr: float, own: Curvature | None) -> None:
+        """As `QuadraticPenalty.precondition`."""
+        self._penalty.precondition(lr, own)
 
     def note(self, loss: Tensor) -> None:
         """Take a step's loss, and what its penalty predicted."""
