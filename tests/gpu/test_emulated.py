@@ -29,10 +29,14 @@ SUITES = {
     "gpu/test_agreement.py gpu/test_faults.py": 300,
 }
 # What says no more about a device than others: thousands of samples or steps, each computed by
-# itself; what is known of factors that other tests compare with the oracle's.
+# itself; what is known of factors that other tests compare with the oracle's; training, whose parts
+# are tested one by one; single precision, in which test_agreement.py compares everything.
 ELSEWHERE = (
     *("covariance", "unbiased", "hundred_times", "just_above", "there_on_corrected"),
     *("positive_semidefinite", "one_convolution", "exact_for", "two_forms", "patches_times"),
+    *("exact_block", "one_example_with", "relabelings", "single_precision", "around_a_circle"),
+    *("not_trained_are_left_out", "fine_tuning_forgets", "part_of_another_kind", "puts_no_look"),
+    *("fixed_point", "is_prepared_for", "halving"),
 )
 
 

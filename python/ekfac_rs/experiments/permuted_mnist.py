@@ -88,8 +88,8 @@ _USUAL = (
 )
 # The same in five minutes: what a user would choose between, and the paper's form.
 _USUAL_QUICK = (
-    *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-frozen-own", "kfac-train", "xkfac"),
-    *("xkfac-merged", "scheduled-kfac-first", "scheduled-kfac-first-own"),
+    *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-train", "xkfac", "xkfac-merged"),
+    "scheduled-kfac-first-own",
 )
 
 PRESETS: dict[str, PermutedPreset] = {
