@@ -236,7 +236,7 @@ def test_an_interrupt_ends_all_processes_and_keeps_the_finished_runs(tmp_path):
     options = ["--methods", "fine-tuning", "--lrs", "0.1", "--scales", "1", "--workers", "2"]
     arguments = [sys.executable, "-m", "ekfac_rs.experiments", "permuted-mnist", *TINY, *options]
     process = subprocess.Popen(
-        [*arguments, "--seeds", *map(str, range(5000)), "--output", str(tmp_path)],
+        [*arguments, "--seeds", *map(str, range(1000)), "--output", str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -34,7 +34,6 @@ def from_timm(name):
 MODELS = {
     "resnet18": Row(from_torchvision("resnet18"), 20, 1, 0),
     "resnet50": Row(from_torchvision("resnet50"), 53, 1, 0),
-    "wide_resnet50_2": Row(from_torchvision("wide_resnet50_2"), 53, 1, 0),
     "mobilenet_v2": Row(from_torchvision("mobilenet_v2"), 52, 1, 0),
     "mobilenet_v3_small": Row(from_torchvision("mobilenet_v3_small"), 34, 20, 0),
     "mobilenet_v3_large": Row(from_torchvision("mobilenet_v3_large"), 46, 18, 0),
