@@ -36,6 +36,7 @@ from ekfac_rs.errors import (
     IncompatibleError,
     ModelChangedError,
     NonFiniteError,
+    OptionError,
     ShapeError,
     UnknownLayerError,
 )
@@ -295,7 +296,7 @@ class QuadraticPenalty:
         NumericalError
             The products overflow.
         OptionError
-            ``lr`` is negative or not finite.
+            ``lr`` is negative or not finite; ``own`` is no curvature.
 
         Examples
         --------
@@ -407,6 +408,8 @@ class QuadraticPenalty:
         return checked
 
     def _checked_own(self, own: Curvature) -> dict[str, Block]:
+        if not isinstance(own, Curvature):
+            raise OptionError(f"own: expected a Curvature, got {type(own).__name__}")
         if own.settings.coordinates != self.coordinates:
             raise IncompatibleError(
                 f"own: expected a curvature in {self.coordinates} coordinates, got one in "

@@ -342,8 +342,9 @@ class Selection:
         increase of the earlier tasks' mean losses, a mean over these tasks.
     budget : float or None
         What ``increase`` was steered to.
-    tries : list of (float, float)
-        Of `Halving`: scales and what they reached; the first is the reference, without penalty.
+    tries : list of (float, float or None)
+        Of `Halving`: scales and what they reached, None where training diverged; the first is the
+        reference, without penalty.
     """
 
     rule: str
@@ -352,7 +353,7 @@ class Selection:
     scale: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     increase: list[float] = field(default_factory=list)
-    tries: list[tuple[float, float]] = field(default_factory=list)
+    tries: list[tuple[float, float | None]] = field(default_factory=list)
 
     def clear_steps(self) -> None:
         """Forget the steps, to begin again."""

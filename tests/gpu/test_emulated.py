@@ -37,6 +37,8 @@ ELSEWHERE = (
     *("exact_block", "one_example_with", "relabelings", "single_precision", "around_a_circle"),
     *("not_trained_are_left_out", "fine_tuning_forgets", "part_of_another_kind", "puts_no_look"),
     *("fixed_point", "is_prepared_for", "halving"),
+    # Of coordinates and statistics two of four combinations: both of each.
+    *("modes1", "modes2"),
 )
 
 

@@ -153,6 +153,8 @@ def test_corrections_are_checked_and_need_a_loader_that_can_be_gone_through_agai
     model = mlp(8, 24, 24, 3, dtype=torch.float32)
     with pytest.raises(ek.errors.OptionError, match="correction: expected one of"):
         ek.ContinualLearner(model, correction="best")
+    with pytest.raises(ek.errors.OptionError, match="correction_batches: expected an integer"):
+        ek.ContinualLearner(model, correction="scale", correction_batches=0)
     (loader,) = shifted_tasks(1)
     learner = ek.ContinualLearner(model, correction="scale")
     with pytest.raises(ek.errors.OptionError, match="2 times for correction='scale'"):
@@ -160,6 +162,19 @@ def test_corrections_are_checked_and_need_a_loader_that_can_be_gone_through_agai
     assert learner.task == 0
     learner.consolidate(loader)
     assert learner.curvatures[0].settings.correction == "scale"
+
+
+def test_a_correction_is_made_of_so_many_mini_batches():
+    model = mlp(8, 24, 3, dtype=torch.float32)
+    (loader,) = shifted_tasks(1)
+    options = {"approximation": "xkfac", "correction": "scale", "correction_batches": 1}
+    learner = ek.ContinualLearner(model, generator=torch.Generator().manual_seed(3), **options)
+    learner.consolidate(loader)
+    by_hand = ek.estimate_curvature(
+        model, loader, generator=torch.Generator().manual_seed(3), **options
+    )
+    for name, block in learner.curvatures[0].items():
+        assert torch.equal(block.dense(), by_hand[name].dense())
 
 
 def test_curvatures_of_different_corrections_do_not_add_up():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import EkfacError, OptionError
+from ekfac_rs.errors import EkfacError, NumericalError, OptionError
 from ekfac_rs.scales import Adaptive, Budget, Fixed, Halving, Selection, rule_of
 from nets import classification_loader
 
@@ -236,6 +236,32 @@ def test_halving_ends_at_the_first_scale_that_is_enough_and_is_that_run():
     plain.fit(LOADERS[1], epochs=6, lr=0.1)
     assert torch.equal(weights(plain), weights(learner))
     assert selection.scale == plain.selection[-1].scale
+
+
+def test_a_try_that_diverges_was_not_enough():
+    rule = Halving(start=1e8, tolerance=10.0, tries=40)
+    learner = after_first_task(rule, step="explicit")
+    with pytest.warns(ek.StabilityWarning):
+        learner.fit(LOADERS[1], epochs=6, lr=0.1)
+    (selection,) = learner.selection
+    _, *tries = selection.tries
+    reached = [accuracy for _, accuracy in tries]
+    assert reached.count(None) > 2
+    assert reached[-1] is not None
+    assert torch.isfinite(weights(learner)).all()
+    assert Selection.from_dict(selection.as_dict()) == selection
+
+
+def test_where_every_try_diverges_the_last_ones_error_is_raised():
+    learner = after_first_task(Halving(start=1e8, tries=2), step="explicit")
+    before = weights(learner)
+    with (
+        pytest.warns(ek.StabilityWarning),
+        pytest.raises(NumericalError, match="diverged at step|finite loss"),
+    ):
+        learner.fit(LOADERS[1], epochs=6, lr=0.1)
+    assert torch.equal(weights(learner), before)
+    assert learner.selection == []
 
 
 def test_halving_is_judged_on_validation_data_where_there_are_any():

@@ -164,6 +164,7 @@ def test_another_kind_of_curvature_is_refused_and_changes_nothing():
             UnknownLayerError,
             r"own: expected a block of layer '0', got those of \['1'\]",
         ),
+        "type": (dict(curvature), OptionError, "own: expected a Curvature, got dict"),
     }
     with penalty:
         model(X)

@@ -39,6 +39,7 @@ from ekfac_rs.errors import (
     EmptyLoaderError,
     IncompatibleError,
     NonFiniteError,
+    NumericalError,
     OptionError,
     UnsupportedLayerError,
 )
@@ -98,7 +99,7 @@ class ContinualLearner:
         unpenalised.
     statistics : {"batch", "running"}
         Those under which factors are taken.
-    labels, draws, correction, max_examples, generator
+    labels, draws, correction, correction_batches, max_examples, generator
         As in `estimate_curvature`.
     head : "new", callable or None
         What a task has of its own, where all else is shared. None: nothing, one output layer
@@ -210,6 +211,7 @@ class ContinualLearner:
         labels: str = "mc",
         draws: int = 1,
         correction: str | None = None,
+        correction_batches: int = 64,
         head: str | MakesModel | None = None,
         output_layer: str | None = None,
         layers: Collection[str] | None = None,
@@ -242,6 +244,7 @@ class ContinualLearner:
         require_optimizer(optimizer)
         require_scheduler(scheduler)
         require_count("draws", draws)
+        require_count("correction_batches", correction_batches)
         if max_terms is not None:
             require_count("max_terms", max_terms)
         if own and step != "stable":
@@ -262,6 +265,7 @@ class ContinualLearner:
         self.labels = labels
         self.draws = draws
         self.correction = correction
+        self.correction_batches = correction_batches
         self.layers = layers if layers is None else tuple(layers)
         self.weights = weights
         self.scale = scale
@@ -407,7 +411,8 @@ class ContinualLearner:
     ) -> list[dict[str, float]]:
         """Train without a penalty, and then under ever weaker ones until that is enough.
 
-        No try before the last is training to go on with: ``undo`` takes back all of them.
+        No try before the last is training to go on with: ``undo`` takes back all of them. One that
+        diverges was not enough.
         """
         source.require_passes((plan.passes or 2) * 2, 'fit with scale="halving"')
         validation.require_passes(rule.tries + 1, 'fit with scale="halving"')
@@ -430,7 +435,13 @@ class ContinualLearner:
         undo.callback(self.selection.remove, selection)
         for number in range(rule.tries):
             scale = rule.start / 2.0**number
-            history = tried(Fixed(scale))
+            try:
+                history = tried(Fixed(scale))
+            except NumericalError:
+                if number == rule.tries - 1:
+                    raise
+                selection.tries.append((scale, None))
+                continue
             reached = self._evaluated(validation)
             selection.tries.append((scale, reached))
             if rule.is_enough(reached, reference):
@@ -971,6 +982,7 @@ class ContinualLearner:
                 labels=self.labels,
                 draws=self.draws,
                 correction=self.correction,
+                correction_batches=self.correction_batches,
                 generator=self.generator,
                 max_examples=self.max_examples,
                 layers=layers,
