@@ -24,12 +24,12 @@ FLOORS = {
         *("curvature.thin", "curvature.bounding"),
     ),
     "passes": ("curvature.passes", "curvature"),
-    "on top": ("penalty", "stability", "metrics", "description", "scales"),
+    "on top": ("penalty", "stability", "metrics", "description", "scales", "info"),
     "learner": ("learning",),
     "library": ("",),
     "laboratory": ("experiments",),
 }
-PUBLIC = {"", "errors", "metrics", "likelihood", "scales"}
+PUBLIC = {"", "errors", "info", "metrics", "likelihood", "scales"}
 
 
 def modules(folder):
