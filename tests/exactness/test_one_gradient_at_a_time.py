@@ -154,6 +154,24 @@ def test_a_gradient_is_gone_before_the_next_but_one_comes(draws):
     assert alive_at_once(draws) <= 2
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["foremost", "others behind"])
+def test_of_two_values_of_a_name_it_is_the_last(behind):
+    gradients, taken = Gradients(), []
+    x = torch.ones(2, requires_grad=True)
+    first = 2.0 * x
+    if behind:
+        gradients.watch("behind", first)
+    for value in (3.0 * first, 5.0 * first):
+        gradients.watch("twice", value)
+        first = value
+    gradients.hand_over(
+        7.0 * first, torch.ones(2), lambda name, g: taken.append((name, g[0])), keep_graph=False
+    )
+    assert ("twice", 7.0) in taken
+    assert len(taken) == 1 + behind
+    gradients.clear()
+
+
 def test_a_graph_that_nobody_needs_any_more_is_freed_on_the_way():
     model = chain(3)
     x = torch.randn(4, 8)

@@ -22,22 +22,26 @@ class Gradients:
 
     def __init__(self) -> None:
         self._edges: dict[str, GradientEdge] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, RemovableHandle] = {}
         self._foremost: frozenset[str] = frozenset()
         # Set while a backward pass of our own runs: a model may have some in its forward.
         self._take: Taker | None = None
 
     def watch(self, name: str, value: Tensor) -> None:
-        """Want the gradient with respect to a value, before anybody else sees or changes it."""
+        """Want the gradient with respect to a value, before anybody else sees or changes it.
+
+        Of several values of a name it is the last.
+        """
+        if name in self._handles:
+            self._handles[name].remove()
         self._edges[name] = get_gradient_edge(value)
-        handle = value.register_hook(  # type: ignore[no-untyped-call]
+        self._handles[name] = value.register_hook(  # type: ignore[no-untyped-call]
             lambda g: self._reached(name, g)
         )
-        self._handles.append(handle)
 
     def clear(self) -> None:
         """Forget all places, and leave no hook behind."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         self._edges.clear()
