@@ -39,11 +39,12 @@ class WithTorch(Peer):
             a = _units(module, x)
             if module.bias is not None:
                 a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2)
-            self._add(name, 0, a)
+            # A mean over locations.
+            self._add(name, 0, a, len(x) / a.shape[1])
 
         def take_gradient(g: Tensor) -> None:
             g = g if g.dim() == 2 else g.movedim(1, -1).flatten(0, -2)
-            self._add(name, 1, g.unflatten(1, (groups, -1)).movedim(1, 0))
+            self._add(name, 1, g.unflatten(1, (groups, -1)).movedim(1, 0), 1.0)
 
         output.register_hook(take_gradient)
 
@@ -56,28 +57,27 @@ class WithTorch(Peer):
     def product(self) -> object:
         return [G @ A.new_ones(*G.shape[:-1], A.shape[-1]) @ A for A, G in self.made.values()]
 
-    def _add(self, name: str, side: int, units: Tensor) -> None:
-        """Add the Gram matrices of units ``[groups, units, features]``."""
+    def _add(self, name: str, side: int, units: Tensor, weight: float) -> None:
+        """Add the Gram matrices of units ``[groups, units, features]``, weighted."""
         n = units.shape[2]
         both = self.sums.setdefault(name, [])
         if len(both) == side:
             both.append(units.new_zeros(len(units), n, n).squeeze(0))
         total = both[side]
         if total.dim() == 2:
-            total.addmm_(units[0].T, units[0])
+            total.addmm_(units[0].T, units[0], alpha=weight)
         else:
-            total.baddbmm_(units.mT, units)
+            total.baddbmm_(units.mT, units, alpha=weight)
 
 
 def _units(module: nn.Module, x: Tensor) -> Tensor:
-    """Inputs of the affine map, ``[groups, units, features]``; with weights 1 over locations."""
+    """Inputs of the affine map, ``[groups, units, features]``."""
     if not isinstance(module, nn.Conv2d):
         return x.flatten(0, -2)[None]
     assert not isinstance(module.padding, str)
     patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
     by_group = patches.unflatten(1, (module.groups, -1))
-    locations = patches.shape[-1]
-    return by_group.permute(1, 0, 3, 2).flatten(1, 2).div_(locations**0.5)
+    return by_group.permute(1, 0, 3, 2).flatten(1, 2)
 
 
 def _inverse(factor: Tensor) -> Tensor:

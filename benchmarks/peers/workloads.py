@@ -60,9 +60,28 @@ def resnet50() -> nn.Module:
 
 
 def lite0() -> nn.Module:
+    """Return EfficientNet-Lite0, padded alike on all sides.
+
+    As published its convolutions pad in their own forward, which hooks do not see: other libraries
+    would take their factors from inputs without padding.
+    """
     from efficientnet_lite_pytorch import EfficientNet
 
-    return EfficientNet.from_name("efficientnet-lite0")
+    model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, _plain(module))
+    return model
+
+
+def _plain(conv: nn.Conv2d) -> nn.Conv2d:
+    return nn.Conv2d(
+        *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride),
+        padding=conv.kernel_size[0] // 2,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+    )
 
 
 def conv_net(groups: int = 1, batchnorm: bool = True) -> nn.Module:
@@ -70,7 +89,7 @@ def conv_net(groups: int = 1, batchnorm: bool = True) -> nn.Module:
     between = [nn.BatchNorm2d(8)] if batchnorm else []
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, stride=2, padding=1), *between, nn.ReLU()),
-        *(nn.Conv2d(8, 8, 3, groups=groups), nn.ReLU(), nn.Flatten(), nn.Linear(72, 5)),
+        *(nn.Conv2d(8, 8, 3, groups=groups), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)),
     )
 
 
