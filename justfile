@@ -96,6 +96,22 @@ bench *args: dev
 bench-gpu *args: dev
     {{python}} benchmarks/bench_gpu.py {{args}}
 
+# Compare with other libraries in one run, into docs/results/speed; --quick for a try, --check for
+# whether all compute the same factors
+bench-peers *args: dev setup-peers
+    PYTHONPATH=python .venv-peers/bin/python benchmarks/bench_peers.py {{args}}
+
+# Make .venv-peers with those libraries pinned, again only when their lock file changed
+[private]
+setup-peers:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    [ -x .venv-peers/bin/python ] || python3 -m venv .venv-peers
+    if ! cmp -s benchmarks/peers.lock .venv-peers/requirements.installed; then
+        .venv-peers/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r benchmarks/peers.lock
+        cp benchmarks/peers.lock .venv-peers/requirements.installed
+    fi
+
 # Benchmarks of the Rust core alone
 bench-rust:
     cargo bench --locked -p ekfac-benches
@@ -103,3 +119,7 @@ bench-rust:
 # Pin the Python dependencies anew
 lock: setup
     {{python}} -m uv pip compile --quiet --universal --extra dev --no-emit-index-url --no-header --no-annotate --output-file requirements.lock pyproject.toml
+
+# Pin the libraries of bench-peers anew, beside the same torch
+lock-peers: setup
+    {{python}} -m uv pip compile --quiet --universal --extra experiments --constraints requirements.lock --no-emit-index-url --no-emit-package ekfac-rs --no-header --no-annotate --output-file benchmarks/peers.lock pyproject.toml benchmarks/peers.in

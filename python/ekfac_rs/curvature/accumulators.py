@@ -46,6 +46,9 @@ class KroneckerAccumulator:
             borrow(g), out, self.approximation, "gradient", False, weight, self.precision
         )
 
+    def end_batch(self) -> None:
+        """Close the mini-batch, of which nothing is kept."""
+
     def block(self) -> Block:
         """Mean over examples; a stratum that never had a degree of freedom is no term."""
         terms = []
@@ -84,6 +87,10 @@ class DiagonalAccumulator:
         if self.append_one:
             totals = g if g.dim() == 2 else g.sum(dim=1)
             self.values[:, -1].add_(totals.square().sum(dim=0), alpha=weight)
+
+    def end_batch(self) -> None:
+        """Let go of the mini-batch's inputs: all its gradients have come."""
+        self.units = None
 
     def block(self) -> DiagonalBlock:
         """Mean over examples."""

@@ -400,6 +400,10 @@ class Correcting:
             W = self._gradient(self._units.part(examples), part)
             self._estimate.add(self._step.of(W), weight, len(part))
 
+    def end_batch(self) -> None:
+        """Let go of the mini-batch's inputs: all its gradients have come."""
+        self._units = None
+
     def block(self) -> Block:
         """Return the corrected block."""
         return self._step.corrected(self._estimate.result())

@@ -4,11 +4,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from ekfac_rs.curvature.accumulators import Accumulator, accumulator
 from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.corrections import Correcting, passes_of, step_of
 from ekfac_rs.curvature.curvature import Curvature, signature_of
+from ekfac_rs.curvature.gradients import Gradients
 from ekfac_rs.curvature.settings import PassSettings
 from ekfac_rs.errors import (
     BatchNormError,
@@ -318,12 +318,13 @@ class _Passes:
 
     def _take(self, batch: Batch, accumulators: Accumulators) -> float:
         """Hand a mini-batch over: forward, then backward for every score; returns its loss."""
-        with self._capture.watching():
-            outputs = outputs_of(self._model, batch.inputs, self._output_fn)
-        with without_autocast(outputs.device):
-            loss = self._accumulate(batch, outputs, accumulators)
-        self._capture.clear()
-        return loss
+        try:
+            with self._capture.watching():
+                outputs = outputs_of(self._model, batch.inputs, self._output_fn)
+            with without_autocast(outputs.device):
+                return self._accumulate(batch, outputs, accumulators)
+        finally:
+            self._capture.clear()
 
     def _accumulate(self, batch: Batch, outputs: Tensor, accumulators: Accumulators) -> float:
         rows = _Rows(batch.examples, len(outputs) if outputs.dim() else 0)
@@ -338,9 +339,22 @@ class _Passes:
             draws=self._settings.draws,
             generator=self._generator,
         )
-        for score, weight in scores:
-            self._capture.hand_over_gradients(accumulators, rows, outputs, score, weight)
+        for (score, weight), last in _with_last(scores):
+            self._capture.hand_over_gradients(accumulators, rows, outputs, score, weight, last=last)
         return float(self._likelihood.loss(outputs.detach(), targets))
+
+
+_Item = TypeVar("_Item")
+
+
+def _with_last(items: Iterable[_Item]) -> Iterator[tuple[_Item, bool]]:
+    """Tell of each of at least one item whether it is the last."""
+    iterator = iter(items)
+    item = next(iterator)
+    for following in iterator:
+        yield item, False
+        item = following
+    yield item, True
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:
@@ -386,12 +400,12 @@ class _Capture(AffineCalls):
         }
         super().__init__([*self._layer_of, *(m for m in self._ends if m not in self._layer_of)])
         self.calls: dict[str, tuple[AffineCall, int]] = {}
-        self.edges: dict[str, GradientEdge] = {}
+        self.gradients = Gradients()
         self.problem: str | None = None
 
     def clear(self) -> None:
         self.calls.clear()
-        self.edges.clear()
+        self.gradients.clear()
 
     def on_problem(self, module: nn.Module, problem: str) -> None:
         layer = self._layer_of.get(module) or self._ends[module]
@@ -409,12 +423,12 @@ class _Capture(AffineCalls):
         if call.module is layer.batchnorm:
             layer.check_batchnorm_input(call.input)
         if result.requires_grad:
-            self.edges[layer.name] = get_gradient_edge(result)
+            self.gradients.watch(layer.name, result)
             return result
         # Everything before is frozen: the graph starts here. A copy goes on, because what
         # follows may work in place, which a leaf does not allow.
         result.requires_grad_()
-        self.edges[layer.name] = get_gradient_edge(result)
+        self.gradients.watch(layer.name, result)
         return result.clone()
 
     def _keep_input(self, layer: AffineLayer, call: AffineCall) -> None:
@@ -434,7 +448,7 @@ class _Capture(AffineCalls):
                 raise UnsupportedLayerError(
                     f"layer {name!r}: expected one call in every forward pass, got none"
                 )
-            call, version = self.calls[name]
+            call, version = self.calls.pop(name)
             if call.input._version != version:
                 raise UnsupportedLayerError(
                     f"layer {name!r}: expected its input unchanged during the forward pass, "
@@ -453,24 +467,25 @@ class _Capture(AffineCalls):
         outputs: Tensor,
         score: Tensor,
         weight: float,
+        *,
+        last: bool,
     ) -> None:
-        layers = self._layer_of.values()
-        gradients = torch.autograd.grad(
-            outputs,
-            [self.edges[layer.name] for layer in layers],
-            grad_outputs=score,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        for layer, g in zip(layers, gradients, strict=True):
-            if g is None:
-                raise UnsupportedLayerError(
-                    f"layer {layer.name!r}: expected the loss to depend on its output, "
-                    "got no gradient"
-                )
-            with naming(f"layer {layer.name!r}: gradient"):
+        layers = {layer.name: layer for layer in self._layer_of.values()}
+
+        def take(name: str, g: Tensor) -> None:
+            with naming(f"layer {name!r}: gradient"):
                 rows.require(g)
-                accumulators[layer.name].add_gradients(rows.by_example(layer.gradients(g)), weight)
+                g = rows.by_example(layers[name].gradients(g))
+                accumulators[name].add_gradients(g, weight)
+                if last:
+                    accumulators[name].end_batch()
+
+        reached = self.gradients.hand_over(outputs, score, take, keep_graph=not last)
+        for name in layers:
+            if name not in reached:
+                raise UnsupportedLayerError(
+                    f"layer {name!r}: expected the loss to depend on its output, got no gradient"
+                )
 
 
 class naming:  # noqa: N801  (reads as a verb: with naming(...))

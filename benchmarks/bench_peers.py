@@ -1,0 +1,175 @@
+"""Ours, other libraries and hand-written torch in one run, in turns: passes, memory, algebra.
+
+Every candidate has a process of its own for each workload; they are asked in turns, so that a
+noisy machine disturbs all of them alike. The report is a table, its numbers as JSON, and a picture.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import report
+from peers.candidates import BARE, NAMES, OURS
+from peers.worker import CandidateError, Worker
+from peers.workloads import CHECKS, QUICK, WORKLOADS, Workload
+from timing import medians
+
+import ekfac_rs as ek
+from ekfac_rs.curvature.kronecker import eigh
+
+Row = dict[str, Any]
+
+EIGH_SIZES = {"full": (512, 1024, 2048, 4608), "quick": (128, 256)}
+
+
+def compare(
+    candidates: Sequence[str], workloads: str, key: str, workload: Workload
+) -> dict[str, Row]:
+    """Measure candidates on one workload."""
+    rows: dict[str, Row] = {}
+    with ExitStack() as cleanup:
+        workers: dict[str, Worker] = {}
+        for name in candidates:
+            worker = Worker(name, workloads, key)
+            cleanup.callback(worker.close)
+            rows[name] = {}
+            try:
+                rows[name]["version"] = worker.ask("version")
+                rows[name]["mode"] = worker.ask("mode")
+                rows[name] |= worker.ask("first_pass")
+                workers[name] = worker
+            except CandidateError as error:
+                rows[name]["refused"] = str(error)
+            print(f"  {name}: {rows[name]}", file=sys.stderr, flush=True)
+        for operation in ("factors", *workload.operations):
+            able = {
+                name: partial(worker.ask, operation)
+                for name, worker in workers.items()
+                if operation == "factors" or _can(worker, operation)
+            }
+            taken = medians(able, workload.rounds)
+            for name, milliseconds in taken.items():
+                rows[name][f"{operation}_ms"] = milliseconds
+    bare = rows[BARE]
+    for row in rows.values():
+        if "factors_ms" in row:
+            row["over_bare"] = row["factors_ms"] / bare["factors_ms"]
+            row["bytes_above_bare"] = row["peak_bytes"] - bare["peak_bytes"]
+    return rows
+
+
+def _can(worker: Worker, operation: str) -> bool:
+    try:
+        worker.ask(operation)
+    except CandidateError:
+        return False
+    return True
+
+
+def compare_eigh(sizes: tuple[int, ...], rounds: int) -> dict[str, Row]:
+    """Measure eigendecompositions of single factors; all peers call torch's."""
+    rows: dict[str, Row] = {"torch.linalg.eigh": {}, "ekfac_rs": {}}
+    for n in sizes:
+        x = torch.randn(n, 2 * n, generator=torch.Generator().manual_seed(0))
+        factor = x @ x.mT / (2 * n)
+        taken = medians(
+            {
+                "torch.linalg.eigh": lambda factor=factor: torch.linalg.eigh(factor),
+                "ekfac_rs": lambda factor=factor: eigh(factor),
+            },
+            rounds,
+        )
+        for name, milliseconds in taken.items():
+            rows[name][str(n)] = milliseconds
+    return rows
+
+
+def check(candidates: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Say of every candidate how near its factors are to the exact ones, on small networks."""
+    found: dict[str, dict[str, Any]] = {}
+    # Of ours one is the reference; the others, and K-FAC merged with BatchNorms, are no K-FAC
+    # of the layers alone.
+    beside = [name for name in candidates if name != BARE and not name.startswith("ekfac_rs")]
+    for key in CHECKS:
+        found[key] = {}
+        for name in beside:
+            worker = Worker(name, "checks", key)
+            try:
+                found[key][name] = worker.ask("check")
+            except CandidateError as error:
+                found[key][name] = str(error)
+            finally:
+                worker.close()
+            print(f"{key}: {name}: {found[key][name]}", file=sys.stderr, flush=True)
+    return found
+
+
+def machine() -> Row:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "ekfac_rs_threads": ek.num_threads(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "ekfac_rs": ek.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"which: {', '.join(WORKLOADS)}, eigh; all")
+    parser.add_argument("--quick", action="store_true", help="small networks: within 3 minutes")
+    parser.add_argument("--check", action="store_true", help="only compare factors, on small ones")
+    parser.add_argument(
+        "--beside", nargs="*", default=NAMES, help="some candidates, beside bare and ours"
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs/results/speed"))
+    arguments = parser.parse_args()
+    unknown = set(arguments.beside) - set(NAMES)
+    if unknown:
+        parser.error(f"expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    candidates = [name for name in NAMES if name in {BARE, OURS, *arguments.beside}]
+    if arguments.check:
+        print(report.of_check(check(candidates)))
+        return
+    kind = "quick" if arguments.quick else "full"
+    workloads = QUICK if arguments.quick else WORKLOADS
+    names = arguments.names or [*workloads, "eigh"]
+    unknown = set(names) - {*workloads, "eigh"}
+    if unknown:
+        parser.error(f"expected some of {', '.join(workloads)}, eigh, got {', '.join(unknown)}")
+    results: Row = {"machine": machine(), "quick": arguments.quick, "workloads": {}}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        print(name, file=sys.stderr, flush=True)
+        if name == "eigh":
+            results["eigh_ms"] = compare_eigh(EIGH_SIZES[kind], 5)
+        else:
+            workload = workloads[name]
+            rows = compare(candidates, kind, name, workload)
+            results["workloads"][name] = {
+                "title": workload.title,
+                "rounds": workload.rounds,
+                "rows": rows,
+            }
+        # After each, so that a run that is cut short leaves what it has.
+        (arguments.output / "peers.json").write_text(json.dumps(results, indent=1) + "\n")
+    table = report.table(results)
+    (arguments.output / "peers.md").write_text(table)
+    report.picture(results, arguments.output / "peers.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
