@@ -108,8 +108,8 @@ def accumulate_patch_gram(
     consecutive blocks of ``C / groups`` channels.
     """
 
-def symmetrize(x: Tensor) -> None:
-    """Copy the lower triangle of a matrix, or of every matrix of a stack, to the upper one."""
+def symmetrize(x: Tensor, divisor: float) -> None:
+    """Divide the lower triangle of a matrix and copy it to the upper; of each one of a stack."""
 
 def eigh(x: Tensor, values: Tensor, vectors: Tensor) -> None:
     """Decompose a symmetric matrix ``[n, n]``, or every one of a stack ``[groups, n, n]``.

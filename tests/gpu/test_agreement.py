@@ -80,7 +80,7 @@ def factors(on: On, x: Tensor, groups: int, real: torch.dtype, approximation: st
             on.borrow(x), borrowed, approximation, *geometry, append_one, 0.7, "ieee"
         )
     for o in out:
-        _core.symmetrize(on.borrow(o))
+        _core.symmetrize(on.borrow(o), 3.0)
     return [o.cpu().double() for o in out], dof
 
 

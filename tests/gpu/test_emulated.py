@@ -149,7 +149,7 @@ def test_a_driver_that_is_missing_is_named():
         pytest.skip("this machine has an NVIDIA driver")
     x = torch.eye(3)
     with pytest.raises(ek.errors.CudaError, match="libcuda was not found: it comes with"):
-        _core.symmetrize(EMULATED_CUDA.borrow(x))
+        _core.symmetrize(EMULATED_CUDA.borrow(x), 1.0)
     info = ek.cuda_info()
     assert not info["usable"]
     assert info["problem"].startswith("libcuda was not found")

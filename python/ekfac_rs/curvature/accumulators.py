@@ -50,15 +50,25 @@ class KroneckerAccumulator:
         """Close the mini-batch, of which nothing is kept."""
 
     def block(self) -> Block:
-        """Mean over examples; a stratum that never had a degree of freedom is no term."""
+        """Mean over examples; a stratum that never had a degree of freedom is no term.
+
+        The sums become the means where they lie: to be called once.
+        """
         terms = []
         for k in kept_strata(self.gradient_examples):
-            A, G = self.A[k] / self.examples, self.G[k] / self.gradient_examples[k]
-            for factor in (A, G):
-                if factor.dim() > 1:  # else the diagonal of one
-                    _core.symmetrize(borrow(factor))
+            A, G = self.A[k], self.G[k]
+            _divide(A, self.examples)
+            _divide(G, self.gradient_examples[k])
             terms.append((A, G))
         return sum_of_terms(terms)
+
+
+def _divide(factor: Tensor, examples: int) -> None:
+    """Make a factor's sum a mean, and its lower triangle the whole."""
+    if factor.dim() == 1:  # the diagonal of one
+        factor.div_(examples)
+    else:
+        _core.symmetrize(borrow(factor), float(examples))
 
 
 class DiagonalAccumulator:

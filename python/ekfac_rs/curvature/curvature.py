@@ -1,5 +1,6 @@
 """The curvature of a model: a block for each layer, and what it was taken of."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ekfac_rs._checks import require_count
-from ekfac_rs.batchnorm.merging import merged_weight_of
 from ekfac_rs.curvature import files
 from ekfac_rs.curvature.block import Block, kept_strata, require_same_kind
 from ekfac_rs.curvature.bounding import bounded
@@ -30,6 +30,12 @@ from ekfac_rs.errors import (
 )
 from ekfac_rs.layers import AffineLayer
 
+# Fixed incommensurate phases: no change of weights short of a conspiracy keeps their projection.
+_PHASE = 0.7390851
+
+# What is widened at a time, for the copy not to go through memory.
+_ELEMENTS_IN_CACHE = 1 << 16
+
 
 class Signature(NamedTuple):
     """Two numbers that tell whether weights are still those a curvature was taken at."""
@@ -40,10 +46,38 @@ class Signature(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> "Signature":
         """Signature of a weight matrix of shape (D, K)."""
-        flat = weight.detach().double().reshape(-1)
-        # Fixed incommensurate phases: no change of weights short of a conspiracy keeps the sum.
-        phases = torch.arange(flat.numel(), dtype=flat.dtype, device=flat.device).mul_(0.7390851)
-        return cls(float(flat.norm()), float(flat @ phases.cos_()))
+        return cls.of_map(weight)
+
+    @classmethod
+    def of_map(
+        cls, weight: Tensor, gain: Tensor | None = None, shift: Tensor | None = None
+    ) -> "Signature":
+        """Signature of ``[diag(gain) weight, shift]``, which is not made.
+
+        The projection is the sum of all entries, row after row, times ``cos(i phase)``.
+        """
+        (D, K), device = weight.shape, weight.device
+        width = K if shift is None else K + 1
+        across = _PHASE * torch.arange(width, dtype=torch.float64, device=device)
+        down = _PHASE * width * torch.arange(D, dtype=torch.float64, device=device)
+        # cos(x + y) from waves along a row: as many cosines as rows and columns, not as entries.
+        waves = torch.stack([across[:K].cos(), across[:K].sin()], dim=1)
+        squares = weight.new_empty(D, dtype=torch.float64)
+        sums = weight.new_empty(D, 2, dtype=torch.float64)
+        rows = max(1, _ELEMENTS_IN_CACHE // max(K, 1))
+        for start in range(0, D, rows):
+            part, chunk = slice(start, start + rows), weight[start : start + rows].detach().double()
+            squares[part] = chunk.square().sum(dim=1)
+            sums[part] = chunk @ waves
+        projections = down.cos() * sums[:, 0] - down.sin() * sums[:, 1]
+        if gain is not None:
+            gain = gain.detach().double()
+            squares, projections = gain.square() * squares, gain * projections
+        if shift is not None:
+            shift = shift.detach().double()
+            squares = squares + shift.square()
+            projections = projections + shift * (down + across[K]).cos()
+        return cls(math.sqrt(float(squares.sum())), float(projections.sum()))
 
     def agrees(self, other: "Signature", tolerance: float = 1e-4) -> bool:
         """Whether both belong to the same weights up to the rounding of merging them."""
@@ -421,10 +455,11 @@ def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
 
     Of half precision, too, it is that of the anchor, which is float32: nothing is rounded twice.
     """
-    has_statistics = layer.batchnorm is None or layer.batchnorm.running_var is not None
-    if coordinates == "merged" and has_statistics:
-        return Signature.of(merged_weight_of(layer))
-    return Signature.of(layer.raw_weight())
+    batchnorm = layer.batchnorm
+    if coordinates == "merged" and batchnorm is not None and batchnorm.running_var is not None:
+        mean, variance = layer.running_statistics()
+        return Signature.of_map(layer.weight(), *layer.merged_map(mean.double(), variance.double()))
+    return Signature.of_map(layer.weight(), shift=layer.bias())
 
 
 def _require_metadata(values: Mapping[str, Any]) -> None:

@@ -313,11 +313,16 @@ class AffineLayer:
             return self.raw_weight()
         if mean is None or variance is None:
             mean, variance = self.running_statistics()
+        gain, shift = self.merged_map(mean, variance)
+        return torch.cat([gain[:, None] * self.weight(), shift[:, None]], dim=1)
+
+    def merged_map(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and shift, each of shape (D,), of the map with its BatchNorm."""
         gain, bias = self.gain(variance), self.bias()
         shift = -gain * mean if bias is None else gain * (bias - mean)
         if self.batchnorm.bias is not None:
             shift = shift + self.batchnorm.bias
-        return torch.cat([gain[:, None] * self.weight(), shift[:, None]], dim=1)
+        return gain, shift
 
     def gain(self, variance: Tensor) -> Tensor:
         """Factor ``gamma / sigma`` of shape (D,) by which the BatchNorm scales each output."""

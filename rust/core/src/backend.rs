@@ -107,8 +107,8 @@ pub trait Backend: Sized + Sync {
         cancel: &Cancel,
     ) -> Result<()>;
 
-    /// Copies the lower triangle of each matrix to the upper one.
-    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>) -> Result<()>;
+    /// Divides the lower triangle of each matrix and copies it to the upper one.
+    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>, divisor: f64) -> Result<()>;
 
     /// For each of these matrices of one size, eigenvalues in ascending order and eigenvectors as
     /// columns; reads the lower triangles only.

@@ -7,11 +7,21 @@ use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Storage};
 use crate::view::{TensorView, TensorViewMut};
 
-/// Copies the lower triangle of a square matrix, or of each one of a stack, to its upper one.
-pub fn symmetrize(x: &mut TensorViewMut<'_>) -> Result<()> {
+/// Divides the lower triangle of a square matrix, or of each one of a stack, and copies it to the
+/// upper one: a sum of squares becomes a mean, whole.
+///
+/// # Errors
+///
+/// [`Error::Option`] unless the divisor is finite and not zero; [`Error::Shape`] if x is not square.
+pub fn symmetrize(x: &mut TensorViewMut<'_>, divisor: f64) -> Result<()> {
     x.layout().expect_squares("x")?;
+    if !divisor.is_finite() || divisor == 0.0 {
+        return Err(Error::Option(format!(
+            "divisor must be finite and not zero, got {divisor}"
+        )));
+    }
     on_device!(x.place(), backend => {
-        with_real!(x.dtype(), T => backend.symmetrize(backend.matrices_mut::<T>(x)?))
+        with_real!(x.dtype(), T => backend.symmetrize(backend.matrices_mut::<T>(x)?, divisor))
     })
 }
 

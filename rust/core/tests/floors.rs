@@ -25,9 +25,10 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
             &[
                 "backend::cpu::host",
                 "backend::cpu::simd",
+                "backend::cpu::openmp",
                 "backend::cpu::team",
-                "backend::cpu::elements",
                 "backend::cpu::blas",
+                "backend::cpu::elements",
                 "backend::cpu::solver",
                 "backend::cpu::syrk",
                 "backend::cpu::source",

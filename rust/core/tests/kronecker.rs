@@ -202,7 +202,7 @@ proptest! {
         let mut noise = Noise::new(seed);
         let x: Array2<f64> = noise.array((size, size));
         let mut symmetric = x.clone();
-        linalg::symmetrize(&mut view_mut(symmetric.view_mut())).unwrap();
+        linalg::symmetrize(&mut view_mut(symmetric.view_mut()), 1.0).unwrap();
         prop_assert_eq!(&symmetric, &common::mirrored(&x));
         let (mut values, mut vectors) = (Array1::<f64>::zeros(size), Array2::<f64>::zeros((size, size)));
         linalg::eigh(&view(x.view()), &mut view_mut(values.view_mut()), &mut view_mut(vectors.view_mut())).unwrap();

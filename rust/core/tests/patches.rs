@@ -348,12 +348,31 @@ fn patches_of_half_precision_are_read_exactly() {
 }
 
 #[test]
-fn grouped_triangles_are_mirrored() {
-    let mut x: Array3<f64> = Noise::new(7).array((4, 5, 5));
-    let lower = x.clone();
-    linalg::symmetrize(&mut view_mut(x.view_mut())).unwrap();
-    for (x, lower) in x.outer_iter().zip(lower.outer_iter()) {
-        assert_eq!(x, mirrored(&lower.to_owned()));
+fn triangles_are_divided_and_mirrored() {
+    // Of one block and of many, on one thread and on several, in either layout.
+    for (groups, size) in [(4, 5), (1, 1), (1, 700), (3, 130)] {
+        for transposed in [false, true] {
+            let mut x: Array3<f64> = Noise::new(7).array((groups, size, size));
+            let lower = x.clone();
+            if transposed {
+                x = x.permuted_axes([0, 2, 1]).as_standard_layout().into_owned();
+                x = x.permuted_axes([0, 2, 1]);
+            }
+            linalg::symmetrize(&mut view_mut(x.view_mut()), 3.0).unwrap();
+            for (x, lower) in x.outer_iter().zip(lower.outer_iter()) {
+                assert_eq!(x, mirrored(&lower.mapv(|value| value / 3.0)));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_divisor_that_divides_nothing_is_refused() {
+    for divisor in [0.0, f64::NAN, f64::INFINITY] {
+        let mut x = Array2::<f64>::ones((3, 3));
+        let outcome = linalg::symmetrize(&mut view_mut(x.view_mut()), divisor);
+        assert!(matches!(outcome, Err(Error::Option(_))));
+        assert_eq!(x, Array2::<f64>::ones((3, 3)));
     }
 }
 

@@ -1,4 +1,4 @@
-//! What this build is, and how many threads it uses.
+//! What this build is, and what threads it uses.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use crate::error::to_python;
 
-/// Version, profile and instruction sets found at run time.
+/// Version and profile; instruction sets and threads found at run time.
 #[pyfunction]
 pub fn build_info() -> BTreeMap<&'static str, &'static str> {
     let profile = if cfg!(debug_assertions) {
@@ -19,6 +19,7 @@ pub fn build_info() -> BTreeMap<&'static str, &'static str> {
         ("version", env!("CARGO_PKG_VERSION")),
         ("profile", profile),
         ("simd", cpu::instruction_set()),
+        ("threads", cpu::whose_threads()),
     ])
 }
 

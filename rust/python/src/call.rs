@@ -1,65 +1,38 @@
 //! The one way from Python into the core: GIL released, Ctrl-C heard, panics caught.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ekfac_core::error::without_panic;
-use ekfac_core::{Cancel, Error, Result};
+use ekfac_core::{Cancel, Result};
 use pyo3::prelude::*;
 
 use crate::error::to_python;
 
-/// Work below this many flops ends soon enough not to be interrupted.
-const INTERRUPTIBLE_FLOPS: f64 = 1e9;
-/// How often Ctrl-C is looked for.
-const SIGNAL_INTERVAL: Duration = Duration::from_millis(50);
+/// How often Ctrl-C is looked for: the GIL, which that takes, may be some milliseconds away.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Runs work of about this many flops without the GIL.
+/// Runs work without the GIL, on this very thread: a team of OpenMP belongs to the one that opens
+/// its regions.
 ///
-/// Long work runs on a thread of its own while this one listens for signals; a signal cancels the
-/// work, and its exception is raised once the work has stopped touching the caller's memory.
-pub fn run<T: Send>(
-    py: Python<'_>,
-    flops: f64,
-    work: impl FnOnce(&Cancel) -> Result<T> + Send,
-) -> PyResult<T> {
-    let cancel = Cancel::new();
-    let result = if flops < INTERRUPTIBLE_FLOPS {
-        py.detach(|| without_panic(|| work(&cancel)))
-    } else {
-        run_interruptibly(py, &cancel, work)?
-    };
-    result.map_err(|error| to_python(py, &error))
-}
-
-fn run_interruptibly<T: Send>(
-    py: Python<'_>,
-    cancel: &Cancel,
-    work: impl FnOnce(&Cancel) -> Result<T> + Send,
-) -> PyResult<Result<T>> {
-    thread::scope(|scope| {
-        let (done, mut finished) = channel();
-        let worker = scope.spawn(move || {
-            let result = without_panic(|| work(cancel));
-            // The listener may have left already, after a signal.
-            let _ = done.send(());
-            result
-        });
-        let listener = &mut finished;
-        let mut signal = Ok(());
-        while signal.is_ok() {
-            let listener = &mut *listener;
-            match py.detach(move || listener.recv_timeout(SIGNAL_INTERVAL)) {
-                Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => signal = py.check_signals(),
+/// Long work looks for signals itself, wherever this thread checks whether to stop; what a
+/// signal's handler raises is raised once the work has stopped touching the caller's memory.
+pub fn run<T: Send>(py: Python<'_>, work: impl FnOnce(&Cancel) -> Result<T> + Send) -> PyResult<T> {
+    let raised = Arc::new(Mutex::new(None));
+    let cancel = Cancel::looking_out(SIGNAL_INTERVAL, {
+        let raised = Arc::clone(&raised);
+        move || match Python::try_attach(|py| py.check_signals()) {
+            None | Some(Ok(())) => false,
+            Some(Err(error)) => {
+                *raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                true
             }
         }
-        if signal.is_err() {
-            cancel.cancel();
-        }
-        let result = py.detach(|| worker.join());
-        signal?;
-        Ok(result.unwrap_or_else(|_| Err(Error::Internal("a thread was lost".to_owned()))))
-    })
+    });
+    let result = py.detach(|| without_panic(|| work(&cancel)));
+    let raised = raised.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match raised {
+        Some(error) => Err(error),
+        None => result.map_err(|error| to_python(py, &error)),
+    }
 }

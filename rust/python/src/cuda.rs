@@ -70,7 +70,7 @@ pub fn set_cuda_allocator(allocate: Py<PyAny>, release: Py<PyAny>) {
 /// What was found of CUDA on this machine.
 #[pyfunction]
 pub fn cuda_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let findings = run(py, 0.0, |_| Ok(cuda::look()))?;
+    let findings = run(py, |_| Ok(cuda::look()))?;
     let libraries = PyDict::new(py);
     for Found {
         library,
@@ -105,7 +105,7 @@ pub fn compile_cuda_kernels<'py>(
     real: &str,
     architecture: &str,
 ) -> PyResult<Bound<'py, PyBytes>> {
-    let code = run(py, 0.0, |_| {
+    let code = run(py, |_| {
         cuda::compile(
             Dtype::from_name(element)?,
             Dtype::from_name(real)?,

@@ -40,8 +40,7 @@ pub fn accumulate_gram(
     scale: f64,
     precision: &str,
 ) -> PyResult<Vec<usize>> {
-    let flops = x.elements() * width(&out);
-    run(py, flops, |cancel| {
+    run(py, |cancel| {
         let options = GramOptions {
             approximation: Approximation::from_name(approximation)?,
             role: Role::from_name(role)?,
@@ -75,13 +74,7 @@ pub fn accumulate_patch_gram(
         dilation,
         padding,
     };
-    let positions: f64 = geometry
-        .kernel
-        .iter()
-        .map(|&extent| extent as f64)
-        .product();
-    let flops = x.elements() * positions * width(&out);
-    run(py, flops, |cancel| {
+    run(py, |cancel| {
         let options = GramOptions {
             approximation: Approximation::from_name(approximation)?,
             role: Role::Input,
@@ -98,12 +91,6 @@ pub fn accumulate_patch_gram(
             cancel,
         )
     })
-}
-
-/// Columns of all outputs together: multiplications for each element that is squared.
-fn width(out: &[RawTensor]) -> f64 {
-    let columns = out.iter().filter_map(|out| out.shape().last());
-    columns.map(|&columns| columns as f64).sum()
 }
 
 /// The outputs, to be written to, none of which shares memory with `x`.

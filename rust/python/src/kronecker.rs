@@ -13,22 +13,6 @@ fn sum(terms: &[RawTerm]) -> Result<KroneckerSum<'_>> {
     KroneckerSum::new(views.collect::<Result<_>>()?)
 }
 
-/// Flops of one product with everything in `v`.
-fn product_flops(terms: &[RawTerm], v: &RawTensor) -> f64 {
-    2.0 * v.elements() * factors(terms).map(side).sum::<f64>()
-}
-
-/// Flops of decomposing every factor, roughly.
-fn decomposition_flops(terms: &[RawTerm]) -> f64 {
-    let cubes = factors(terms).map(|factor| factor.elements() * side(factor));
-    10.0 * cubes.sum::<f64>()
-}
-
-/// The size of a factor, of each matrix if it is a stack.
-fn side(factor: &RawTensor) -> f64 {
-    factor.shape().last().map_or(0.0, |&side| side as f64)
-}
-
 /// `out = sum_k G_k V A_k + damping * V`.
 #[pyfunction]
 pub fn kronecker_product(
@@ -38,7 +22,7 @@ pub fn kronecker_product(
     mut out: RawTensor,
     damping: f64,
 ) -> PyResult<()> {
-    run(py, product_flops(&terms, &v), |cancel| {
+    run(py, |cancel| {
         check_disjoint(&[&out], factors(&terms).chain([&v]))?;
         sum(&terms)?.product(&v.view()?, &mut out.view_mut()?, damping, cancel)
     })
@@ -47,21 +31,19 @@ pub fn kronecker_product(
 /// `sum_k <V, G_k V A_k>`.
 #[pyfunction]
 pub fn kronecker_quadratic(py: Python<'_>, terms: Vec<RawTerm>, v: RawTensor) -> PyResult<f64> {
-    run(py, product_flops(&terms, &v), |cancel| {
-        sum(&terms)?.quadratic(&v.view()?, cancel)
-    })
+    run(py, |cancel| sum(&terms)?.quadratic(&v.view()?, cancel))
 }
 
 /// The Frobenius inner product of two sums.
 #[pyfunction]
 pub fn kronecker_inner(py: Python<'_>, terms: Vec<RawTerm>, others: Vec<RawTerm>) -> PyResult<f64> {
-    run(py, 0.0, |_| sum(&terms)?.inner(&sum(&others)?))
+    run(py, |_| sum(&terms)?.inner(&sum(&others)?))
 }
 
 /// The diagonal as a `[D, K]` matrix.
 #[pyfunction]
 pub fn kronecker_diagonal(py: Python<'_>, terms: Vec<RawTerm>, mut out: RawTensor) -> PyResult<()> {
-    run(py, 0.0, |_| {
+    run(py, |_| {
         check_disjoint(&[&out], factors(&terms))?;
         sum(&terms)?.diagonal(&mut out.view_mut()?)
     })
@@ -70,7 +52,7 @@ pub fn kronecker_diagonal(py: Python<'_>, terms: Vec<RawTerm>, mut out: RawTenso
 /// The whole matrix, `[D K, D K]`; zero between rows of different groups.
 #[pyfunction]
 pub fn kronecker_dense(py: Python<'_>, terms: Vec<RawTerm>, mut out: RawTensor) -> PyResult<()> {
-    run(py, 0.0, |_| {
+    run(py, |_| {
         check_disjoint(&[&out], factors(&terms))?;
         sum(&terms)?.dense(&mut out.view_mut()?)
     })
@@ -79,7 +61,7 @@ pub fn kronecker_dense(py: Python<'_>, terms: Vec<RawTerm>, mut out: RawTensor) 
 /// The trace.
 #[pyfunction]
 pub fn kronecker_trace(py: Python<'_>, terms: Vec<RawTerm>) -> PyResult<f64> {
-    run(py, 0.0, |_| sum(&terms)?.trace())
+    run(py, |_| sum(&terms)?.trace())
 }
 
 /// The largest eigenvalue of the damped sum.
@@ -89,9 +71,7 @@ pub fn kronecker_top_eigenvalue(
     terms: Vec<RawTerm>,
     damping: f64,
 ) -> PyResult<f64> {
-    run(py, 3.0 * decomposition_flops(&terms), |cancel| {
-        sum(&terms)?.top_eigenvalue(damping, cancel)
-    })
+    run(py, |cancel| sum(&terms)?.top_eigenvalue(damping, cancel))
 }
 
 /// Writes the nearest sum of fewer terms and returns the relative Frobenius error.
@@ -101,7 +81,7 @@ pub fn kronecker_compress(
     terms: Vec<RawTerm>,
     mut out: Vec<RawTerm>,
 ) -> PyResult<f64> {
-    run(py, 0.0, |_| {
+    run(py, |_| {
         check_disjoint(&factors(&out).collect::<Vec<_>>(), factors(&terms))?;
         let out = out.iter_mut();
         let mut views = out
@@ -126,8 +106,7 @@ pub fn conjugate_gradients(
         tolerance,
         max_iterations,
     };
-    let flops = decomposition_flops(&terms) + 10.0 * product_flops(&terms, &v);
-    run(py, flops, |cancel| {
+    run(py, |cancel| {
         check_disjoint(&[&out], factors(&terms).chain([&v]))?;
         let (v, mut out) = (v.view()?, out.view_mut()?);
         let convergence =
@@ -144,7 +123,7 @@ pub struct KroneckerInverse(kronecker::KroneckerInverse);
 impl KroneckerInverse {
     #[new]
     fn new(py: Python<'_>, terms: Vec<RawTerm>, damping: f64) -> PyResult<Self> {
-        run(py, decomposition_flops(&terms), |cancel| {
+        run(py, |cancel| {
             kronecker::KroneckerInverse::new(&sum(&terms)?, damping, cancel)
         })
         .map(Self)
@@ -152,7 +131,7 @@ impl KroneckerInverse {
 
     /// Writes the inverse applied to `v`.
     fn solve(&self, py: Python<'_>, v: RawTensor, mut out: RawTensor) -> PyResult<()> {
-        run(py, self.flops(&v), |cancel| {
+        run(py, |cancel| {
             check_disjoint(&[&out], [&v])?;
             self.0.solve(&v.view()?, &mut out.view_mut()?, cancel)
         })
@@ -160,22 +139,15 @@ impl KroneckerInverse {
 
     /// The natural logarithm of the determinant.
     fn logdet(&self, py: Python<'_>) -> PyResult<f64> {
-        run(py, 0.0, |_| Ok(self.0.logdet()))
+        run(py, |_| Ok(self.0.logdet()))
     }
 
     /// Maps standard normal noise to samples whose covariance is the inverse.
     fn sample(&self, py: Python<'_>, noise: RawTensor, mut out: RawTensor) -> PyResult<()> {
-        run(py, self.flops(&noise), |cancel| {
+        run(py, |cancel| {
             check_disjoint(&[&out], [&noise])?;
             self.0.sample(&noise.view()?, &mut out.view_mut()?, cancel)
         })
-    }
-}
-
-impl KroneckerInverse {
-    fn flops(&self, v: &RawTensor) -> f64 {
-        let stack = v.shape().iter().rev().skip(2);
-        self.0.flops() * stack.map(|&extent| extent as f64).product::<f64>()
     }
 }
 
@@ -187,7 +159,7 @@ pub struct KroneckerRoot(kronecker::KroneckerRoot);
 impl KroneckerRoot {
     #[new]
     fn new(py: Python<'_>, terms: Vec<RawTerm>) -> PyResult<Self> {
-        run(py, decomposition_flops(&terms), |cancel| {
+        run(py, |cancel| {
             kronecker::KroneckerRoot::new(&sum(&terms)?, cancel)
         })
         .map(Self)
@@ -195,8 +167,7 @@ impl KroneckerRoot {
 
     /// Maps noise `[n, terms, D, K]` to samples `[n, D, K]`.
     fn apply(&self, py: Python<'_>, noise: RawTensor, mut out: RawTensor) -> PyResult<()> {
-        let sides = noise.shape().iter().rev().take(2).sum::<usize>() as f64;
-        run(py, 2.0 * noise.elements() * sides, |cancel| {
+        run(py, |cancel| {
             check_disjoint(&[&out], [&noise])?;
             self.0.apply(&noise.view()?, &mut out.view_mut()?, cancel)
         })
@@ -211,22 +182,13 @@ pub struct KroneckerOperator(kronecker::KroneckerOperator);
 impl KroneckerOperator {
     #[new]
     fn new(py: Python<'_>, terms: Vec<RawTerm>) -> PyResult<Self> {
-        run(py, 0.0, |_| {
-            kronecker::KroneckerOperator::new(&sum(&terms)?)
-        })
-        .map(Self)
+        run(py, |_| kronecker::KroneckerOperator::new(&sum(&terms)?)).map(Self)
     }
 
     /// Writes the product and returns its inner product with `v`; nothing on a GPU, where it would
     /// have to be waited for.
     fn apply(&self, py: Python<'_>, v: RawTensor, mut out: RawTensor) -> PyResult<Option<f64>> {
-        // Work on a GPU is only queued here.
-        let flops = if v.is_on_cpu() {
-            self.0.flops() as f64
-        } else {
-            0.0
-        };
-        run(py, flops, |_| {
+        run(py, |_| {
             check_disjoint(&[&out], [&v])?;
             self.0.apply(&v.view()?, &mut out.view_mut()?)
         })

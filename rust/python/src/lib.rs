@@ -19,9 +19,10 @@ mod _core {
     use pyo3::prelude::*;
     use pyo3::types::PyTuple;
 
-    /// The type aliases of the contract, so that annotations may name them at run time, too.
+    /// Adds the type aliases of the contract, so that annotations may name them at run time, too.
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        ekfac_core::backend::cpu::note_process();
         module.add("Tensor", module.py().get_type::<PyTuple>())?;
         module.add("Term", module.py().get_type::<PyTuple>())
     }

@@ -6,10 +6,10 @@ use pyo3::prelude::*;
 use crate::call::run;
 use crate::tensor::{RawTensor, check_disjoint};
 
-/// Copies the lower triangle to the upper one, in place; of each matrix of a stack.
+/// Divides the lower triangle and copies it to the upper one, in place; of each matrix of a stack.
 #[pyfunction]
-pub fn symmetrize(py: Python<'_>, mut x: RawTensor) -> PyResult<()> {
-    run(py, 0.0, |_| linalg::symmetrize(&mut x.view_mut()?))
+pub fn symmetrize(py: Python<'_>, mut x: RawTensor, divisor: f64) -> PyResult<()> {
+    run(py, |_| linalg::symmetrize(&mut x.view_mut()?, divisor))
 }
 
 /// Eigenvalues in ascending order, eigenvectors as columns; of each matrix of a stack.
@@ -20,7 +20,7 @@ pub fn eigh(
     mut values: RawTensor,
     mut vectors: RawTensor,
 ) -> PyResult<()> {
-    run(py, 0.0, |_| {
+    run(py, |_| {
         check_disjoint(&[&values, &vectors], [&x])?;
         linalg::eigh(
             &x.view()?,

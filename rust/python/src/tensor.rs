@@ -64,25 +64,6 @@ impl RawTensor {
         unsafe { TensorViewMut::from_raw_parts(self.address, self.layout.clone()) }
     }
 
-    /// Extent of each dimension.
-    pub fn shape(&self) -> &[usize] {
-        &self.layout.shape
-    }
-
-    /// Whether the host computes on it.
-    pub fn is_on_cpu(&self) -> bool {
-        self.layout.device == Device::Cpu
-    }
-
-    /// Number of elements, as an estimate of work.
-    pub fn elements(&self) -> f64 {
-        self.layout
-            .shape
-            .iter()
-            .map(|&extent| extent as f64)
-            .product()
-    }
-
     /// First and one past the last byte.
     fn bytes(&self) -> (usize, usize) {
         let reach = self.layout.shape.iter().zip(&self.layout.strides);

@@ -1,4 +1,4 @@
-//! The reference backend: faer for the blocks, threads of our own around them.
+//! The reference backend: faer for the blocks, and threads around them.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ mod blas;
 mod elements;
 mod gram;
 mod host;
+mod openmp;
 mod packed;
 mod patches;
 mod product;
@@ -33,7 +34,7 @@ mod syrk;
 mod team;
 
 pub use self::simd::instruction_set;
-pub use self::team::{num_threads, set_num_threads};
+pub use self::team::{note_process, num_threads, set_num_threads, whose_threads};
 
 /// The host, with the threads of this process.
 pub struct Cpu {
@@ -123,9 +124,8 @@ impl Backend for Cpu {
         }
     }
 
-    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>) -> Result<()> {
-        let x = host::write_all(x)?.into_iter();
-        x.for_each(elements::symmetrize);
+    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>, divisor: f64) -> Result<()> {
+        elements::symmetrize(&self.team, host::write_all(x)?, T::from_f64(divisor));
         Ok(())
     }
 

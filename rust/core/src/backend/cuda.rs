@@ -118,18 +118,21 @@ impl Backend for Cuda {
         )
     }
 
-    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>) -> Result<()> {
+    fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>, divisor: f64) -> Result<()> {
         let stack: Vec<_> = x.iter().map(|x| x.as_ref()).collect();
         let Some(&first) = stack.first() else {
             return Ok(());
         };
         let Some(step) = step_of(&stack) else {
-            return x.into_iter().try_for_each(|x| self.symmetrize(vec![x]));
+            return x
+                .into_iter()
+                .try_for_each(|x| self.symmetrize(vec![x], divisor));
         };
         let size = first.rows();
         let mut arguments = vec![Pointer(self.address(first)?)];
         arguments.extend([stack.len(), step, size].map(count));
         arguments.extend(strides(first));
+        arguments.push(Number(divisor));
         let types = [T::DTYPE; 2];
         // SAFETY: the views are exclusive and of square matrices of this size on this device.
         unsafe { self.launch(types, "symmetrize", stack.len(), size, size, arguments) }

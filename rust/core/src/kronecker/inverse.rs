@@ -24,7 +24,6 @@ use crate::view::{TensorView, TensorViewMut};
 pub struct KroneckerInverse {
     /// (D, K).
     size: (usize, usize),
-    flops: f64,
     logdet: f64,
     inverse: Kept<Map, ()>,
 }
@@ -77,10 +76,8 @@ impl KroneckerInverse {
             .iter()
             .try_for_each(DiagonalInBasis::expect_positive)?;
         let (outputs, inputs) = groups[0].size();
-        let flops = 4 * groups.len() * outputs * inputs * (outputs + inputs);
         Ok(Self {
             size: (groups.len() * outputs, inputs),
-            flops: flops as f64,
             logdet: groups.iter().map(DiagonalInBasis::logdet).sum(),
             inverse: Kept::new(Inverse { groups }, backend, home)?,
         })
@@ -109,11 +106,6 @@ impl KroneckerInverse {
     /// The natural logarithm of the determinant of H.
     pub fn logdet(&self) -> f64 {
         self.logdet
-    }
-
-    /// Floating-point operations of one solve with a single V.
-    pub fn flops(&self) -> f64 {
-        self.flops
     }
 
     fn map(

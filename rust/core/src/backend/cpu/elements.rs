@@ -2,7 +2,9 @@
 
 use faer::{MatMut, MatRef};
 
+use super::blas::cut_rows;
 use super::simd;
+use super::team::Team;
 use crate::element::Real;
 use crate::spectrum::Spectrum;
 
@@ -48,31 +50,60 @@ pub(super) fn first_non_finite<T: Real>(x: MatRef<'_, T>) -> Option<(f64, usize,
     values.find(|(value, ..)| !value.is_finite())
 }
 
-/// Copies the lower triangle to the upper one.
-pub(super) fn symmetrize<T: Real>(x: MatMut<'_, T>) {
-    const BLOCK: usize = 64;
-    let size = x.nrows();
-    let mut rest = x;
-    // Peel off one block of columns (lower part) and the matching block of rows (upper part).
-    let mut start = 0;
-    while start < size {
-        let width = BLOCK.min(size - start);
-        let (mut corner, mut upper, lower, below) = rest.split_at_mut(width, width);
-        for i in 0..width {
-            for j in 0..i {
-                corner[(j, i)] = corner[(i, j)];
-            }
+/// What moving an element costs, in flops of a product.
+const COST_OF_MOVING: f64 = 16.0;
+
+/// Divides the lower triangle of each matrix and copies it to the upper one.
+pub(super) fn symmetrize<T: Real>(team: &Team, x: Vec<MatMut<'_, T>>, divisor: T) {
+    const WIDTH: usize = 64;
+    let elements: usize = x.iter().map(|x| x.nrows() * x.ncols()).sum();
+    let mut strips = Vec::new();
+    for mut rest in x {
+        // Peel off a block of columns (lower part) and the matching block of rows (upper part).
+        while rest.nrows() > 0 {
+            let width = WIDTH.min(rest.nrows());
+            let (corner, upper, lower, below) = rest.split_at_mut(width, width);
+            strips.push((corner, upper, lower));
+            rest = below;
         }
-        let remaining = size - start - width;
-        for block in (0..remaining).step_by(BLOCK) {
-            for i in block..(block + BLOCK).min(remaining) {
-                for j in 0..width {
-                    upper[(j, i)] = lower[(i, j)];
-                }
-            }
+    }
+    let work = |(corner, upper, lower)| {
+        symmetrize_corner(corner, divisor);
+        divide_and_transpose(lower, upper, divisor);
+    };
+    if team.pieces(COST_OF_MOVING * elements as f64) > 1 {
+        team.run(strips, work);
+    } else {
+        strips.into_iter().for_each(work);
+    }
+}
+
+fn symmetrize_corner<T: Real>(mut x: MatMut<'_, T>, divisor: T) {
+    for i in 0..x.nrows() {
+        for j in 0..=i {
+            let value = x[(i, j)] / divisor;
+            x[(i, j)] = value;
+            x[(j, i)] = value;
         }
-        rest = below;
-        start += width;
+    }
+}
+
+/// Divides the one matrix and writes its transpose into the other, some rows at a time: they fill
+/// whole cache lines of the other.
+fn divide_and_transpose<T: Real>(lower: MatMut<'_, T>, mut upper: MatMut<'_, T>, divisor: T) {
+    const HEIGHT: usize = 16;
+    for (start, mut rows) in cut_rows(lower, HEIGHT) {
+        let mut columns = upper.as_mut().subcols_mut(start, rows.nrows());
+        for i in 0..rows.nrows() {
+            let row = rows.as_mut().row_mut(i).iter_mut();
+            row.for_each(|value| *value = *value / divisor);
+        }
+        for j in 0..rows.ncols() {
+            let pairs = columns.as_mut().row_mut(j).iter_mut();
+            pairs
+                .zip(rows.as_ref().col(j).iter())
+                .for_each(|(to, from)| *to = *from);
+        }
     }
 }
 

@@ -1,13 +1,16 @@
-//! Threads of our own, and scratch memory that is kept between calls.
+//! The threads that work is shared by, and scratch memory that is kept between calls.
 //!
-//! Rayon's global pool dies in a forked child (a DataLoader worker), so each process makes its own
-//! team on first use; nothing happens at import.
+//! They are those of torch's OpenMP team where there is one, and else a pool of our own. Neither
+//! outlives a fork (OpenMP's team hangs in a child, and so does rayon's global pool), so each
+//! process makes its own pool on first use; nothing is started at import.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
 
 use faer::Par;
 
+use super::openmp::{OpenMp, lock};
 use crate::element::Real;
 use crate::error::{Error, Result};
 
@@ -17,33 +20,41 @@ const PARALLEL_FLOPS: f64 = 8e6;
 /// The threads of a process and their scratch memory.
 pub(super) struct Team {
     threads: usize,
-    pool: Option<rayon::ThreadPool>,
+    openmp: Option<OpenMp>,
+    /// None once it could not be made.
+    pool: OnceLock<Option<rayon::ThreadPool>>,
     scratch: Shelves,
 }
 
 impl Team {
-    /// The team of this process; made on the first call.
+    /// The team of this process, of as many threads as are wanted now.
     pub(super) fn current() -> Arc<Self> {
-        let mut team = lock(&Process::current().team);
-        let made = || Arc::new(Self::with_threads(num_threads()));
-        Arc::clone(team.get_or_insert_with(made))
+        let (process, threads) = (Process::current(), num_threads());
+        let mut team = lock(&process.team);
+        match &*team {
+            Some(team) if team.threads == threads => Arc::clone(team),
+            _ => Arc::clone(team.insert(Arc::new(Self::new(threads, process.openmp())))),
+        }
     }
 
-    fn with_threads(threads: usize) -> Self {
-        let pool = (threads > 1)
-            .then(|| {
-                rayon::ThreadPoolBuilder::new()
-                    .num_threads(threads)
-                    .thread_name(|index| format!("ekfac-{index}"))
-                    .build()
-                    .ok()
-            })
-            .flatten();
+    fn new(threads: usize, openmp: Option<OpenMp>) -> Self {
         Self {
-            threads: if pool.is_some() { threads } else { 1 },
-            pool,
+            threads,
+            openmp,
+            pool: OnceLock::new(),
             scratch: Shelves::default(),
         }
+    }
+
+    /// Threads of our own, made on first use; none where there is one thread or no more to be had.
+    fn pool(&self) -> Option<&rayon::ThreadPool> {
+        let made = || {
+            let builder = rayon::ThreadPoolBuilder::new()
+                .num_threads(self.threads)
+                .thread_name(|index| format!("ekfac-{index}"));
+            (self.threads > 1).then(|| builder.build().ok()).flatten()
+        };
+        self.pool.get_or_init(made).as_ref()
     }
 
     /// How many threads there are, the caller's among them.
@@ -57,26 +68,30 @@ impl Team {
     }
 
     /// Works through the tasks in order, each on whichever thread is free; the calling thread is
-    /// one of them.
+    /// one of them. Tasks of a task are worked through by its thread alone on an OpenMP team.
     pub(super) fn run<I: Send>(&self, tasks: Vec<I>, work: impl Fn(I) + Sync) {
         let workers = self.threads.min(tasks.len());
-        match &self.pool {
-            Some(pool) if workers > 1 => {
-                let queue = Mutex::new(tasks.into_iter());
-                let next = || lock(&queue).next();
-                let drain = || {
-                    while let Some(task) = next() {
-                        work(task);
-                    }
-                };
-                pool.in_place_scope(|scope| {
-                    for _ in 1..workers {
-                        scope.spawn(|_| drain());
-                    }
-                    drain();
-                });
+        if workers < 2 || OpenMp::is_inside() {
+            return tasks.into_iter().for_each(work);
+        }
+        let queue = Mutex::new(tasks.into_iter());
+        let next = || lock(&queue).next();
+        let drain = || {
+            while let Some(task) = next() {
+                work(task);
             }
-            _ => tasks.into_iter().for_each(work),
+        };
+        if let Some(openmp) = self.openmp {
+            self.run_in_region(openmp, workers, &drain);
+        } else if let Some(pool) = self.pool() {
+            pool.in_place_scope(|scope| {
+                for _ in 1..workers {
+                    scope.spawn(|_| drain());
+                }
+                drain();
+            });
+        } else {
+            drain();
         }
     }
 
@@ -91,10 +106,28 @@ impl Team {
 
     /// Runs a routine of faer's that spreads over threads by itself.
     pub(super) fn within_pool<R: Send>(&self, work: impl FnOnce(Par) -> R + Send) -> R {
-        match &self.pool {
+        match self.pool() {
             Some(pool) => pool.install(|| work(Par::rayon(self.threads))),
             None => work(Par::Seq),
         }
+    }
+
+    /// Has the calling thread and some others of its OpenMP team do the same work.
+    fn run_in_region(&self, openmp: OpenMp, workers: usize, work: &(dyn Fn() + Sync)) {
+        let (caller, others) = (thread::current().id(), AtomicUsize::new(1));
+        openmp.region(self.region(openmp), &|| {
+            // The caller is one of them whatever comes: it looks for signals.
+            if thread::current().id() == caller || others.fetch_add(1, Ordering::Relaxed) < workers
+            {
+                work();
+            }
+        });
+    }
+
+    /// How many threads a region of our own has: all that torch's have. A smaller one would end
+    /// the threads that it has no use for.
+    fn region(&self, openmp: OpenMp) -> usize {
+        self.threads.max(openmp.max_threads())
     }
 }
 
@@ -104,6 +137,7 @@ impl Team {
 #[derive(Default)]
 struct Process {
     id: OnceLock<u32>,
+    forked: bool,
     team: Mutex<Option<Arc<Team>>>,
     child: OnceLock<Box<Process>>,
 }
@@ -113,6 +147,7 @@ impl Process {
     fn current() -> &'static Self {
         static FIRST: Process = Process {
             id: OnceLock::new(),
+            forked: false,
             team: Mutex::new(None),
             child: OnceLock::new(),
         };
@@ -127,10 +162,31 @@ impl Process {
         let child = || {
             Box::new(Self {
                 id: OnceLock::from(id),
+                forked: true,
                 ..Self::default()
             })
         };
         process.child.get_or_init(child)
+    }
+
+    /// The OpenMP run-time, where it can be used: a forked child would wait for threads that only
+    /// its parent has.
+    fn openmp(&self) -> Option<OpenMp> {
+        OpenMp::loaded().filter(|_| !self.forked)
+    }
+}
+
+/// Notes which process this is, so that those forked from it are told apart even if they are the
+/// first to compute. To be called when the library is loaded; nothing is started.
+pub fn note_process() {
+    Process::current();
+}
+
+/// Whose threads share the work: "OpenMP", torch's as a rule, or "own" ones.
+pub fn whose_threads() -> &'static str {
+    match Process::current().openmp() {
+        Some(_) => "OpenMP",
+        None => "own",
     }
 }
 
@@ -150,10 +206,12 @@ pub fn set_num_threads(threads: usize) -> Result<()> {
     Ok(())
 }
 
-/// The number of threads used, all cores available to the process unless set otherwise.
+/// The number of threads used: that set last, or else as many as OpenMP would use when called from
+/// this thread (`torch.get_num_threads`), or, where there is no OpenMP, all cores available. A
+/// thread learns what torch was told on another one at its own first work that torch would share.
 pub fn num_threads() -> usize {
     match THREADS.load(Ordering::Relaxed) {
-        0 => default_threads(),
+        0 => OpenMp::loaded().map_or_else(default_threads, OpenMp::max_threads),
         threads => threads,
     }
 }
@@ -163,11 +221,6 @@ pub fn num_threads() -> usize {
 fn default_threads() -> usize {
     static AVAILABLE: OnceLock<usize> = OnceLock::new();
     *AVAILABLE.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
-}
-
-/// A panic while the lock was held cannot leave the data half-changed anywhere it is used here.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Scratch vectors waiting for their next use.
@@ -218,6 +271,88 @@ impl Shelves {
         match shelves.iter().find_map(|shelf| shelf.downcast_ref()) {
             Some(shelf) => shelf,
             None => unreachable!("Real is sealed: f32 and f64 are all there is"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::openmp::tests::threads_anew;
+    use super::*;
+    use crate::error::without_panic;
+
+    fn teams(threads: usize) -> [Team; 2] {
+        [None, Some(threads_anew())].map(|openmp| Team::new(threads, openmp))
+    }
+
+    #[test]
+    fn every_task_is_done_once_by_no_more_threads_than_asked_for() {
+        // The region is of three threads, as the run-time would have it.
+        for team in [1, 2, 3, 5].into_iter().flat_map(teams) {
+            for count in [0, 1, 2, 40] {
+                let done: Vec<_> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                let seen = Mutex::new(Vec::new());
+                team.run((0..count).collect(), |task: usize| {
+                    done[task].fetch_add(1, Ordering::Relaxed);
+                    lock(&seen).push(thread::current().id());
+                });
+                assert!(done.iter().all(|done| done.load(Ordering::Relaxed) == 1));
+                let seen: std::collections::HashSet<_> = lock(&seen).iter().copied().collect();
+                assert!(seen.len() <= team.threads().min(count));
+            }
+        }
+    }
+
+    #[test]
+    fn tasks_may_have_tasks() {
+        for team in teams(3) {
+            let sum = AtomicUsize::new(0);
+            team.run((0..6).collect(), |outer: usize| {
+                team.run((0..7).collect(), |inner: usize| {
+                    sum.fetch_add(10 * outer + inner, Ordering::Relaxed);
+                });
+            });
+            assert_eq!(sum.into_inner(), 10 * 15 * 7 + 21 * 6);
+        }
+    }
+
+    #[test]
+    fn several_callers_may_use_one_team() {
+        for team in teams(2) {
+            let sum = AtomicUsize::new(0);
+            thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        team.run((0..50).collect(), |task: usize| {
+                            sum.fetch_add(task, Ordering::Relaxed);
+                        });
+                    });
+                }
+            });
+            assert_eq!(sum.into_inner(), 4 * 1225);
+        }
+    }
+
+    #[test]
+    #[expect(clippy::panic, reason = "panics are what is tested")]
+    fn a_panic_in_a_task_is_an_internal_error_and_the_team_goes_on() {
+        for team in teams(3) {
+            for bad in 0..4 {
+                let outcome = without_panic(|| {
+                    team.run((0..4).collect(), |task: usize| {
+                        if task == bad {
+                            panic!("task {task} failed");
+                        }
+                    });
+                    Ok(())
+                });
+                assert_eq!(outcome, Err(Error::Internal(format!("task {bad} failed"))));
+            }
+            let done = AtomicUsize::new(0);
+            team.run(vec![(); 9], |()| {
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(done.into_inner(), 9);
         }
     }
 }

@@ -251,15 +251,18 @@ extern "C" __global__ void add_scaled(
     }
 }
 
-// Copies the lower triangle of each matrix of a stack to the upper one.
-extern "C" __global__ void symmetrize(T* x, u64 count, u64 step, u64 size, u64 down, u64 across)
+// Divides the lower triangle of each matrix of a stack and copies it to the upper one.
+extern "C" __global__ void symmetrize(
+    T* x, u64 count, u64 step, u64 size, u64 down, u64 across, double divisor)
 {
     COLUMN(size)
     FOR_BATCH(count) {
         T* matrix = x + item * step;
         FOR_ROWS(size) {
-            if (row < column) {
-                matrix[row * down + column * across] = matrix[column * down + row * across];
+            if (row >= column) {
+                T value = matrix[row * down + column * across] / (T)divisor;
+                matrix[row * down + column * across] = value;
+                matrix[column * down + row * across] = value;
             }
         }
     }
