@@ -25,14 +25,17 @@ pub(super) fn accumulate<S: Source, T: Real>(
     cancel: &Cancel,
 ) -> Result<()> {
     let batch = SummedBatch::new(team, source, strata, cancel)?;
-    for (out, &StratumWeight { stratum, weight }) in out.into_iter().zip(strata) {
+    for (out, weighted) in out.into_iter().zip(strata) {
         let stratum = if batch.locations == 1 {
-            stratum.with_one_location()
+            weighted.stratum.with_one_location()
         } else {
-            Some(stratum)
+            Some(weighted.stratum)
         };
-        if let Some(stratum) = stratum.filter(|_| weight != 0.0) {
-            batch.add_stratum(out, stratum, weight, append_one, cancel)?;
+        let weight = weighted.weight;
+        match stratum.filter(|_| weight != 0.0) {
+            Some(Stratum::Mean) if weighted.as_root => batch.add_root(out, weight, append_one),
+            Some(stratum) => batch.add_stratum(out, stratum, weight, append_one, cancel)?,
+            None => {}
         }
     }
     Ok(())
@@ -94,6 +97,20 @@ impl<'a, S: Source> SummedBatch<'a, S> {
 
     fn units(&self) -> usize {
         self.examples * self.locations
+    }
+
+    /// Adds the root of the mean's stratum to a row for each group.
+    fn add_root<T: Real>(&self, out: Vec<MatMut<'_, T>>, weight: f64, append_one: bool) {
+        let weight = (weight / self.units() as f64).sqrt();
+        let groups = self.sums.chunks_exact(self.features / out.len());
+        for (mut out, sums) in out.into_iter().zip(groups) {
+            for (feature, sum) in sums.iter().enumerate() {
+                out[(0, feature)] += T::from_f64(weight * sum);
+            }
+            if append_one {
+                out[(0, sums.len())] += T::from_f64(weight * self.units() as f64);
+            }
+        }
     }
 
     fn add_stratum<T: Real>(
