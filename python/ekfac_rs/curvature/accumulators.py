@@ -11,7 +11,6 @@ from ekfac_rs.curvature.diagonal import DiagonalBlock
 from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
 from ekfac_rs.layers import AffineLayer, Units
 
-
 # Roots of the mean's factor that are kept before they are squared together, and how many of them
 # there may be for each row of the factor: they are small beside it.
 _MOST_ROOTS = 32
