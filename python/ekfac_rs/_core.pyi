@@ -83,7 +83,9 @@ def accumulate_gram(
     ``x`` is ``[N, K]`` or ``[N, T, K]``; ``role`` is "input" or "gradient"; ``append_one`` (inputs
     only) appends a constant 1 to every unit. Outputs are ``[K', K']`` with K' = K or K + 1, float32
     or float64. Outputs ``[groups, K', K']`` split the features into consecutive blocks with a
-    factor each: K' is then K / groups, or one more. ``precision`` of float32 products on a GPU is
+    factor each: K' is then K / groups, or one more. The output of the stratum "mean", whose factor
+    has rank one, may be a row ``[K']`` or ``[groups, K']``: its root is added then, the row whose
+    square is ``scale * N * F_k``. ``precision`` of float32 products on a GPU is
     "ieee" or "tf32". Returns the strata's degrees of freedom.
     """
 

@@ -101,7 +101,9 @@ def gram_cases(dtype: torch.dtype) -> dict[str, Callable[[], list[Tensor]]]:
     tall, square, wide = (
         noise(*shape, dtype=dtype) for shape in [(4000, 60), (600, 2, 300), (96, 9, 500)]
     )
-    images, channels = noise(6, 20, 18, 17, dtype=dtype), noise(900, 64, dtype=dtype)
+    images, channels = noise(40, 20, 18, 17, dtype=dtype), noise(900, 64, dtype=dtype)
+    # Each example's locations lie side by side, and are squared where they are.
+    outside = noise(30, 24, 200, dtype=dtype).transpose(1, 2)
     return {
         **{
             f"{name}, {approximation}": (
@@ -109,7 +111,10 @@ def gram_cases(dtype: torch.dtype) -> dict[str, Callable[[], list[Tensor]]]:
                     x, x.shape[-1] + 1, approximation, True
                 )
             )
-            for name, x in [("tall", tall), ("square", square), ("wide", wide)]
+            for name, x in [
+                *(("tall", tall), ("square", square), ("wide", wide)),
+                ("channels outside", outside),
+            ]
             for approximation in _core.strata()
         },
         **{

@@ -4,8 +4,17 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
-from cases import APPROXIMATIONS, COORDINATES, LOSSES, NETWORKS, dense_block, estimate
+from cases import (
+    APPROXIMATIONS,
+    COORDINATES,
+    LOSSES,
+    NETWORKS,
+    Network,
+    dense_block,
+    estimate,
+)
 from oracle import (
     Units,
     all_relabelings,
@@ -63,6 +72,22 @@ def test_factors_are_the_strata_of_the_analysis_of_variance(
         for approximation, curvature in curvatures.items():
             expected = dense(strata_terms(approximation, units))
             assert relative_error(dense_block(curvature[layer]), expected) < EXACT
+
+
+@pytest.mark.parametrize("approximation", ["xkfac", "xkfac-nested"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_means_of_more_mini_batches_than_are_kept_are_all_there(loss, approximation, device):
+    # Wide enough for roots of the mean to be kept, and more mini-batches than there is room for.
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(50, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 3))
+
+    network = Network(build, (50,), (3,))
+    model, batches = network.make(), network.batches(loss, (3, 4, 3, 5, 3, 4, 3))
+    curvature = estimate(model, batches, loss, device, approximation=approximation)
+    for layer in linear_layers(model):
+        units = [units_of(model, layer, batch, LOSSES[loss].of_example) for batch in batches]
+        expected = dense(strata_terms(approximation, units))
+        assert relative_error(dense_block(curvature[layer]), expected) < EXACT
 
 
 @pytest.mark.parametrize("coordinates", COORDINATES)

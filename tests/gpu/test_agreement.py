@@ -93,6 +93,30 @@ ELEMENTS = [
 ]
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("approximation", ["xkfac", "xkfac-nested"])
+@pytest.mark.parametrize("real", [torch.float32, torch.float64])
+def test_roots_of_the_mean_agree(both, approximation, groups, real):
+    x = numbers((5, 4, 9)).to(real)
+    for role, append_one in [("input", True), ("gradient", False)]:
+        options = {"role": role, "append_one": append_one}
+        squares, _ = factors(both[0], x, groups, real, approximation, **options)
+        stack = () if groups == 1 else (groups,)
+        size = 9 // groups + append_one
+        roots = []
+        for on in both:
+            others = [on.put(torch.zeros(*stack, size, size, dtype=real)) for _ in squares[1:]]
+            root = on.put(torch.zeros(*stack, size, dtype=real))
+            out = [on.borrow(o) for o in (*others, root)]
+            _core.accumulate_gram(
+                on.borrow(on.put(x)), out, approximation, role, append_one, 0.7, "ieee"
+            )
+            roots.append(root.cpu().double())
+        assert errors(roots[:1], roots[1:]) < TOLERANCE[real]
+        root = roots[0].reshape(*stack, size, 1)
+        assert errors([root @ root.mT], squares[-1:]) < TOLERANCE[real]
+
+
 @pytest.mark.parametrize("approximation", STRATA)
 @pytest.mark.parametrize("shape", DENSE)
 @pytest.mark.parametrize(("element", "real"), ELEMENTS)

@@ -11,9 +11,61 @@ from ekfac_rs.curvature.diagonal import DiagonalBlock
 from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
 from ekfac_rs.layers import AffineLayer, Units
 
+# Roots of the mean's factor that are kept before they are squared together, and how many of them
+# there may be for each row of the factor: they are small beside it.
+_MOST_ROOTS = 32
+_ROWS_PER_ROOT = 16
+
+
+class _Side:
+    """Sums over mini-batches of one factor of each stratum: lower triangles, or diagonals.
+
+    The mean's factor of a mini-batch has rank one: a row and its square. Updating a whole matrix
+    for it takes longer than working the row out, so rows are kept and squared together.
+    """
+
+    def __init__(self, approximation: str, shape: tuple[int, ...], like: Tensor) -> None:
+        strata = _core.strata()[approximation]
+        self.factors = [like.new_zeros(shape) for _ in strata]
+        self._mean = strata.index("mean") if "mean" in strata else None
+        self._roots: Tensor | None = None
+        self._kept = 0
+        room = min(_MOST_ROOTS, shape[-1] // _ROWS_PER_ROOT)
+        if self._mean is not None and len(shape) > 1 and room > 1:
+            self._roots = like.new_zeros(room, *shape[:-1])
+
+    def outputs(self) -> list[Tensor]:
+        """Return where a mini-batch is added: in place of the mean's factor, a row for its root."""
+        if self._roots is None or self._mean is None:
+            return self.factors
+        if self._kept == len(self._roots):
+            self._square_roots()
+        outputs = list(self.factors)
+        outputs[self._mean] = self._roots[self._kept]
+        return outputs
+
+    def keep(self) -> None:
+        """Take what was added to the `outputs` as one mini-batch."""
+        self._kept += 1
+
+    def sums(self) -> list[Tensor]:
+        """Return the sums."""
+        self._square_roots()
+        return self.factors
+
+    def _square_roots(self) -> None:
+        if self._roots is None or self._mean is None or not self._kept:
+            return
+        rows = borrow(self._roots[: self._kept].flatten(1))
+        # As sums of squares that are neither centred nor divided.
+        options = ("kfac-expand", "gradient", False, 1.0, "ieee")
+        _core.accumulate_gram(rows, [borrow(self.factors[self._mean])], *options)
+        self._roots.zero_()
+        self._kept = 0
+
 
 class KroneckerAccumulator:
-    """Sums of a layer's factors over mini-batches: lower triangles, or a diagonal."""
+    """Sums of a layer's factors over mini-batches."""
 
     def __init__(self, layer: AffineLayer, settings: PassSettings) -> None:
         dtype = accumulation_dtype(layer.like.dtype)
@@ -27,24 +79,26 @@ class KroneckerAccumulator:
         # factor there, and the mini-batch is left out of that factor's mean.
         self.gradient_examples = [0] * terms
         shape_A, shape_G = layer.factor_shapes(settings.coordinates)
-        self.A = [like.new_zeros(shape_A) for _ in range(terms)]
-        self.G = [like.new_zeros(shape_G) for _ in range(terms)]
+        self.A = _Side(self.approximation, shape_A, like)
+        self.G = _Side(self.approximation, shape_G, like)
 
     def add_inputs(self, units: Units) -> None:
         """Take a mini-batch's inputs."""
         degrees_of_freedom = units.accumulate(
-            self.A, self.approximation, self.append_one, self.precision
+            self.A.outputs(), self.approximation, self.append_one, self.precision
         )
+        self.A.keep()
         self.examples += len(units)
         for k, dof in enumerate(degrees_of_freedom):
             self.gradient_examples[k] += len(units) if dof else 0
 
     def add_gradients(self, g: Tensor, weight: float) -> None:
         """Take gradients of the mini-batch whose inputs came last."""
-        out = [borrow(G) for G in self.G]
+        out = [borrow(G) for G in self.G.outputs()]
         _core.accumulate_gram(
             borrow(g), out, self.approximation, "gradient", False, weight, self.precision
         )
+        self.G.keep()
 
     def end_batch(self) -> None:
         """Close the mini-batch, of which nothing is kept."""
@@ -55,8 +109,9 @@ class KroneckerAccumulator:
         The sums become the means where they lie: to be called once.
         """
         terms = []
+        sums_A, sums_G = self.A.sums(), self.G.sums()
         for k in kept_strata(self.gradient_examples):
-            A, G = self.A[k], self.G[k]
+            A, G = sums_A[k], sums_G[k]
             _divide(A, self.examples)
             _divide(G, self.gradient_examples[k])
             terms.append((A, G))

@@ -35,7 +35,13 @@ pub struct GramOptions {
 /// `U / (dof_k N)` (0 without degrees of freedom). Their product is that of the analysis of
 /// variance; divided this way both factors keep their size as N varies, so that they may be
 /// averaged separately over mini-batches of different sizes. Half-precision input is accumulated in
-/// the outputs' dtype. Strata are centred before they are squared, with means in double precision.
+/// the outputs' dtype. What is centred has the precision of strata centred before they are squared,
+/// with means in double precision.
+///
+/// The mean's sum of squares and products has rank one, and an update of a whole matrix for it takes
+/// long beside its few numbers. Its output may have one dimension less, `[K']` or `[groups, K']`: then
+/// the root is added, the row `r` with `r^T r = scale * N * F_k`, for the caller to square many
+/// mini-batches' at a time.
 ///
 /// Returns the degrees of freedom of each stratum in this mini-batch: one without any says nothing
 /// about its gradients, and counts for nothing in their mean.
@@ -130,8 +136,15 @@ impl MiniBatch<'_> {
     ) -> Result<Vec<usize>> {
         self.check(options)?;
         self.check_outputs(out, options)?;
+        let as_root = out.last().is_some_and(|last| is_root(last, &out[0]));
+        if as_root && options.scale < 0.0 {
+            return Err(Error::Option(format!(
+                "scale must not be negative where the root of the mean's factor is wanted, got {}",
+                options.scale
+            )));
+        }
         let task = GramTask {
-            strata: weights(options, self.examples, self.locations),
+            strata: weights(options, self.examples, self.locations, as_root),
             append_one: options.append_one,
             precision: options.precision,
         };
@@ -158,7 +171,11 @@ impl MiniBatch<'_> {
         cancel: &Cancel,
     ) -> Result<()> {
         on_device!(self.units.tensor().place(), backend => {
-            let out = out
+            let strata = out.iter_mut().zip(&task.strata);
+            let mut views: Vec<_> = strata
+                .map(|(out, weight)| out.as_matrices(weight.as_root))
+                .collect();
+            let out = views
                 .iter_mut()
                 .map(|out| backend.matrices_mut::<T>(out))
                 .collect::<Result<_>>()?;
@@ -211,10 +228,17 @@ impl MiniBatch<'_> {
         let size = self.channels / groups * self.positions + usize::from(options.append_one);
         for (index, tensor) in out.iter().enumerate() {
             let expected = [groups, size, size];
-            if tensor.shape() != out[0].shape() || !expected.ends_with(tensor.shape()) {
+            let expected = &expected[3 - out[0].shape().len()..];
+            let root = &expected[..expected.len() - 1];
+            let is_mean = options.approximation.strata()[index] == Stratum::Mean;
+            if tensor.shape() != expected && !(is_mean && tensor.shape() == root) {
+                let or_root = if is_mean {
+                    format!(" or, for the root of the mean, {root:?}")
+                } else {
+                    String::new()
+                };
                 return Err(Error::Shape(format!(
-                    "output {index} must be {:?}, got shape {:?}",
-                    &expected[3 - out[0].shape().len()..],
+                    "output {index} must be {expected:?}{or_root}, got shape {:?}",
                     tensor.shape()
                 )));
             }
@@ -234,7 +258,12 @@ impl MiniBatch<'_> {
 ///
 /// The sums of [`Stratum::ExampleTotals`] are taken over locations for both roles; inputs are
 /// averaged instead, hence the extra division.
-fn weights(options: GramOptions, examples: usize, locations: usize) -> Vec<StratumWeight> {
+fn weights(
+    options: GramOptions,
+    examples: usize,
+    locations: usize,
+    as_root: bool,
+) -> Vec<StratumWeight> {
     let per_example = options.scale * examples as f64;
     let weigh = |stratum: Stratum| {
         let (rows, averaging) = match stratum {
@@ -255,6 +284,12 @@ fn weights(options: GramOptions, examples: usize, locations: usize) -> Vec<Strat
         .map(|&stratum| StratumWeight {
             stratum,
             weight: weigh(stratum),
+            as_root: as_root && stratum == Stratum::Mean,
         })
         .collect()
+}
+
+/// Whether an output has a dimension less than the first one, as roots have.
+fn is_root(out: &TensorViewMut<'_>, first: &TensorViewMut<'_>) -> bool {
+    out.shape().len() + 1 == first.shape().len()
 }

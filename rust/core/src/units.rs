@@ -46,6 +46,9 @@ pub struct StratumWeight {
     pub stratum: Stratum,
     /// Its weight; 0 where the stratum has no degrees of freedom.
     pub weight: f64,
+    /// Whether the outputs are single rows, to which the root of a sum of rank one is added instead:
+    /// the row whose square it is.
+    pub as_root: bool,
 }
 
 /// Where the units of a mini-batch, and their features, come from.

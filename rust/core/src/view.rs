@@ -354,6 +354,21 @@ impl<'a> TensorViewMut<'a> {
         self.pointer.expose_provenance()
     }
 
+    /// Matrices as they are; each of the rows of a tensor of rows as a matrix of its own.
+    pub(crate) fn as_matrices(&mut self, rows: bool) -> TensorViewMut<'_> {
+        let mut layout = self.layout.clone();
+        if rows {
+            let last = layout.shape.len().saturating_sub(1);
+            layout.shape.insert(last, 1);
+            layout.strides.insert(last, 0);
+        }
+        TensorViewMut {
+            pointer: self.pointer,
+            layout,
+            memory: PhantomData,
+        }
+    }
+
     /// A vector as a matrix of one row; other tensors as they are.
     pub fn as_rows(&mut self) -> TensorViewMut<'_> {
         let mut layout = self.layout.clone();

@@ -32,6 +32,7 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
                 "backend::cpu::solver",
                 "backend::cpu::syrk",
                 "backend::cpu::source",
+                "backend::cpu::offsets",
                 "backend::cpu::patches",
                 "backend::cpu::gram",
                 "backend::cpu::product",

@@ -116,6 +116,34 @@ proptest! {
     }
 
     #[test]
+    fn the_root_of_the_mean_squares_to_its_factor(
+        seed: u64, n in 1usize..6, t in 1usize..4, groups in 1usize..4, k in 1usize..20,
+        nested: bool, input: bool, append_one: bool,
+    ) {
+        let approximation = if nested { Approximation::XkfacNested } else { Approximation::Xkfac };
+        let role = if input { Role::Input } else { Role::Gradient };
+        let options = options(approximation, role, append_one && input, 0.7);
+        let x: Array3<f64> = Noise::new(seed).array((n, t, groups * k)) + 0.5;
+        let size = k + usize::from(options.append_one);
+        let strata = approximation.strata().len();
+        let mut squares = vec![Array3::<f64>::zeros((groups, size, size)); strata];
+        let mut views: Vec<_> = squares.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+        accumulate(&view(x.view()), &mut views, options, &Cancel::new()).unwrap();
+        let mut others = vec![Array3::<f64>::zeros((groups, size, size)); strata - 1];
+        let mut root = Array2::<f64>::from_elem((groups, size), 2.0);
+        let mut views: Vec<_> = others.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+        views.push(view_mut(root.view_mut()));
+        accumulate(&view(x.view()), &mut views, options, &Cancel::new()).unwrap();
+        prop_assert_eq!(&others[..], &squares[..strata - 1]);
+        // It is added to what was there.
+        let root = root - 2.0;
+        for (root, square) in root.outer_iter().zip(squares[strata - 1].outer_iter()) {
+            let root = root.insert_axis(Axis(0));
+            prop_assert!(error(&root.t().dot(&root), &mirrored(&square.to_owned())) < 1e-12);
+        }
+    }
+
+    #[test]
     fn one_location_makes_nested_and_plain_coincide(seed: u64, n in 1usize..9, k in 1usize..6) {
         let x: Array2<f64> = Noise::new(seed).array((n, k));
         let run = |approximation| {
@@ -275,6 +303,37 @@ fn wrong_arguments_are_named() {
         Err(Error::Option(_))
     ));
     assert!(matches!(Role::from_name("output"), Err(Error::Option(_))));
+}
+
+#[test]
+fn only_the_mean_has_a_root() {
+    let x: Array2<f64> = Noise::new(9).array((4, 3));
+    let run = |approximation, shapes: &[&[usize]], scale| {
+        let zeros = |shape: &&[usize]| ndarray::ArrayD::<f64>::zeros(ndarray::IxDyn(shape));
+        let mut out: Vec<_> = shapes.iter().map(zeros).collect();
+        let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+        let options = options(approximation, Role::Input, false, scale);
+        accumulate(&view(x.view()), &mut views, options, &Cancel::new())
+    };
+    let (square, row): (&[usize], &[usize]) = (&[3, 3], &[3]);
+    let plain = Approximation::Xkfac;
+    assert!(run(plain, &[square, row], 1.0).is_ok());
+    assert!(run(Approximation::XkfacNested, &[square, square, row], 1.0).is_ok());
+    assert!(run(plain, &[&[1, 3, 3], &[1, 3]], 1.0).is_ok());
+    for (approximation, shapes) in [
+        (plain, &[row, square][..]),
+        (plain, &[row, row]),
+        (plain, &[square, &[4]]),
+        (plain, &[&[1, 3, 3], row]),
+        (Approximation::XkfacNested, &[square, row, square]),
+        (Approximation::KfacExpand, &[row]),
+    ] {
+        let refused = run(approximation, shapes, 1.0);
+        assert!(matches!(refused, Err(Error::Shape(_))), "{shapes:?}");
+    }
+    assert!(run(plain, &[square, square], -1.0).is_ok());
+    let refused = run(plain, &[square, row], -1.0);
+    assert!(matches!(refused, Err(Error::Option(_))));
 }
 
 #[test]

@@ -286,6 +286,43 @@ fn large_patches_match_the_unfolded_input() {
     }
 }
 
+/// Images so large that offsets of kernel positions take less work than patches.
+#[test]
+fn offsets_match_the_unfolded_input() {
+    let padded = |kernel: [usize; 2], dilation: usize, padding: [(usize, usize); 2]| Geometry {
+        kernel: kernel.to_vec(),
+        stride: vec![1; 2],
+        dilation: vec![dilation; 2],
+        padding: padding.to_vec(),
+    };
+    for (seed, shape, geometry) in [
+        (1, [5, 17, 12, 14], square(3, 1, 1, 1)),
+        (2, [2, 32, 13, 18], square(3, 1, 2, 2)),
+        (3, [3, 16, 16, 11], square(5, 1, 1, 2)),
+        (4, [3, 20, 14, 9], square(3, 1, 1, 0)),
+        (5, [4, 16, 10, 15], padded([2, 3], 1, [(0, 1), (2, 3)])),
+        (6, [3, 18, 9, 30], padded([1, 5], 1, [(0, 0), (2, 2)])),
+    ] {
+        let x = Noise::new(seed).array(IxDyn(&shape)) + 0.7;
+        let units = unfolded(x.view(), &geometry);
+        for (approximation, memory) in [
+            (Approximation::KfacExpand, Memory::ChannelsFirst),
+            (Approximation::KfacReduce, Memory::EveryOther),
+            (Approximation::Xkfac, Memory::ChannelsLast),
+            (Approximation::XkfacNested, Memory::Reversed),
+        ] {
+            let options = options(approximation, Role::Input, true, 0.4);
+            let expected = expected_groups(&units, 1, options);
+            let x = laid_out(&x, memory);
+            let got = patch_factors::<f64, f64>(x.view(), &geometry, 1, options).unwrap();
+            assert!(largest_error(&got, &expected) < 1e-12);
+            let single = laid_out(&x.mapv(|value| value as f32), memory);
+            let got = patch_factors::<f32, f32>(single.view(), &geometry, 1, options).unwrap();
+            assert!(largest_error(&got, &expected) < 1e-5);
+        }
+    }
+}
+
 /// Found by the property test: each of these sees padding in some dimension and nothing else.
 #[test]
 fn outputs_that_see_only_padding_count_as_zeros() {
@@ -330,6 +367,29 @@ fn patches_survive_a_mean_of_a_thousand_spreads() {
                 lost < 1e-5,
                 "{approximation:?}, padding {padding}, {groups} groups: {lost}"
             );
+        }
+    }
+}
+
+/// Centred by subtraction up to some mean, and before squaring from there on.
+#[test]
+fn no_mean_costs_digits() {
+    for exponent in -2..8 {
+        let mean = 4f64.powi(exponent);
+        let x = Noise::new(9).array(IxDyn(&[6, 16, 20, 20])) + mean;
+        let single = x.mapv(|value| value as f32);
+        let exact = single.mapv(f64::from);
+        for geometry in [square(3, 1, 1, 0), square(1, 1, 1, 0)] {
+            let units = unfolded(exact.view(), &geometry);
+            for approximation in [Approximation::Xkfac, Approximation::XkfacNested] {
+                let options = options(approximation, Role::Input, true, 1.0);
+                let got = patch_factors::<f32, f32>(single.view(), &geometry, 1, options).unwrap();
+                let lost = largest_error(&got, &expected_groups(&units, 1, options));
+                assert!(
+                    lost < 5e-6,
+                    "{approximation:?}, mean {mean}, {geometry:?}: {lost}"
+                );
+            }
         }
     }
 }

@@ -23,6 +23,7 @@ mod blas;
 mod elements;
 mod gram;
 mod host;
+mod offsets;
 mod openmp;
 mod packed;
 mod patches;

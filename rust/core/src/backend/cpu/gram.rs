@@ -5,7 +5,7 @@ use std::ops::Range;
 use faer::{MatMut, MatRef};
 
 use super::simd::{self, Loop};
-use super::source::{Lines, Means, Source, runs};
+use super::source::{COST_OF_READING, Lines, Means, Source, Total, chunks, runs};
 use super::syrk;
 use super::team::Team;
 use crate::cancel::Cancel;
@@ -25,14 +25,17 @@ pub(super) fn accumulate<S: Source, T: Real>(
     cancel: &Cancel,
 ) -> Result<()> {
     let batch = SummedBatch::new(team, source, strata, cancel)?;
-    for (out, &StratumWeight { stratum, weight }) in out.into_iter().zip(strata) {
+    for (out, weighted) in out.into_iter().zip(strata) {
         let stratum = if batch.locations == 1 {
-            stratum.with_one_location()
+            weighted.stratum.with_one_location()
         } else {
-            Some(stratum)
+            Some(weighted.stratum)
         };
-        if let Some(stratum) = stratum.filter(|_| weight != 0.0) {
-            batch.add_stratum(out, stratum, weight, append_one, cancel)?;
+        let weight = weighted.weight;
+        match stratum.filter(|_| weight != 0.0) {
+            Some(Stratum::Mean) if weighted.as_root => batch.add_root(out, weight, append_one),
+            Some(stratum) => batch.add_stratum(out, stratum, weight, append_one, cancel)?,
+            None => {}
         }
     }
     Ok(())
@@ -94,6 +97,20 @@ impl<'a, S: Source> SummedBatch<'a, S> {
 
     fn units(&self) -> usize {
         self.examples * self.locations
+    }
+
+    /// Adds the root of the mean's stratum to a row for each group.
+    fn add_root<T: Real>(&self, out: Vec<MatMut<'_, T>>, weight: f64, append_one: bool) {
+        let weight = (weight / self.units() as f64).sqrt();
+        let groups = self.sums.chunks_exact(self.features / out.len());
+        for (mut out, sums) in out.into_iter().zip(groups) {
+            for (feature, sum) in sums.iter().enumerate() {
+                out[(0, feature)] += T::from_f64(weight * sum);
+            }
+            if append_one {
+                out[(0, sums.len())] += T::from_f64(weight * self.units() as f64);
+            }
+        }
     }
 
     fn add_stratum<T: Real>(
@@ -167,10 +184,10 @@ impl<'a, S: Source> SummedBatch<'a, S> {
             self.share_groups(out, rows, weight, cancel);
             return cancel.check();
         }
-        if let (Rows::Units(Centre::Nothing), [out], Some(units)) =
-            (rows, &mut out[..], self.source.in_place())
+        if let (Rows::Units(centre), [out]) = (rows, &mut out[..])
+            && self.add_total(out.as_mut(), centre, weight, cancel)?
         {
-            return self.add_in_place(out.as_mut(), weight, units, cancel);
+            return Ok(());
         }
         let size = self.features / groups;
         for (group, mut out) in out.into_iter().enumerate() {
@@ -193,20 +210,50 @@ impl<'a, S: Source> SummedBatch<'a, S> {
         }
     }
 
-    /// Squares the units where they lie.
-    fn add_in_place<T: Real>(
+    /// Adds the squares of the units as they are, in the source's own way, and subtracts those of
+    /// the centre; false, and nothing done, where packing what is left takes less or keeps digits.
+    fn add_total<T: Real>(
         &self,
         mut out: MatMut<'_, T>,
+        centre: &Centre<T>,
         weight: f64,
-        units: MatRef<'_, T>,
         cancel: &Cancel,
-    ) -> Result<()> {
-        for rows in chunks(units.nrows(), units.ncols()) {
-            cancel.check()?;
-            let part = units.subrows(rows.start, rows.len()).transpose();
-            syrk::add_lower(self.team, out.as_mut(), part, weight, cancel)?;
+    ) -> Result<bool> {
+        let count = match centre {
+            Centre::Example if self.locations < FEWEST_LOCATIONS => return Ok(false),
+            Centre::Example => self.locations as f64,
+            _ => self.units() as f64,
+        };
+        let rows = match centre {
+            Centre::Example => &self.example_sums,
+            _ => &self.sums,
+        };
+        let subtracted = || {
+            let mut squares = vec![0.0; self.features];
+            for row in rows.chunks_exact(self.features) {
+                let sums = squares.iter_mut().zip(row);
+                sums.for_each(|(square, sum)| *square += sum * sum / count);
+            }
+            squares
+        };
+        let total = Total {
+            team: self.team,
+            weight,
+            centre: (!matches!(centre, Centre::Nothing)).then(subtracted),
+            cancel,
+        };
+        if !self.source.add_total(out.as_mut(), &total)? {
+            return Ok(false);
         }
-        Ok(())
+        match centre {
+            Centre::Nothing => {}
+            Centre::Batch(_) => add_outer(&mut out, &self.sums, -weight / count),
+            Centre::Example => {
+                let rows = Rows::ExampleSums(vec![0.0; self.features]);
+                self.add_squares(vec![out], &rows, -weight / count, cancel)?;
+            }
+        }
+        Ok(true)
     }
 
     /// Adds the squares of rows that are packed chunk by chunk. Long contiguous lines, one per
@@ -235,7 +282,7 @@ impl<'a, S: Source> SummedBatch<'a, S> {
                 });
                 let packed = MatRef::from_row_major_slice(packed, features.len(), stride);
                 let packed = packed.subcols(0, chunk.len());
-                syrk::add_lower(self.team, out.as_mut(), packed, weight, cancel)
+                syrk::add_lower(self.team, out.as_mut(), &[packed], weight, cancel)
             })?;
         }
         Ok(())
@@ -409,8 +456,8 @@ fn check_finite<S: Source>(source: &S, sums: &[f64]) -> Result<()> {
     })
 }
 
-/// What reading an element, converting it and writing it costs, in flops of a product.
-const COST_OF_READING: f64 = 30.0;
+/// Locations from which the squares of the means of examples are few beside those of their units.
+const FEWEST_LOCATIONS: usize = 16;
 
 /// Groups per thread from which each thread takes groups of its own.
 const GROUPS_PER_THREAD: usize = 4;
@@ -483,16 +530,6 @@ impl<S: Source, T: Real> Loop for Pack<'_, '_, S, T> {
 /// neighbouring features out of the same cache set.
 fn stride_of(units: usize) -> usize {
     units.next_multiple_of(16) + 16
-}
-
-/// Ranges of rows that keep the packed buffer within a few megabytes, tall enough that writing the
-/// output once per chunk costs little.
-fn chunks(rows: usize, features: usize) -> impl Iterator<Item = Range<usize>> {
-    const ELEMENTS: usize = 1 << 22;
-    let height = (ELEMENTS / features).clamp(2048, 8192);
-    (0..rows)
-        .step_by(height)
-        .map(move |start| start..(start + height).min(rows))
 }
 
 fn add(sums: &mut [f64], values: &[f64]) {

@@ -6,11 +6,13 @@
 
 use std::ops::Range;
 
+use faer::MatMut;
 use ndarray::{ArrayView5, Axis, Ix5, s};
 
+use super::offsets::{self, Plan};
 use super::simd::{self, Loop};
 use super::source::{
-    Lines, Means, MeansOf, Source, TILE, dimensions, first_non_finite, pack_run, runs,
+    Lines, Means, MeansOf, Source, TILE, Total, dimensions, first_non_finite, pack_run, runs,
 };
 use crate::element::{Element, Real};
 use crate::error::Result;
@@ -228,6 +230,14 @@ impl<S: Element> Source for Patches<'_, S> {
 
     fn quantum(&self) -> usize {
         self.positions()
+    }
+
+    fn add_total<T: Real>(&self, out: MatMut<'_, T>, total: &Total<'_>) -> Result<bool> {
+        let (examples, channels, ..) = self.x.dim();
+        match Plan::new(&self.slides, examples, channels) {
+            Some(plan) => offsets::add_squares(&self.x, &plan, out, total),
+            None => Ok(false),
+        }
     }
 
     fn non_finite(&self) -> Option<(f64, String)> {

@@ -2,11 +2,14 @@
 
 use std::ops::Range;
 
-use faer::MatRef;
+use faer::{MatMut, MatRef};
 use ndarray::{ArrayView, ArrayView2, ArrayView3, ArrayViewD, Axis, Dimension, Ix2, Ix3, s};
 
 use super::host;
 use super::simd::{self, Loop};
+use super::syrk;
+use super::team::Team;
+use crate::cancel::Cancel;
 use crate::element::{Element, Real};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
@@ -39,14 +42,41 @@ pub(super) trait Source: Sync {
         1
     }
 
-    /// The units as a matrix, one row each, where they are best squared where they lie.
-    fn in_place<T: Real>(&self) -> Option<MatRef<'_, T>> {
-        None
+    /// Adds the squares of all units to the lower triangle of `out`, in a way of the source's own
+    /// that does not pack them. Where there is none, or where it would cost digits, nothing is
+    /// written, and false returned.
+    fn add_total<T: Real>(&self, _out: MatMut<'_, T>, _total: &Total<'_>) -> Result<bool> {
+        Ok(false)
     }
 
     /// A NaN or an infinity, and where it is.
     fn non_finite(&self) -> Option<(f64, String)>;
 }
+
+/// How the squares of all units are to be added.
+pub(super) struct Total<'a> {
+    pub(super) team: &'a Team,
+    pub(super) weight: f64,
+    /// What will be subtracted from the sum of squares of each feature, if anything.
+    pub(super) centre: Option<Vec<f64>>,
+    pub(super) cancel: &'a Cancel,
+}
+
+impl Total<'_> {
+    /// Whether what is left when the centre is gone has nearly the digits of what it is taken from,
+    /// for features with these sums of squares.
+    pub(super) fn keeps_digits(&self, squares: impl FnOnce() -> Vec<f64>) -> bool {
+        let kept = |(square, centre): (f64, &f64)| square <= DIGITS_LOST * (square - centre);
+        match &self.centre {
+            Some(centre) => squares().into_iter().zip(centre).all(kept),
+            None => true,
+        }
+    }
+}
+
+/// How many times the sums of squares may be what is left of them without their centre: rounding
+/// errors grow by as much.
+const DIGITS_LOST: f64 = 8.0;
 
 /// The locations of each example among these units, and how many units came before them.
 #[inline(always)]
@@ -120,10 +150,15 @@ pub(super) struct Dense<'a, S> {
     x: ArrayView3<'a, S>,
     /// `[examples * locations, features]`, where the strides allow it.
     flat: Option<(ArrayView2<'a, S>, TensorView<'a>)>,
+    /// `x` again.
+    view: TensorView<'a>,
 }
 
 /// Number of features up to which packing costs more than the product gains from it.
 const WIDEST_IN_PLACE: usize = 256;
+
+/// Locations of an example from which lines of theirs, one per feature, are long enough as they are.
+const SHORTEST_IN_PLACE: usize = 128;
 
 impl<'a, S: Element> Dense<'a, S> {
     /// The units of `[examples, locations, features]`.
@@ -132,8 +167,23 @@ impl<'a, S: Element> Dense<'a, S> {
             Some(flat) => Some((dimensions::<S, Ix2>(flat.array()?)?, flat)),
             None => None,
         };
+        let view = x.clone();
         let x = dimensions::<S, Ix3>(x.array()?)?;
-        Ok(Self { x, flat })
+        Ok(Self { x, flat, view })
+    }
+
+    /// The units as matrices, one row each, where they are best squared where they lie.
+    fn in_place<T: Real>(&self) -> Option<Vec<MatRef<'_, T>>> {
+        let (_, locations, features) = self.x.dim();
+        // Of the right type; one by one only where they are narrow: wider ones gain from packing.
+        let by_example = self.x.strides()[1] == 1 && locations >= SHORTEST_IN_PLACE;
+        let x = match &self.flat {
+            Some((_, flat)) if features <= WIDEST_IN_PLACE => flat,
+            _ if by_example => &self.view,
+            _ => return None,
+        };
+        let matrices = Matrix::stack_of(x).ok()?.into_iter();
+        matrices.map(|matrix| host::read(matrix).ok()).collect()
     }
 }
 
@@ -183,12 +233,45 @@ impl<S: Element> Source for Dense<'_, S> {
         }
     }
 
-    fn in_place<T: Real>(&self) -> Option<MatRef<'_, T>> {
-        // Narrow input of the right type; wider input gains from packing.
-        let (_, flat) = self.flat.as_ref()?;
-        let narrow = flat.shape()[1] <= WIDEST_IN_PLACE;
-        let matrix = || host::read(Matrix::stack_of(flat).ok()?.pop()?).ok();
-        narrow.then(matrix).flatten()
+    fn add_total<T: Real>(&self, mut out: MatMut<'_, T>, total: &Total<'_>) -> Result<bool> {
+        let Some(units) = self.in_place::<T>() else {
+            return Ok(false);
+        };
+        let parts: Vec<_> = units
+            .iter()
+            .flat_map(|units| {
+                let parts = chunks(units.nrows(), units.ncols());
+                parts.map(|part| units.subrows(part.start, part.len()).transpose())
+            })
+            .collect();
+        let &Total {
+            team,
+            weight,
+            cancel,
+            ..
+        } = total;
+        if total.centre.is_none() {
+            syrk::add_lower(team, out, &parts, weight, cancel)?;
+            return Ok(true);
+        }
+        // Apart at first: its diagonal tells whether it may be used.
+        let size = out.nrows();
+        team.scratch::<T>().with(size * size, |sums| {
+            sums.fill(T::default());
+            let mut sums = MatMut::from_row_major_slice_mut(sums, size, size);
+            syrk::add_lower(team, sums.as_mut(), &parts, 1.0, cancel)?;
+            let diagonal = || (0..size).map(|i| sums[(i, i)].to_f64()).collect();
+            if !total.keeps_digits(diagonal) {
+                return Ok(false);
+            }
+            let weight = T::from_f64(weight);
+            for i in 0..size {
+                for j in 0..=i {
+                    out[(i, j)] += weight * sums[(i, j)];
+                }
+            }
+            Ok(true)
+        })
     }
 
     fn non_finite(&self) -> Option<(f64, String)> {
@@ -310,6 +393,19 @@ fn add_units<S: Element>(units: ArrayView2<'_, S>, sums: &mut [f64]) {
             };
         }
     }
+}
+
+/// What reading an element, converting it and writing it costs, in flops of a product.
+pub(super) const COST_OF_READING: f64 = 30.0;
+
+/// Ranges of rows that keep the packed buffer within a few megabytes, tall enough that writing the
+/// output once per chunk costs little.
+pub(super) fn chunks(rows: usize, features: usize) -> impl Iterator<Item = Range<usize>> {
+    const ELEMENTS: usize = 1 << 22;
+    let height = (ELEMENTS / features).clamp(2048, 8192);
+    (0..rows)
+        .step_by(height)
+        .map(move |start| start..(start + height).min(rows))
 }
 
 /// Adds rows to the sums, four at a time: the sums are read and written once per group.

@@ -13,26 +13,37 @@ use crate::cancel::Cancel;
 use crate::element::Real;
 use crate::error::Result;
 
-/// Adds `weight * p p^T` to the lower triangle of `out`.
+/// Adds the sum of `weight * p p^T` over the parts p to the lower triangle of `out`.
 pub(super) fn add_lower<T: Real>(
     team: &Team,
-    out: MatMut<'_, T>,
-    p: MatRef<'_, T>,
+    mut out: MatMut<'_, T>,
+    parts: &[MatRef<'_, T>],
     weight: f64,
     cancel: &Cancel,
 ) -> Result<()> {
-    let (size, depth) = (p.nrows(), p.ncols());
+    let (size, depth) = (out.nrows(), parts.iter().map(|p| p.ncols()).sum());
     let weight = T::from_f64(weight);
+    let add = |target: &mut MatMut<'_, T>, p: MatRef<'_, T>| {
+        if !cancel.is_cancelled() {
+            add_triangle(target.as_mut(), p, weight);
+        }
+    };
     if team.pieces(flops(size, depth)) == 1 {
-        add_triangle(out, p, weight);
+        parts.iter().for_each(|&p| add(&mut out, p));
     } else if is_tall(size, depth) {
-        add_split_over_depth(team, out, depth, |part, target| {
-            if !cancel.is_cancelled() {
-                add_triangle(target, p.subcols(part.start, part.len()), weight);
+        add_split_over_depth(team, out, depth, |range, mut target| {
+            let mut before = 0;
+            for p in parts {
+                let start = range.start.clamp(before, before + p.ncols()) - before;
+                let end = range.end.clamp(before, before + p.ncols()) - before;
+                if start < end {
+                    add(&mut target, p.subcols(start, end - start));
+                }
+                before += p.ncols();
             }
         });
     } else {
-        add_tiles(team, out, p, weight, cancel);
+        add_tiles(team, out, parts, weight, cancel);
     }
     cancel.check()
 }
@@ -96,15 +107,15 @@ enum Tile<'a, T> {
 }
 
 /// Halves the triangle again and again until there are a few pieces of equal area per thread;
-/// halving reads each part of `p` less often than strips do.
+/// halving reads the parts less often than strips do.
 fn add_tiles<T: Real>(
     team: &Team,
     out: MatMut<'_, T>,
-    p: MatRef<'_, T>,
+    parts: &[MatRef<'_, T>],
     weight: T,
     cancel: &Cancel,
 ) {
-    let area = p.nrows() * p.nrows() / 2;
+    let area = out.nrows() * out.nrows() / 2;
     let mut tiles = Vec::new();
     cut_triangle(
         &mut tiles,
@@ -112,19 +123,22 @@ fn add_tiles<T: Real>(
         0,
         area.div_ceil(TILES_PER_THREAD * team.threads()),
     );
-    team.run(tiles, |tile| {
-        if cancel.is_cancelled() {
-            return;
-        }
-        match tile {
-            Tile::Triangle { start, out } => {
+    team.run(tiles, |tile| match tile {
+        Tile::Triangle { start, mut out } => {
+            for p in parts.iter().take_while(|_| !cancel.is_cancelled()) {
                 let own = p.subrows(start, out.nrows());
-                add_triangle(out, own, weight);
+                add_triangle(out.as_mut(), own, weight);
             }
-            Tile::Rectangle { row, column, out } => {
+        }
+        Tile::Rectangle {
+            row,
+            column,
+            mut out,
+        } => {
+            for p in parts.iter().take_while(|_| !cancel.is_cancelled()) {
                 let left = p.subrows(row, out.nrows());
-                let right = p.subrows(column, out.ncols());
-                matmul(out, Accum::Add, left, right.transpose(), weight, Par::Seq);
+                let right = p.subrows(column, out.ncols()).transpose();
+                matmul(out.as_mut(), Accum::Add, left, right, weight, Par::Seq);
             }
         }
     });

@@ -37,8 +37,10 @@ pub(super) fn accumulate<T: Real>(
         } else {
             Some(weight.stratum)
         };
-        if let Some(stratum) = stratum.filter(|_| weight.weight != 0.0) {
-            batch.add_stratum(out, stratum, weight.weight, task, cancel)?;
+        match stratum.filter(|_| weight.weight != 0.0) {
+            Some(Stratum::Mean) if weight.as_root => batch.add_root(out, weight.weight, task)?,
+            Some(stratum) => batch.add_stratum(out, stratum, weight.weight, task, cancel)?,
+            None => {}
         }
     }
     Ok(())
@@ -196,6 +198,31 @@ impl<'a> SummedBatch<'a> {
             sums,
             example_sums,
         })
+    }
+
+    /// Adds the root of the mean's stratum to a row for each group.
+    fn add_root<T: Real>(
+        &self,
+        out: Vec<MatrixMut<'_, T>>,
+        weight: f64,
+        task: &GramTask,
+    ) -> Result<()> {
+        let units = self.source.units() as f64;
+        let sums = Squares {
+            rows: &Source::rows(self.sums.address(), 1, self.source.features),
+            centre: None,
+            constant: Some(units).filter(|_| task.append_one),
+            weight: 1.0,
+        };
+        let size = self.source.features / out.len();
+        let width = size + usize::from(task.append_one);
+        let mut packed = self.cuda.matrix_of::<T>(1, out.len() * width)?;
+        sums.pack(self.cuda, &mut packed, 0, 1, size)?;
+        for (group, out) in out.into_iter().enumerate() {
+            let own = packed.view().subcolumns(group * width, width);
+            self.cuda.add_multiple((weight / units).sqrt(), own, out)?;
+        }
+        Ok(())
     }
 
     fn add_stratum<T: Real>(
