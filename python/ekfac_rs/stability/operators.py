@@ -11,7 +11,7 @@ from ekfac_rs.curvature.kronecker import eigh
 # Directions whose step shrinks by less than this share are left alone.
 _NEGLIGIBLE = 0.3
 # Matrices above this size are not decomposed as a whole where their leading pairs will do.
-LARGE = 1024
+_LARGE = 512
 _FIRST_WIDTH = 64
 _SUBSPACE_ITERATIONS = 3
 
@@ -62,7 +62,7 @@ class Spectrum(NamedTuple):
         if factor.shape[-1] == 1:
             return cls(factor[..., 0].clamp_min(0.0), None)
         factor = 0.5 * (factor + factor.mT)
-        if stiffness is not None and len(factor) == 1 and factor.shape[-1] > LARGE:
+        if stiffness is not None and len(factor) == 1 and factor.shape[-1] > _LARGE:
             leading = _leading_pairs(factor[0], _NEGLIGIBLE / float(stiffness))
             if leading is not None:
                 return leading
