@@ -282,6 +282,90 @@ def resnet_stable_step(rounds: int) -> None:
     bench_stable_step(model, x, y, "ResNet-18 at 32 px, batch 64", rounds)
 
 
+def bench_many_tasks(
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, title: str, goal: float, rounds: int
+) -> None:
+    """A step with the penalty of ten tasks: exact products, and by truncated roots.
+
+    The tasks' curvatures are one and the same, ten times over: as dear as ten others.
+    """
+    loader = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    model.train()
+
+    def step(batch: int, penalty: ek.QuadraticPenalty | None, stable: bool = False) -> None:
+        a, b = loader[batch % len(loader)]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(a), b)
+        if penalty is not None:
+            loss = loss + penalty()
+        loss.backward()
+        if penalty is not None and stable:
+            penalty.precondition(0.05)
+        optimizer.step()
+
+    for batch in range(20):  # gradients of a network that knows nothing yet are unlike later ones
+        step(batch, None)
+    curvature = ek.estimate_curvature(model, loader, approximation="kfac-expand")
+    anchor = ek.merged_weights(model, example=loader[0][0])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    shares = {"exact products": 0.0, "1 % dropped": 0.01, "10 % dropped": 0.1}
+    penalties = {
+        name: ek.QuadraticPenalty(model, [curvature] * 10, anchor, 0.01, 3.0, dropped=dropped)
+        for name, dropped in shares.items()
+    }
+    candidates: dict[str, Work] = {"step without penalty": lambda: step(0, None)}
+    for name, penalty in penalties.items():
+        candidates[name] = lambda penalty=penalty: step(0, penalty)
+    with ek.QuadraticPenalty(model, [curvature] * 10, anchor, 0.01, 3.0, dropped=0.1) as penalty:
+        candidates["10 % dropped, stable step between two looks"] = lambda: step(0, penalty, True)
+        results = medians(candidates, rounds)
+    report(
+        f"Training step, {title}, K-FAC penalty of 10 tasks",
+        results,
+        "step without penalty",
+        {"10 % dropped, stable step between two looks": goal},
+    )
+    for name, penalty in penalties.items():
+        described = penalty.describe().values()
+        flops = sum(layer.flops or 0 for layer in described)
+        errors = sorted(layer.error for layer in described)
+        print(
+            f"  {name:<16} {flops / 1e9:8.2f} GFlop a product, error at most {errors[-1]:.3f}, "
+            f"median {errors[len(errors) // 2]:.3f}"
+        )
+
+
+def many_tasks_mlp(rounds: int) -> None:
+    """Ten tasks on 784-1024x3-10, batch 256."""
+    x, y = images(2048)
+    title = "784-1024x3-10 with BN, batch 256"
+    bench_many_tasks(mlp(784, 1024, 1024, 1024, 10), x, y, 256, title, 1.5, rounds)
+
+
+def many_tasks_resnet56(rounds: int) -> None:
+    """Ten tasks on ResNet-56, batch 32."""
+    from ekfac_rs.experiments.networks import CifarResNet
+
+    torch.manual_seed(0)
+    x, y = images(256)
+    x = F.pad(x.view(-1, 1, 28, 28), (2, 2, 2, 2)).expand(-1, 3, -1, -1)
+    bench_many_tasks(CifarResNet(9), x, y, 32, "ResNet-56 at 32 px, batch 32", 1.15, rounds)
+
+
+def many_tasks_resnet18(rounds: int) -> None:
+    """Ten tasks on ResNet-18 with a stem for 32 pixels, batch 64."""
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(weights=None, num_classes=10)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    x, y = images(128)
+    x = F.pad(x.view(-1, 1, 28, 28), (2, 2, 2, 2)).expand(-1, 3, -1, -1)
+    bench_many_tasks(model, x, y, 64, "ResNet-18 at 32 px, batch 64", 1.1, rounds)
+
+
 def bench_gram(rounds: int) -> None:
     """One Gram matrix (lower triangle) against torch's full product."""
     from ekfac_rs import _core
@@ -310,6 +394,9 @@ BENCHMARKS: dict[str, Callable[[int], None]] = {
     "wide-step": lambda rounds: bench_step((784, 1024, 1024, 1024, 10), rounds=2 * rounds),
     "small-stable-step": small_stable_step,
     "resnet-stable-step": lambda rounds: resnet_stable_step(max(rounds // 3, 1)),
+    "many-tasks-mlp": lambda rounds: many_tasks_mlp(max(rounds // 3, 1)),
+    "many-tasks-resnet56": lambda rounds: many_tasks_resnet56(max(rounds // 5, 1)),
+    "many-tasks-resnet18": lambda rounds: many_tasks_resnet18(max(rounds // 5, 1)),
     "gram": lambda rounds: bench_gram(rounds=10 * rounds),
 }
 

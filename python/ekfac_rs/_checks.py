@@ -27,6 +27,12 @@ def require_nonnegative(argument: str, value: float) -> None:
         raise OptionError(f"{argument}: expected a finite number >= 0, got {value!r}")
 
 
+def require_share(argument: str, value: float) -> None:
+    """Raise `OptionError` unless ``value`` is a number above 0 and below 1."""
+    if not (isinstance(value, int | float) and 0.0 < value < 1.0):
+        raise OptionError(f"{argument}: expected a share above 0 and below 1, got {value!r}")
+
+
 def require_like(argument: str, tensor: Tensor, shape: tuple[int, ...], reference: Tensor) -> None:
     """Raise unless ``tensor`` has this shape and the dtype and device of ``reference``."""
     if not isinstance(tensor, Tensor):

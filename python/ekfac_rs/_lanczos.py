@@ -19,11 +19,25 @@ def top_eigenvalue(
     start: Tensor,
     iterations: int = 24,
     tolerance: float = 1e-5,
-    limit: float | None = None,
 ) -> float:
     """Top eigenvalue of a positive semi-definite operator on vectors, from below.
 
-    By Lanczos (Golub & Van Loan 2013, section 10.1).
+    As `top_eigenpair`.
+    """
+    return top_eigenpair(product, start, iterations, tolerance)[0]
+
+
+def top_eigenpair(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    iterations: int = 24,
+    tolerance: float = 1e-5,
+    limit: float | None = None,
+) -> tuple[float, Tensor]:
+    """Top eigenvalue of a positive semi-definite operator on vectors, from below, and its vector.
+
+    By Lanczos (Golub & Van Loan 2013, section 10.1). The vector has length 1, and the eigenvalue
+    is its Rayleigh quotient.
 
     Parameters
     ----------
@@ -47,6 +61,7 @@ def top_eigenvalue(
     diagonal: list[float] = []
     beside: list[float] = []
     before = top = 0.0
+    weights = basis.new_ones(1)
     for i in range(len(basis)):
         w = product(basis[i])
         diagonal.append(float(w @ basis[i]))
@@ -57,7 +72,8 @@ def top_eigenvalue(
         earlier = basis[: i + 1]
         for _ in range(2):
             w = w - earlier.T @ (earlier @ w)
-        earlier_top, before, top = before, top, _top_of_tridiagonal(diagonal, beside)
+        earlier_top, before = before, top
+        top, weights = _top_of_tridiagonal(diagonal, beside)
         size = _norm(w)
         # Twice in a row: it may rest for one product on its way.
         at_rest = top - earlier_top <= tolerance * top
@@ -67,7 +83,7 @@ def top_eigenvalue(
         if i + 1 < len(basis):
             beside.append(size)
             basis[i + 1] = w / size
-    return top
+    return top, basis[: len(weights)].T @ weights.to(basis)
 
 
 def _norm(v: Tensor) -> float:
@@ -75,11 +91,12 @@ def _norm(v: Tensor) -> float:
     return float(torch.linalg.vector_norm(v, dtype=torch.float64))
 
 
-def _top_of_tridiagonal(diagonal: Sequence[float], beside: Sequence[float]) -> float:
+def _top_of_tridiagonal(diagonal: Sequence[float], beside: Sequence[float]) -> tuple[float, Tensor]:
     n = len(diagonal)
     matrix = torch.zeros(n, n, dtype=torch.float64, device="cpu")
     for i, value in enumerate(diagonal):
         matrix[i, i] = value
     for i, value in enumerate(beside):
         matrix[i, i + 1] = matrix[i + 1, i] = value
-    return float(torch.linalg.eigvalsh(matrix)[-1])
+    values, vectors = torch.linalg.eigh(matrix)
+    return float(values[-1]), vectors[:, -1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ekfac_rs import EigenbasisSum, KroneckerSum, ThinKroneckerSum
-from ekfac_rs._lanczos import top_eigenvalue
+from ekfac_rs._lanczos import top_eigenpair, top_eigenvalue
 
 
 def low_rank(size, rank, dtype, seed=0):
@@ -46,3 +46,34 @@ def test_blocks_of_low_rank_tell_their_top_eigenvalue(dtype, size):
         dense = block.to(dtype=torch.float64).dense()
         expected = float(torch.linalg.eigvalsh(dense)[-1])
         assert block.top_eigenvalue() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("limit", [None, 0.1, 1e9], ids=["none", "far below", "far above"])
+@pytest.mark.parametrize("rank", [1, 5, 40])
+def test_the_vector_has_the_eigenvalue_as_its_rayleigh_quotient(rank, limit):
+    """Also where the search stops early, because only a side of a limit matters."""
+    H = low_rank(40, rank, torch.float64)
+    values, vectors = torch.linalg.eigh(H)
+    start = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    value, vector = top_eigenpair(lambda v: H @ v, start, 40, 1e-12, limit)
+    assert float(vector.norm()) == pytest.approx(1.0)
+    assert float(vector @ H @ vector) == pytest.approx(value)
+    if limit is None:
+        assert abs(float(vector @ vectors[:, -1])) == pytest.approx(1.0, abs=1e-6)
+        assert value == pytest.approx(float(values[-1]))
+
+
+def test_the_vector_found_is_where_to_begin_the_next_time():
+    H = low_rank(300, 300, torch.float64)
+    start = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    products = []
+
+    def product(v):
+        products.append(v)
+        return H @ v
+
+    value, vector = top_eigenpair(product, start, 100, 1e-6)
+    first = len(products)
+    again, _ = top_eigenpair(product, vector + 0.1 * start / start.norm(), 100, 1e-3)
+    assert again == pytest.approx(value, rel=1e-3)
+    assert len(products) - first <= 5 < first

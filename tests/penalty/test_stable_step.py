@@ -11,6 +11,7 @@ from torch import nn
 
 import ekfac_rs as ek
 from ekfac_rs.errors import ModelChangedError, OptionError
+from ekfac_rs.stability import step as step_module
 from ekfac_rs.stability.operators import ByEntry, Rotated, Spectrum, WithRows
 from nets import classification_loader, mlp
 from single_layers import ONE_LAYER, move, one_layer, other_curvatures
@@ -398,6 +399,55 @@ def test_what_rises_puts_no_look_at_the_model_off(monkeypatch, rising):
             penalty.precondition(lr * factor if rising == "lr" else lr)
             model.zero_grad()
     assert looks == [0, 10, 20, 40, 80, 160]
+
+
+@pytest.mark.parametrize("name", ["Linear", "convolution", "depthwise", "grouped"])
+def test_where_nothing_moved_another_look_takes_few_products(monkeypatch, name):
+    """It begins with the strength and the direction that were found last, and stays with them."""
+    model, x, curvatures, anchor = with_curvatures(name, 5.0, "xkfac", 3)
+    model = copy.deepcopy(model).train()
+    products = []
+    seen = step_module.seen_from_parameters
+    monkeypatch.setattr(
+        step_module, "seen_from_parameters", lambda *at: (products.append(at), seen(*at))[1]
+    )
+    with ek.QuadraticPenalty(model, curvatures, anchor, scale=2.0) as penalty:
+        lr = 100.0 * penalty.max_stable_lr()
+        model(x)
+        penalty().backward()
+        penalty.precondition(lr)
+        [step] = penalty._stable.steps.values()
+        strength, top = step.strength, step.top
+        counts = []
+        for forgets in (False, True):
+            if forgets:
+                step._found.clear()
+            products.clear()
+            step.prepare(penalty._stable._situations["0"], lr, 2.0, None)
+            counts.append(len(products))
+            assert step.strength == strength
+            assert step.top == pytest.approx(top, rel=0.02)
+    assert counts[0] <= 12
+    assert counts[0] < counts[1]
+
+
+def test_a_strength_far_from_safe_is_found_in_few_products(monkeypatch):
+    model, x, curvatures, anchor = with_curvatures("Linear", 5.0, "xkfac", 3)
+    model = copy.deepcopy(model).train()
+    with ek.QuadraticPenalty(model, curvatures, anchor, scale=2.0) as penalty:
+        lr = 100.0 * penalty.max_stable_lr()
+        model(x)
+        penalty().backward()
+        penalty.precondition(lr)
+        [step] = penalty._stable.steps.values()
+        strength = step.strength
+        tries = []
+        looked = step._top
+        monkeypatch.setattr(step, "_top", lambda *at: (tries.append(at), looked(*at))[1])
+        step.strength = strength / 1.5**15
+        step.prepare(penalty._stable._situations["0"], lr, 2.0, None)
+    assert step.strength == pytest.approx(strength)
+    assert len(tries) <= 6
 
 
 def test_a_learner_stays_finite_at_strengths_that_explicit_steps_do_not_bear():

@@ -15,6 +15,7 @@ from ekfac_rs.curvature.settings import (
     PassSettings,
 )
 from ekfac_rs.curvature.thin import ThinKroneckerSum
+from ekfac_rs.curvature.truncated import TruncatedSum
 
 __all__ = [
     "APPROXIMATIONS",
@@ -30,6 +31,7 @@ __all__ = [
     "PassSettings",
     "Signature",
     "ThinKroneckerSum",
+    "TruncatedSum",
     "compress_curvatures",
     "estimate_curvature",
 ]

@@ -5,7 +5,7 @@ A block is a symmetric positive semi-definite operator on matrices ``V`` of shap
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -424,3 +424,39 @@ def eigh(factor: Tensor) -> tuple[Tensor, Tensor]:
     vectors = torch.empty_like(factor, memory_format=torch.contiguous_format)
     _core.eigh(borrow(factor), borrow(values), borrow(vectors))
     return values, vectors
+
+
+# Of smaller matrices all pairs are as cheap.
+_LARGE = 512
+_FIRST_WIDTH = 64
+_SUBSPACE_ITERATIONS = 3
+
+
+def leading_eigh(
+    factor: Tensor, is_enough: Callable[[Tensor], bool]
+) -> tuple[Tensor, Tensor] | None:
+    """Largest eigenvalues, ascending, and eigenvectors of a large matrix, as many as are enough.
+
+    By subspace iteration from random directions (Halko, Martinsson, Tropp 2011, algorithm 4.4).
+    None where the matrix is small, or all would be hardly dearer.
+
+    Parameters
+    ----------
+    factor : Tensor of shape (n, n)
+    is_enough : callable
+        Tells by the values found, ascending; twice as many are tried otherwise.
+    """
+    n, width = len(factor), _FIRST_WIDTH
+    if n <= _LARGE:
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    while width < n // 4:
+        block = torch.randn(n, width, generator=generator, dtype=factor.dtype, device="cpu")
+        block = block.to(factor.device)
+        for _ in range(_SUBSPACE_ITERATIONS):
+            block = torch.linalg.qr(factor @ block).Q
+        values, inside = eigh(block.mT @ factor @ block)
+        if is_enough(values):
+            return values, block @ inside
+        width *= 2
+    return None

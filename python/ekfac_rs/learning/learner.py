@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ekfac_rs._checks import require_choice, require_count, require_nonnegative
+from ekfac_rs._checks import require_choice, require_count, require_nonnegative, require_share
 from ekfac_rs._modes import bare_model, own_modes
 from ekfac_rs._tensors import kept, put_back
 from ekfac_rs.batchnorm import (
@@ -133,6 +133,9 @@ class ContinualLearner:
         than so many terms of a task (`compress_curvatures`; a task has one term a layer with
         K-FAC, two with XK-FAC, three with nested XK-FAC): both are then the same after any number
         of tasks. Default: the terms of all tasks are kept.
+    dropped : float
+        Of the penalty: the share of each factor's trace that products may leave out. The
+        curvatures that are kept stay exact.
     step : {"stable", "explicit"}
         "stable" multiplies gradients as `QuadraticPenalty.precondition` does, so that training
         does not diverge on the penalty. "explicit" leaves them alone and warns where the learning
@@ -219,6 +222,7 @@ class ContinualLearner:
         scale: float | str | ScaleRule = 1.0,
         damping: float = 0.0,
         max_terms: int | None = None,
+        dropped: float = 0.0,
         step: str = "stable",
         own: bool = False,
         optimizer: MakesOptimizer | None = None,
@@ -247,6 +251,8 @@ class ContinualLearner:
         require_count("correction_batches", correction_batches)
         if max_terms is not None:
             require_count("max_terms", max_terms)
+        if dropped != 0.0:
+            require_share("dropped", dropped)
         if own and step != "stable":
             raise OptionError(
                 f'own: expected it with step="stable", whose steps it is for, got step={step!r}'
@@ -272,6 +278,7 @@ class ContinualLearner:
         self.damping = damping
         self._rule()
         self.max_terms = max_terms
+        self.dropped = dropped
         self.step = step
         self.own = own
         self.optimizer = optimizer
@@ -773,6 +780,7 @@ class ContinualLearner:
             damping=self.damping,
             scale=rule_of(self.scale).first_scale(),
             coordinates=self.coordinates,
+            dropped=self.dropped,
         )
 
     def state_dict(self) -> dict[str, Any]:

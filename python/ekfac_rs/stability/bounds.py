@@ -18,8 +18,11 @@ from ekfac_rs.curvature import (
     ThinKroneckerSum,
 )
 from ekfac_rs.layers import AffineLayer
-from ekfac_rs.stability.operators import LARGE, ByEntry, Operator, Rotated, Spectrum, WithRows
+from ekfac_rs.stability.operators import ByEntry, Operator, Rotated, Spectrum, WithRows
 from ekfac_rs.stability.view import Moves, View
+
+# Of larger matrices no whole spectrum is made even once, to be kept.
+_LARGE = 1024
 
 
 class Part:
@@ -29,6 +32,10 @@ class Part:
         self, layer: AffineLayer, parameters: Sequence[nn.Parameter], operator: Operator
     ) -> None:
         self._layer, self._parameters, self.operator = layer, parameters, operator
+
+    def narrowed(self, c: float) -> "Part":
+        """Return the part with what is enough of its operator where no larger ``c`` is wanted."""
+        return Part(self._layer, self._parameters, self.operator.narrowed(c))
 
     def gathered(self, gradients: Moves) -> Tensor | None:
         """Return the matrix, ``[groups, rows, columns]``; None where there is nothing of it."""
@@ -140,7 +147,7 @@ class _KroneckerBound(Bound):
             return Spectrum.of(seen, stiffness)
         kept = _kept_columns(view, A.shape[-1])
         A = A[..., kept] if A.dim() == 2 else A[..., kept, kept]
-        if A.shape[-1] > LARGE:
+        if A.shape[-1] > _LARGE:
             return Spectrum.of(A, stiffness)
         self._constant = self._constant or Spectrum.of(A)
         return self._constant

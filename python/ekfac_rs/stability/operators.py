@@ -6,14 +6,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ekfac_rs.curvature.kronecker import eigh
+from ekfac_rs.curvature.kronecker import eigh, leading_eigh
 
 # Directions whose step shrinks by less than this share are left alone.
 _NEGLIGIBLE = 0.3
-# Matrices above this size are not decomposed as a whole where their leading pairs will do.
-LARGE = 1024
-_FIRST_WIDTH = 64
-_SUBSPACE_ITERATIONS = 3
 
 
 class Operator(ABC):
@@ -62,10 +58,12 @@ class Spectrum(NamedTuple):
         if factor.shape[-1] == 1:
             return cls(factor[..., 0].clamp_min(0.0), None)
         factor = 0.5 * (factor + factor.mT)
-        if stiffness is not None and len(factor) == 1 and factor.shape[-1] > LARGE:
-            leading = _leading_pairs(factor[0], _NEGLIGIBLE / float(stiffness))
+        if stiffness is not None and len(factor) == 1:
+            stiff = float(stiffness)
+            leading = leading_eigh(factor[0], lambda x: stiff * float(x[0]) < _NEGLIGIBLE)
             if leading is not None:
-                return leading
+                values, vectors = leading
+                return cls(values.clamp_min(0.0)[None], vectors[None])
         values, vectors = eigh(factor)
         return cls(values.clamp_min(0.0), vectors)
 
@@ -83,25 +81,6 @@ class Spectrum(NamedTuple):
         return Spectrum(
             self.values[..., first:].contiguous(), self.vectors[..., first:].contiguous()
         )
-
-
-def _leading_pairs(factor: Tensor, least: float) -> Spectrum | None:
-    """Eigenpairs of a matrix down to the value ``least``; None where that is most of them.
-
-    By subspace iteration from random directions (Halko, Martinsson, Tropp 2011, algorithm 4.4).
-    """
-    n, width = len(factor), _FIRST_WIDTH
-    generator = torch.Generator("cpu").manual_seed(0)
-    while width < n // 4:
-        block = torch.randn(n, width, generator=generator, dtype=factor.dtype, device="cpu")
-        block = block.to(factor.device)
-        for _ in range(_SUBSPACE_ITERATIONS):
-            block = torch.linalg.qr(factor @ block).Q
-        values, inside = eigh(block.mT @ factor @ block)
-        if float(values[0]) < least:
-            return Spectrum(values.clamp_min(0.0)[None], (block @ inside)[None])
-        width *= 2
-    return None
 
 
 class Rotated(Operator):

@@ -1,10 +1,12 @@
 """The step that stays stable on a penalty: linearly implicit, layer by layer."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
-from ekfac_rs._lanczos import top_eigenvalue
+from ekfac_rs._lanczos import top_eigenpair
 from ekfac_rs.curvature import Block
 from ekfac_rs.errors import ModelChangedError, NumericalError
 from ekfac_rs.layers import AffineLayer
@@ -17,6 +19,8 @@ from ekfac_rs.stability.view import Situation, View
 _SAFE = 1.5
 # Products with the Hessian to find it, and its accuracy.
 _PRODUCTS, _TOLERANCE = 16, 0.02
+# What of a direction at random is put beside the one found last, to begin with.
+_RANDOM = 0.1
 # Between two strengths that are tried, and how often one is raised before giving up.
 _FACTOR, _MOST_FACTORS = 1.5, 40
 
@@ -71,6 +75,7 @@ class StableStep:
         self._hessian_at = hessian
         self._taken: tuple[float, Block | None] | None = None
         self._parts: list[Part] = []
+        self._found: dict[bool, Tensor] = {}
         self.strength = 0.0
         self.top = 0.0
 
@@ -91,10 +96,7 @@ class StableStep:
             return  # the explicit step is stable here
         # The strength is yet to be found, and may grow.
         parts = list(self._bound.parts(view, _FACTOR**2 * self.strength * lr))
-        self.strength, self.top = self._safe_strength(view, parts, lr)
-        for part in parts:
-            part.operator = part.operator.narrowed(self.strength * lr)
-        self._parts = parts
+        self._parts = self._at_safe_strength(view, parts, lr)
 
     def apply(self, lr: float) -> None:
         """Multiply the gradients that there are, in place."""
@@ -122,26 +124,39 @@ class StableStep:
     def _parameters(self) -> Iterator[nn.Parameter]:
         return self._layer.parameters("merged" if self._merged else "raw")
 
-    def _safe_strength(self, view: View, parts: Sequence[Part], lr: float) -> tuple[float, float]:
-        """Return the smallest strength whose top eigenvalue is safe, and that eigenvalue."""
+    def _at_safe_strength(self, view: View, parts: Sequence[Part], lr: float) -> list[Part]:
+        """Find the smallest strength that is safe; return what is enough of the parts there."""
+
+        def at(strength: float) -> tuple[list[Part], float]:
+            enough = [part.narrowed(lr * strength) for part in parts]
+            return enough, self._top(view, enough, strength, lr)
+
         strength = self.strength
-        top = self._top(view, parts, strength, lr)
-        if top > _SAFE:
-            for _ in range(_MOST_FACTORS):
-                strength *= _FACTOR
-                top = self._top(view, parts, strength, lr)
-                if top <= _SAFE:
-                    return strength, top
+        enough, top = at(strength)
+        for _ in range(_MOST_FACTORS):
+            if top <= _SAFE:
+                break
+            # With so many times more of K the eigenvalue is no less than divided by that.
+            least = math.floor(math.log(top / _SAFE) / math.log(_FACTOR))
+            strength *= _FACTOR ** max(1, least)
+            enough, top = at(strength)
+        else:
             raise NumericalError(
                 f"layer {self._layer.name!r}: expected a step that is stable at lr {lr:g}, got "
                 f"none up to {strength:g} times the penalty's own strength"
             )
-        while strength > self._least_strength:
-            less = self._top(view, parts, strength / _FACTOR, lr)
-            if less > _SAFE:
-                break
-            strength, top = strength / _FACTOR, less
-        return strength, top
+        if strength == self.strength:
+            while strength > self._least_strength:
+                less = strength / _FACTOR
+                # With a share of K the eigenvalue is no larger than divided by that share.
+                while less > self._least_strength and top * strength * _FACTOR <= _SAFE * less:
+                    less /= _FACTOR
+                enough_of_less, less_top = at(less)
+                if less_top > _SAFE:
+                    break
+                strength, enough, top = less, enough_of_less, less_top
+        self.strength, self.top = strength, top
+        return enough
 
     def _top(self, view: View, parts: Sequence[Part], strength: float, lr: float) -> float:
         """Top eigenvalue of ``L^T lr H L`` with ``L L^T = (I + lr strength K)^-1``."""
@@ -159,8 +174,14 @@ class StableStep:
             moved = seen_from_parameters(view, self._hessian, with_roots(v, transposed=False))
             return with_roots(moved, transposed=True)
 
-        limit = _SAFE / lr
-        return lr * top_eigenvalue(product, view.start(), _PRODUCTS, _TOLERANCE, limit)
+        # From one strength, and one look, to the next the top direction turns a little.
+        start, found = view.start(), self._found.get(bool(parts))
+        if found is not None and found.shape == start.shape:
+            start = found + start * (_RANDOM / torch.linalg.vector_norm(start))
+        top, self._found[bool(parts)] = top_eigenpair(
+            product, start, _PRODUCTS, _TOLERANCE, _SAFE / lr
+        )
+        return lr * top
 
 
 def next_look(count: int) -> int:

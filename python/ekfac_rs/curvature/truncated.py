@@ -1,0 +1,304 @@
+"""Fast products with a sum of Kronecker products, by truncated roots of its factors."""
+
+import math
+from collections.abc import MutableMapping, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ekfac_rs import _core
+from ekfac_rs._checks import require_share
+from ekfac_rs._tensors import borrow
+from ekfac_rs.curvature.kronecker import KroneckerSum, eigh, leading_eigh
+from ekfac_rs.curvature.thin import ThinKroneckerSum
+
+# Inside, where columns are cheap, so much of the share is dropped.
+_INSIDE = 0.1
+# What is dropped takes so many columns of its own, as a share of all the others.
+_REMAINDERS = 0.125
+_LEAST_REMAINDERS = 8
+
+
+class Factor(NamedTuple):
+    """A symmetric positive semi-definite matrix ``root root^T + shift I``."""
+
+    root: Tensor
+    shift: float
+
+    @classmethod
+    def of(cls, matrix: Tensor, dropped: float, most: int | None = None) -> "Factor":
+        """Keep the fewest eigenvectors that have all of the trace but a share at most.
+
+        What is dropped is replaced by its mean on the diagonal: the trace stays what it was.
+
+        Parameters
+        ----------
+        matrix : Tensor of shape (n, n)
+        dropped : float
+        most : int, optional
+            No more eigenvectors than these, whatever is dropped then.
+        """
+        most = len(matrix) if most is None else most
+        trace = float(matrix.diagonal().sum(dtype=torch.float64))
+        least = (1.0 - dropped) * trace
+
+        def is_enough(values: Tensor) -> bool:
+            return len(values) >= most or float(values.sum(dtype=torch.float64)) >= least
+
+        values, vectors = leading_eigh(matrix, is_enough) or eigh(matrix)
+        values, vectors = values[-most:].clamp_min(0.0), vectors[:, -most:]
+        left = trace - float(values.sum(dtype=torch.float64))
+        whole = cls(vectors * values.sqrt(), max(left, 0.0) / len(matrix))
+        return whole.truncated(dropped)
+
+    def truncated(self, dropped: float) -> "Factor":
+        """Keep fewer of the eigenvectors: those that have all of the trace but a share at most."""
+        values = self.root.square().sum(0, dtype=torch.float64).flip(0)
+        so_far = values.cumsum(0)
+        trace = float(so_far[-1]) + self.shift * len(self.root)
+        count = min(int((so_far < (1.0 - dropped) * trace).sum()) + 1, len(values))
+        left = max(trace - float(so_far[count - 1]), 0.0)
+        return Factor(self.root[:, -count:], left / len(self.root))
+
+    @property
+    def columns(self) -> int:
+        """Number of eigenvectors."""
+        return self.root.shape[1]
+
+    def matrix(self) -> Tensor:
+        """Return the matrix itself."""
+        square = self.root @ self.root.mT
+        square.diagonal().add_(self.shift)
+        return square
+
+
+class TruncatedSum:
+    """An operator near a sum of Kronecker products, and much cheaper to apply.
+
+    Each factor of a term keeps the eigenvectors of its largest eigenvalues, and on the diagonal
+    the mean of what is dropped: ``A = R R^T + a I`` and ``G = Q Q^T + g I``, positive
+    semi-definite and of the same traces. With the fewer columns in Q, say,
+
+    ``G V A = Q (Q^T V) A + g V A``
+
+    of which the first takes about ``4 D K`` floating-point operations for each column of Q. The
+    second is a share of the term, and of all terms it is ``V B`` with ``B = sum g A``: of B the
+    largest directions and the mean on the diagonal are kept, too. Where R has the fewer columns
+    it is the other way round. A term that is no cheaper like this stays as it is.
+
+    Parameters
+    ----------
+    blocks : sequence of KroneckerSum or ThinKroneckerSum
+        Without groups, of one shape; at least one. Thin terms keep their roots.
+    dropped : float
+        The largest share of each factor's trace that may be dropped, above 0 and below 1.
+
+    Raises
+    ------
+    OptionError
+        ``dropped`` is no such number.
+    """
+
+    def __init__(self, blocks: Sequence[KroneckerSum | ThinKroneckerSum], dropped: float) -> None:
+        require_share("dropped", dropped)
+        self._blocks = tuple(blocks)
+        D, K = self.shape = blocks[0].shape
+        like = blocks[0].diagonal()
+        exact: list[tuple[Tensor, Tensor]] = []
+        through_G, through_A = _Through(like.new_empty(D, 0), K), _Through(like.new_empty(K, 0), D)
+        for block in blocks:
+            dense = block.rest.terms if isinstance(block, ThinKroneckerSum) else block.terms
+            for A, G in dense:
+                near_A, near_G = (_truncated(x, _INSIDE * dropped) for x in (A, G))
+                few_A, few_G = (x.truncated(dropped) for x in (near_A, near_G))
+                by_G, by_A = through_G.cost(few_G, near_A), through_A.cost(few_A, near_G)
+                if min(by_G, by_A) >= 2 * D * K * (D + K):
+                    exact.append((A, G))
+                elif by_G <= by_A:
+                    through_G.add(few_G, near_A, A)
+                else:
+                    through_A.add(few_A, near_G, G)
+            for R, Q in block.terms if isinstance(block, ThinKroneckerSum) else ():
+                near_A, near_G = Factor(R, 0.0), Factor(Q, 0.0)
+                if through_G.cost(near_G, near_A) <= through_A.cost(near_A, near_G):
+                    through_G.add(near_G, near_A, None)
+                else:
+                    through_A.add(near_A, near_G, None)
+        # What is dropped on one side is multiplied on the other alone.
+        remainders = through_A.remainder(dropped), through_G.remainder(dropped)
+        self._shift = through_G.finish(remainders[0]) + through_A.finish(remainders[1])
+        self._through = through_G, through_A
+        self._exact = exact
+        self._packed = _core.KroneckerOperator(_borrowed(exact)) if exact else None
+
+    def __repr__(self) -> str:
+        left, right = (through.roots.shape[1] for through in self._through)
+        return f"TruncatedSum(shape={self.shape}, columns={left + right}, exact={len(self._exact)})"
+
+    @property
+    def columns(self) -> int:
+        """How many columns the product goes through."""
+        return sum(through.roots.shape[1] for through in self._through)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one product, about."""
+        D, K = self.shape
+        return 2 * D * K * (D + K) * len(self._exact) + sum(t.flops for t in self._through)
+
+    def product(self, V: Tensor) -> Tensor:
+        """Apply the operator to a matrix of shape (D, K)."""
+        out = torch.empty_like(V, memory_format=torch.contiguous_format)
+        self.write_product(V, out)
+        return out
+
+    def write_product(
+        self, V: Tensor, out: Tensor, scale: float = 1.0, damping: float = 0.0
+    ) -> float | Tensor:
+        """Write ``scale H V + damping V``, for contiguous matrices, and return ``<V, H V>``.
+
+        In as few passes over the matrices as there can be.
+        """
+        inner: float | Tensor = 0.0
+        on_diagonal = scale * self._shift + damping
+        if self._packed is None:
+            torch.mul(V, on_diagonal, out=out)
+        else:
+            of_exact = self._packed.apply(borrow(V), borrow(out))
+            inner = (V * out).sum(dtype=torch.float64) if of_exact is None else of_exact
+            out.mul_(scale).add_(V, alpha=on_diagonal)
+        if self._shift:
+            inner += self._shift * torch.linalg.vector_norm(V).double() ** 2
+        through_G, through_A = self._through
+        inner += through_G.add_product(V, out, scale)
+        inner += through_A.add_product(V.mT, out.mT, scale)
+        return inner
+
+    def dense_terms(self) -> KroneckerSum:
+        """Return the operator as a sum of as many dense terms, which takes their memory."""
+        D, K = self.shape
+        through_G, through_A = self._through
+        terms = [*self._exact]
+        terms += [(other, one) for one, other in through_G.products()]
+        terms += through_A.products()
+        eye_D, eye_K = (torch.eye(n).to(self._through[0].roots) for n in (D, K))
+        terms.append((self._shift * eye_K, eye_D))
+        return KroneckerSum(terms)
+
+    def error(self) -> float:
+        """Frobenius norm of the difference from the blocks' sum, relative to that of the sum."""
+        near = self.dense_terms()
+        parts = (b.products() if isinstance(b, ThinKroneckerSum) else b.terms for b in self._blocks)
+        whole = KroneckerSum([*chain.from_iterable(parts)])
+        square = whole.inner(whole)
+        change = square - 2.0 * whole.inner(near) + near.inner(near)
+        return math.sqrt(max(change, 0.0) / square) if square > 0.0 else 0.0
+
+
+class _Through:
+    """Terms whose products go through a few columns on one side, ``P P^T`` times another factor.
+
+    Attributes
+    ----------
+    roots : Tensor of shape (n, columns)
+        Those of all terms side by side.
+    """
+
+    def __init__(self, empty: Tensor, other_size: int) -> None:
+        self.roots = empty
+        self._other_size = other_size
+        self._columns: list[int] = []
+        # None for the identity.
+        self._others: list[Factor | Tensor | None] = []
+        self._pending: list[Tensor] = []
+        self._dropped: Tensor | None = None
+
+    def cost(self, one: Factor, other: Factor) -> int:
+        """Floating-point operations of a term that goes through ``one``."""
+        return 2 * one.columns * self._other_size * (2 * len(one.root) + self._inside(other))
+
+    def _inside(self, other: Factor) -> int:
+        return min(2 * other.columns, self._other_size)
+
+    def add(self, one: Factor, other: Factor, exact: Tensor | None) -> None:
+        """Add a term; ``exact`` is the other factor as it was."""
+        self._pending.append(one.root)
+        self._columns.append(one.columns)
+        is_dense = exact is not None and 2 * other.columns >= self._other_size
+        self._others.append(exact if is_dense else other)
+        if exact is not None and one.shift > 0.0:
+            dropped = one.shift * exact
+            self._dropped = dropped if self._dropped is None else self._dropped.add_(dropped)
+
+    def remainder(self, dropped: float) -> Factor | None:
+        """Return what was dropped as a factor on the other side: on this one is the identity."""
+        if self._dropped is None:
+            return None
+        most = max(_LEAST_REMAINDERS, math.ceil(_REMAINDERS * sum(self._columns)))
+        matrix, self._dropped = self._dropped, None
+        return Factor.of(matrix, dropped, min(most, len(matrix)))
+
+    def finish(self, remainder: Factor | None) -> float:
+        """Take what was dropped on the other side; return what of it is on the diagonal."""
+        if remainder is not None:
+            self._pending.append(remainder.root)
+            self._columns.append(remainder.columns)
+            self._others.append(None)
+        self.roots = torch.cat([self.roots, *self._pending], 1)
+        self._pending = []
+        return 0.0 if remainder is None else remainder.shift
+
+    @property
+    def flops(self) -> int:
+        inside = 0
+        for columns, other in zip(self._columns, self._others, strict=True):
+            if other is not None:
+                size = self._other_size if isinstance(other, Tensor) else self._inside(other)
+                inside += 2 * columns * size
+        return self._other_size * (4 * self.roots.numel() + inside)
+
+    def add_product(self, V: Tensor, out: Tensor, scale: float) -> float | Tensor:
+        """Add ``scale`` times the product to ``out``; return the inner product of it and V."""
+        if not self._columns:
+            return 0.0
+        inside = self.roots.mT @ V
+        moved = torch.empty_like(inside)
+        parts = (torch.split(x, self._columns) for x in (inside, moved))
+        for part, target, other in zip(*parts, self._others, strict=True):
+            if other is None:
+                target.copy_(part)
+            elif isinstance(other, Tensor):
+                torch.mm(part, other, out=target)
+            else:
+                torch.addmm(part, part @ other.root, other.root.mT, beta=other.shift, out=target)
+        out.addmm_(self.roots, moved, alpha=scale)
+        return (inside * moved).sum(dtype=torch.float64)
+
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the factors of every term: on this side, and the other."""
+        eye = torch.eye(self._other_size).to(self.roots)
+        others = [
+            eye if other is None else other.matrix() if isinstance(other, Factor) else other
+            for other in self._others
+        ]
+        roots = torch.split(self.roots, self._columns, 1) if self._columns else ()
+        return [(root @ root.mT, other) for root, other in zip(roots, others, strict=True)]
+
+
+# Penalties of one task after another are on the same factors of the earlier ones.
+_FACTORS: MutableMapping[Tensor, dict[float, Factor]]
+_FACTORS = WeakTensorKeyDictionary()
+
+
+def _truncated(matrix: Tensor, dropped: float) -> Factor:
+    known = _FACTORS.setdefault(matrix, {})
+    if dropped not in known:
+        known[dropped] = Factor.of(matrix, dropped)
+    return known[dropped]
+
+
+def _borrowed(terms: Sequence[tuple[Tensor, Tensor]]) -> list[_core.Term]:
+    return [(borrow(A), borrow(G)) for A, G in terms]
