@@ -96,7 +96,7 @@ fn divide_and_transpose<T: Real>(lower: MatMut<'_, T>, mut upper: MatMut<'_, T>,
         let mut columns = upper.as_mut().subcols_mut(start, rows.nrows());
         for i in 0..rows.nrows() {
             let row = rows.as_mut().row_mut(i).iter_mut();
-            row.for_each(|value| *value = *value / divisor);
+            row.for_each(|value| *value /= divisor);
         }
         for j in 0..rows.ncols() {
             let pairs = columns.as_mut().row_mut(j).iter_mut();
