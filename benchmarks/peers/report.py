@@ -1,5 +1,6 @@
 """What a run found: as a table, and as a picture."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,11 @@ def of_check(found: dict[str, dict[str, Any]]) -> str:
             if isinstance(layers, str):
                 lines.append(f"| {name} | {layers.replace('|', '/')} | | | |")
                 continue
-            A, G, scale = zip(*layers.values(), strict=True)
+            # Of other shapes are factors that groups share.
+            alike = [values for values in layers.values() if not math.isnan(values[0])]
+            A, G, scale = zip(*alike, strict=True)
             lines.append(
-                f"| {name} | {len(layers)} | {min(A):.4f} | {min(G):.4f} | "
+                f"| {name} | {len(alike)} of {len(layers)} | {min(A):.4f} | {min(G):.4f} | "
                 f"{min(scale):.3f} to {max(scale):.3f} |"
             )
     return "\n".join(lines[1:])

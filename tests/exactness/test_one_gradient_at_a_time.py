@@ -150,8 +150,12 @@ def alive_at_once(draws):
 
 
 @pytest.mark.parametrize("draws", [1, 3])
-def test_a_gradient_is_gone_before_the_next_but_one_comes(draws):
-    assert alive_at_once(draws) <= 2
+@pytest.mark.parametrize("together", [0, 2, 5])
+def test_few_gradients_are_there_at_a_time(together, draws, monkeypatch):
+    of_one = 4 * 8 * 4
+    monkeypatch.setattr("ekfac_rs.curvature.gradients._TOGETHER", together * of_one)
+    # Those that wait for each other, and the one that comes and is too much.
+    assert alive_at_once(draws) <= together + 2
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["foremost", "others behind"])

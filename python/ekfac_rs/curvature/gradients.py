@@ -9,15 +9,19 @@ from torch.utils.hooks import RemovableHandle
 
 Taker = Callable[[str, Tensor], None]
 
+# Bytes of gradients that may wait for each other: small ones are worked off faster in a row than
+# between autograd's own operations.
+_TOGETHER = 1 << 23
+
 
 class Gradients:
     """Named places of a graph at which gradients are wanted, one at a time.
 
     ``torch.autograd.grad`` over all of them would return all gradients at once, of which a deep
     network has about as many numbers as activations. Here each is handed over while autograd is
-    at its place, and goes when autograd moves on. Nodes run, hooks are called and values come as
-    in that one call: its gradients are those before any hook of the user's at the same place, but
-    for the places that nothing is wanted behind.
+    at its place, small ones a few together, and goes when autograd moves on. Nodes run, hooks are
+    called and values come as in that one call: its gradients are those before any hook of the
+    user's at the same place, but for the places that nothing is wanted behind.
     """
 
     def __init__(self) -> None:
@@ -67,10 +71,17 @@ class Gradients:
             The places that were reached.
         """
         reached: set[str] = set()
+        waiting: list[tuple[str, Tensor]] = []
 
         def taking(name: str, g: Tensor) -> None:
             reached.add(name)
-            take(name, g)
+            waiting.append((name, g))
+            if sum(g.nbytes for _, g in waiting) > _TOGETHER:
+                work_off()
+
+        def work_off() -> None:
+            while waiting:
+                take(*waiting.pop(0))
 
         # Whoever asks for these makes autograd pass by all others.
         foremost = _foremost(outputs.grad_fn, self._edges)
@@ -90,6 +101,7 @@ class Gradients:
         for name, g in zip(foremost, gradients, strict=True):
             if g is not None:
                 taking(name, g)
+        work_off()
         return frozenset(reached)
 
     def _reached(self, name: str, g: Tensor | None) -> None:
