@@ -84,6 +84,17 @@ fmt: setup
     {{python}} -m ruff format python tests benchmarks scripts
     {{python}} -m ruff check --fix python tests benchmarks scripts
 
+# Build the documentation's pages into site/; a warning is an error. `just docs serve` shows them
+docs command="build":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    [ -x .venv-docs/bin/python ] || python3 -m venv .venv-docs
+    if ! cmp -s docs/requirements.lock .venv-docs/requirements.installed; then
+        .venv-docs/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r docs/requirements.lock
+        cp docs/requirements.lock .venv-docs/requirements.installed
+    fi
+    NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs {{command}} --strict
+
 # Run an experiment: permuted MNIST, quick preset, unless told otherwise
 experiments *args="permuted-mnist --preset quick": dev
     {{python}} -m ekfac_rs.experiments {{args}}
@@ -116,9 +127,10 @@ setup-peers:
 bench-rust:
     cargo bench --locked -p ekfac-benches
 
-# Pin the Python dependencies anew
+# Pin the Python dependencies anew, those of the documentation's pages apart
 lock: setup
     {{python}} -m uv pip compile --quiet --universal --extra dev --no-emit-index-url --no-header --no-annotate --output-file requirements.lock pyproject.toml
+    {{python}} -m uv pip compile --quiet --universal --group docs --no-emit-index-url --no-header --no-annotate --output-file docs/requirements.lock
 
 # Pin the libraries of bench-peers anew, beside the same torch
 lock-peers: setup

@@ -42,12 +42,36 @@ Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int, 
 # G [groups, D / groups, D / groups]): each group of consecutive rows of V, [D, K], has its own.
 Term: TypeAlias = tuple[Tensor, Tensor]
 
-def build_info() -> dict[str, str]: ...
+def build_info() -> dict[str, str]:
+    """Tell what the core of this build is.
+
+    Returns
+    -------
+    dict
+        "version"; "profile", which is "release" or "debug"; "simd", the instruction set that it
+        uses on this machine.
+    """
+
 def error_classes() -> list[str]:
     """Return the class of each kind of error of the core: of `ekfac_rs.errors`, or Python's own."""
 
-def set_num_threads(threads: int) -> None: ...
-def num_threads() -> int: ...
+def set_num_threads(threads: int) -> None:
+    """Set the number of threads that the core uses from the next call on.
+
+    Parameters
+    ----------
+    threads : int
+        At least 1. Torch's threads are others (`torch.set_num_threads`).
+
+    Raises
+    ------
+    OptionError
+        It is 0.
+    """
+
+def num_threads() -> int:
+    """Return the number of threads that the core uses: all that the process may, unless set."""
+
 def cuda_info() -> dict[str, Any]:
     """See `ekfac_rs.cuda_info`."""
 

@@ -24,6 +24,8 @@ from ekfac_rs.errors import (
     UnsupportedLossError,
 )
 
+__all__ = ["BCE", "MSE", "CrossEntropy", "Likelihood", "resolve"]
+
 LABELS = ("mc", "type2", "empirical", "exact")
 
 

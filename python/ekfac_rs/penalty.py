@@ -79,16 +79,16 @@ class QuadraticPenalty:
     model : torch.nn.Module
     curvatures : Curvature or sequence of Curvature
         One for each earlier task, all in the same coordinates, or their sum from
-        `compress_curvatures`; may be empty, which leaves the
-        damping: L2 to the anchor. The last must have been taken at the anchor.
+        `compress_curvatures`; may be empty, which leaves the damping: L2 to the anchor. The last
+        must have been taken at the anchor.
     anchor : mapping of str to Tensor
         Layer name to weights of shape (D, K), as from `merged_weights`. Copied.
     damping : float
         Weight decay centred on the anchor, not multiplied by ``scale``.
     scale : float
         Multiplies the curvatures' sum.
-    coordinates : {"merged", "raw"}, optional
-        Needed only without curvatures. Default: theirs, else "merged".
+    coordinates : str, optional
+        "merged" or "raw": needed only without curvatures. Default: theirs, else "merged".
     dropped : float
         0 multiplies by the curvatures as they are. Above 0, a share: of each factor of a Kronecker
         product the eigenvectors of its largest eigenvalues are kept, the fewest that have all but

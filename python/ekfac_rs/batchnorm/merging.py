@@ -73,8 +73,7 @@ def raw_weights(
 ) -> Anchor:
     """``[W b]`` of every layer alone, BatchNorms left out of it: the anchor in raw coordinates.
 
-    Parameters, Returns, Raises
-        As `merged_weights`.
+    Arguments, what is returned and errors are as in `merged_weights`.
     """
     found = _find(model, layers, example, "raw")
     weights = {}
@@ -104,8 +103,7 @@ def merge_batchnorm(
     Without an example, a pass also raises `UnsupportedLayerError` where a BatchNorm merged into a
     Linear gets anything but a matrix: it was merged wrongly, and the weights must be restored.
 
-    Parameters, Raises
-        As `merged_weights`. A failed call leaves the model as it was.
+    Arguments and errors are as in `merged_weights`. A failed call leaves the model as it was.
     """
     found = [
         layer

@@ -272,7 +272,7 @@ class Curvature(Mapping[str, Block]):
 
         Parameters
         ----------
-        path : path-like
+        path : str or os.PathLike
         storage : {"full", "triangle", "half"}
             "triangle" stores one triangle of each factor, without loss, in half the bytes;
             "half" its correlations in float16 beside an exact diagonal, in a quarter of those of
@@ -294,7 +294,7 @@ class Curvature(Mapping[str, Block]):
 
         Parameters
         ----------
-        path : path-like
+        path : str or os.PathLike
         device : torch.device or str
 
         Raises

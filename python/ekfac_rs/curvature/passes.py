@@ -85,7 +85,7 @@ def estimate_curvature(
         keyword arguments, and the targets under "labels". Factors are means over mini-batches,
         weighted by their examples. Outputs and inputs of layers that are matrices may have
         examples and locations on one axis, ``[N * T, C]``, those of an example one after another.
-    loss : {"cross_entropy", "mse", "bce"} or Likelihood
+    loss : Likelihood or {"cross_entropy", "mse", "bce"}
         The mean over examples of the per-example loss (see `ekfac_rs.likelihood`).
     approximation : {"xkfac-nested", "xkfac", "kfac-expand", "kfac-reduce", "diagonal"}
         Strata of the analysis of variance (method: strata), or the plain diagonal. Where an

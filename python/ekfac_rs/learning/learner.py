@@ -90,7 +90,7 @@ class ContinualLearner:
     ----------
     model : torch.nn.Module
         Trained in place.
-    loss : {"cross_entropy", "mse", "bce"} or Likelihood
+    loss : Likelihood or {"cross_entropy", "mse", "bce"}
     approximation : str or None
         As in `estimate_curvature`. None takes no curvature: ordinary fine-tuning, or L2 to the
         anchor when there is damping.
@@ -553,7 +553,8 @@ class ContinualLearner:
         ------
         OptionError, UnknownLayerError
             The output layer cannot be found; a new task was not fitted; nothing is shared.
-        Whatever `estimate_curvature`, `reparameterize` and `merged_weights` raise.
+        EkfacError
+            As `estimate_curvature`, `reparameterize` and `merged_weights`.
         """
         source = self._loader(loader)
         needs_loss = self._rule().needs_losses and self._protects
