@@ -111,8 +111,8 @@ def test_factors_become_means_where_their_sums_were(approximation):
         found = estimate(model, [first, second], "mse", approximation=approximation)
     for own, block in zip(made, found.values(), strict=True):
         for k, (A, G) in zip(kept_strata(own.gradient_examples), block.terms, strict=True):
-            assert A.data_ptr() == own.A[k].data_ptr()
-            assert G.data_ptr() == own.G[k].data_ptr()
+            assert A.data_ptr() == own.A.factors[k].data_ptr()
+            assert G.data_ptr() == own.G.factors[k].data_ptr()
 
 
 @pytest.mark.parametrize("kind", ["mse", "bce"])
