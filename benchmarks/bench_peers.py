@@ -129,7 +129,7 @@ def machine() -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which: {', '.join(WORKLOADS)}, eigh; all")
-    parser.add_argument("--quick", action="store_true", help="small networks: within 3 minutes")
+    parser.add_argument("--quick", action="store_true", help="small networks: about five minutes")
     parser.add_argument("--check", action="store_true", help="only compare factors, on small ones")
     parser.add_argument(
         "--beside", nargs="*", default=NAMES, help="some candidates, beside bare and ours"
