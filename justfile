@@ -12,14 +12,18 @@ export PYTHONDONTWRITEBYTECODE := ""
 default:
     @just --list
 
-# Make .venv with pinned dependencies, again only when the lock file changed
-setup:
+# Make .venv with pinned dependencies
+setup: (environment ".venv" "requirements.lock")
+
+# Make an environment of what a lock file pins, again only when that changed
+[private]
+environment folder lock:
     #!/usr/bin/env bash
     set -euo pipefail
-    [ -x {{python}} ] || python3 -m venv .venv
-    if ! cmp -s requirements.lock .venv/requirements.installed; then
-        {{python}} -m pip install --no-compile --quiet --disable-pip-version-check -r requirements.lock
-        cp requirements.lock .venv/requirements.installed
+    [ -x {{folder}}/bin/python ] || python3 -m venv {{folder}}
+    if ! cmp -s {{lock}} {{folder}}/requirements.installed; then
+        {{folder}}/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r {{lock}}
+        cp {{lock}} {{folder}}/requirements.installed
     fi
 
 # Build the Rust core into .venv
@@ -85,14 +89,7 @@ fmt: setup
     {{python}} -m ruff check --fix python tests benchmarks scripts
 
 # Build the documentation's pages into site/; a warning is an error. `just docs serve` shows them
-docs command="build":
-    #!/usr/bin/env bash
-    set -euo pipefail
-    [ -x .venv-docs/bin/python ] || python3 -m venv .venv-docs
-    if ! cmp -s docs/requirements.lock .venv-docs/requirements.installed; then
-        .venv-docs/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r docs/requirements.lock
-        cp docs/requirements.lock .venv-docs/requirements.installed
-    fi
+docs command="build": (environment ".venv-docs" "docs/requirements.lock")
     NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs {{command}} --strict
 
 # Run an experiment: permuted MNIST, quick preset, unless told otherwise
@@ -109,19 +106,8 @@ bench-gpu *args: dev
 
 # Compare with other libraries in one run, into docs/results/speed; --quick for a try, --check for
 # whether all compute the same factors
-bench-peers *args: dev setup-peers
+bench-peers *args: dev (environment ".venv-peers" "benchmarks/peers.lock")
     PYTHONPATH=python .venv-peers/bin/python benchmarks/bench_peers.py {{args}}
-
-# Make .venv-peers with those libraries pinned, again only when their lock file changed
-[private]
-setup-peers:
-    #!/usr/bin/env bash
-    set -euo pipefail
-    [ -x .venv-peers/bin/python ] || python3 -m venv .venv-peers
-    if ! cmp -s benchmarks/peers.lock .venv-peers/requirements.installed; then
-        .venv-peers/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r benchmarks/peers.lock
-        cp benchmarks/peers.lock .venv-peers/requirements.installed
-    fi
 
 # Benchmarks of the Rust core alone
 bench-rust:
