@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 
 import torch
 from timing import Work, medians
@@ -173,6 +173,25 @@ def torch_penalty(
     return total
 
 
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    extra: Callable[[], Tensor] | None = None,
+    stable_at: float | None = None,
+) -> None:
+    """Make a step on the loss and something extra: a penalty's own step where a rate is given."""
+    x, y = batch
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    if extra is not None:
+        loss = loss + extra()
+    loss.backward()
+    if stable_at is not None and isinstance(extra, ek.QuadraticPenalty):
+        extra.precondition(stable_at)
+    optimizer.step()
+
+
 def bench_step(widths: Sequence[int], rounds: int, tasks: int = 3, batch_size: int = 256) -> None:
     """A training step with and without the penalty of several tasks."""
     model = mlp(*widths)
@@ -190,12 +209,7 @@ def bench_step(widths: Sequence[int], rounds: int, tasks: int = 3, batch_size: i
     blocks = {name: [t for c in curvatures for t in c[name].terms] for name in curvatures[0]}
 
     def step(extra: Callable[[], Tensor] | None) -> None:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(a), b)
-        if extra is not None:
-            loss = loss + extra()
-        loss.backward()
-        optimizer.step()
+        training_step(model, optimizer, (a, b), extra)
 
     seen: dict[str, Tensor] = {}
     for name, block_name in ((n, curvatures[0].batchnorms[n]) for n in blocks):
@@ -231,30 +245,23 @@ def bench_stable_step(model: nn.Module, x: Tensor, y: Tensor, title: str, rounds
         # A hundred times what explicit steps bear: most layers have stiff directions.
         scale = 100.0 * probe.max_stable_lr(0.9) / 0.1
 
-    def step(penalty: ek.QuadraticPenalty | None, stable: bool) -> None:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        if penalty is not None:
-            loss = loss + penalty()
-        loss.backward()
-        if penalty is not None and stable:
-            penalty.precondition(0.1)
-        optimizer.step()
+    def step(penalty: ek.QuadraticPenalty | None, stable_at: float | None = None) -> None:
+        training_step(model, optimizer, (x, y), penalty, stable_at)
 
     explicit, stable = (ek.QuadraticPenalty(model, curvature, anchor, 0.0, scale) for _ in "es")
 
     def first_step() -> None:
         with ek.QuadraticPenalty(model, curvature, anchor, 0.0, scale) as penalty:
-            step(penalty, stable=True)
+            step(penalty, 0.1)
 
     # Looks at the model come at growing intervals: measured apart, as the first step.
     results = medians({"first step, with a look at the model": first_step}, max(rounds // 5, 1))
-    step(stable, stable=True)
+    step(stable, 0.1)
     results |= medians(
         {
-            "step without penalty": lambda: step(None, stable=False),
-            "explicit step with the penalty": lambda: step(explicit, stable=False),
-            "stable step, between two looks": lambda: step(stable, stable=True),
+            "step without penalty": lambda: step(None),
+            "explicit step with the penalty": lambda: step(explicit),
+            "stable step, between two looks": lambda: step(stable, 0.1),
         },
         min(rounds, 9),
     )
@@ -293,19 +300,12 @@ def bench_many_tasks(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     model.train()
 
-    def step(batch: int, penalty: ek.QuadraticPenalty | None, stable: bool = False) -> None:
-        a, b = loader[batch % len(loader)]
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(a), b)
-        if penalty is not None:
-            loss = loss + penalty()
-        loss.backward()
-        if penalty is not None and stable:
-            penalty.precondition(0.05)
-        optimizer.step()
+    def step(penalty: ek.QuadraticPenalty | None, stable_at: float | None = None) -> None:
+        training_step(model, optimizer, loader[0], penalty, stable_at)
 
-    for batch in range(20):  # gradients of a network that knows nothing yet are unlike later ones
-        step(batch, None)
+    # Gradients of a network that knows nothing yet are unlike later ones.
+    for batch in islice(cycle(loader), 20):
+        training_step(model, optimizer, batch)
     curvature = ek.estimate_curvature(model, loader, approximation="kfac-expand")
     anchor = ek.merged_weights(model, example=loader[0][0])
     for group in optimizer.param_groups:
@@ -315,11 +315,11 @@ def bench_many_tasks(
         name: ek.QuadraticPenalty(model, [curvature] * 10, anchor, 0.01, 3.0, dropped=dropped)
         for name, dropped in shares.items()
     }
-    candidates: dict[str, Work] = {"step without penalty": lambda: step(0, None)}
+    candidates: dict[str, Work] = {"step without penalty": lambda: step(None)}
     for name, penalty in penalties.items():
-        candidates[name] = lambda penalty=penalty: step(0, penalty)
+        candidates[name] = lambda penalty=penalty: step(penalty)
     with ek.QuadraticPenalty(model, [curvature] * 10, anchor, 0.01, 3.0, dropped=0.1) as penalty:
-        candidates["10 % dropped, stable step between two looks"] = lambda: step(0, penalty, True)
+        candidates["10 % dropped, stable step between two looks"] = lambda: step(penalty, 0.05)
         results = medians(candidates, rounds)
     report(
         f"Training step, {title}, K-FAC penalty of 10 tasks",

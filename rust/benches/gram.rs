@@ -3,7 +3,10 @@
 
 use std::hint::black_box;
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+};
 use ekfac_core::Cancel;
 use ekfac_core::geometry::Geometry;
 use ekfac_core::gram::{GramOptions, accumulate, accumulate_patches};
@@ -27,28 +30,10 @@ fn gram(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(format!("gram {shape:?}"));
         let depth = (examples * locations) as u64;
         group.throughput(Throughput::Elements(depth * (features * features) as u64));
-        for approximation in Approximation::ALL {
-            let strata = approximation.strata().len();
-            let mut out = vec![Array2::<f32>::zeros((features, features)); strata];
-            let options = GramOptions {
-                approximation,
-                role: Role::Input,
-                append_one: false,
-                scale: 1e-3,
-                precision: Precision::Ieee,
-            };
-            group.bench_function(
-                BenchmarkId::from_parameter(approximation.name()),
-                |bencher| {
-                    bencher.iter(|| {
-                        let x = TensorView::new(x.view()).unwrap();
-                        let views = out.iter_mut().map(|out| TensorViewMut::new(out.view_mut()));
-                        let mut views = views.collect::<Result<Vec<_>, _>>().unwrap();
-                        accumulate(black_box(&x), &mut views, options, &Cancel::new()).unwrap();
-                    });
-                },
-            );
-        }
+        compare(&mut group, features, |out, options| {
+            let x = TensorView::new(x.view()).unwrap();
+            accumulate(black_box(&x), out, options, &Cancel::new()).unwrap();
+        });
         group.finish();
     }
 }
@@ -78,29 +63,38 @@ fn patches(criterion: &mut Criterion) {
         let depth = (examples * extent * extent) as u64;
         group.throughput(Throughput::Elements(depth * (features * features) as u64));
         group.sample_size(10);
-        for approximation in Approximation::ALL {
-            let strata = approximation.strata().len();
-            let mut out = vec![Array2::<f32>::zeros((features, features)); strata];
-            let options = GramOptions {
-                approximation,
-                role: Role::Input,
-                append_one: false,
-                scale: 1e-3,
-                precision: Precision::Ieee,
-            };
-            let name = BenchmarkId::from_parameter(approximation.name());
-            group.bench_function(name, |bencher| {
-                bencher.iter(|| {
-                    let x = TensorView::new(x.view()).unwrap();
-                    let views = out.iter_mut().map(|out| TensorViewMut::new(out.view_mut()));
-                    let mut views = views.collect::<Result<Vec<_>, _>>().unwrap();
-                    let cancel = Cancel::new();
-                    accumulate_patches(black_box(&x), &geometry, &mut views, options, &cancel)
-                        .unwrap();
-                });
-            });
-        }
+        compare(&mut group, features, |out, options| {
+            let x = TensorView::new(x.view()).unwrap();
+            accumulate_patches(black_box(&x), &geometry, out, options, &Cancel::new()).unwrap();
+        });
         group.finish();
+    }
+}
+
+/// Times the strata of every approximation.
+fn compare(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    features: usize,
+    accumulate: impl Fn(&mut [TensorViewMut<'_>], GramOptions),
+) {
+    for approximation in Approximation::ALL {
+        let strata = approximation.strata().len();
+        let mut out = vec![Array2::<f32>::zeros((features, features)); strata];
+        let options = GramOptions {
+            approximation,
+            role: Role::Input,
+            append_one: false,
+            scale: 1e-3,
+            precision: Precision::Ieee,
+        };
+        let name = BenchmarkId::from_parameter(approximation.name());
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                let views = out.iter_mut().map(|out| TensorViewMut::new(out.view_mut()));
+                let mut views = views.collect::<Result<Vec<_>, _>>().unwrap();
+                accumulate(&mut views, options);
+            });
+        });
     }
 }
 
