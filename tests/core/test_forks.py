@@ -1,9 +1,7 @@
 """A forked child, such as a worker of a DataLoader, computes with threads of its own."""
 
-import multiprocessing
 import os
 import threading
-import warnings
 
 import pytest
 import torch
@@ -11,10 +9,9 @@ import torch
 import ekfac_rs as ek
 from ekfac_rs import _core
 from ekfac_rs._tensors import borrow
+from processes import SECONDS, in_child, with_threads
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="only systems with fork")
-
-SECONDS = 60
 
 
 def block_and_product() -> tuple[ek.KroneckerSum, torch.Tensor, torch.Tensor]:
@@ -26,27 +23,10 @@ def block_and_product() -> tuple[ek.KroneckerSum, torch.Tensor, torch.Tensor]:
     return block, V, block.product(V)
 
 
-def in_child(work) -> None:
-    """Run in a forked child; fail if it raises, crashes or does not come back."""
-    with warnings.catch_warnings():
-        # Python itself warns of forks where there are threads: they are what is tested.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = multiprocessing.get_context("fork").Process(target=work)
-        child.start()
-    child.join(SECONDS)
-    if child.is_alive():
-        child.kill()
-        child.join()
-        pytest.fail(f"the child did not come back within {SECONDS} s")
-    assert child.exitcode == 0
-
-
 @pytest.fixture(autouse=True)
 def _threads():
-    before = ek.num_threads()
-    ek.set_num_threads(3)
-    yield
-    ek.set_num_threads(before)
+    with with_threads(3):
+        yield
 
 
 def test_a_child_computes_after_its_parent_used_threads():

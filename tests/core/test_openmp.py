@@ -1,6 +1,5 @@
 """Work runs on torch's own OpenMP team, and on a pool of our own where there is none."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,7 +7,6 @@ import sys
 import textwrap
 import threading
 import time
-import warnings
 
 import pytest
 import torch
@@ -18,21 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 import ekfac_rs as ek
 from ekfac_rs import _core
 from ekfac_rs._tensors import borrow
+from processes import SECONDS, forks_allowed, in_child, with_threads
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not torch.backends.openmp.is_available(),
     reason="only where torch has loaded its OpenMP run-time for all to see",
 )
 
-SECONDS = 60
-
 
 @pytest.fixture(autouse=True)
 def _threads():
-    before = ek.num_threads()
-    ek.set_num_threads(2)
-    yield
-    ek.set_num_threads(before)
+    with with_threads(2):
+        yield
 
 
 def in_process_of_its_own(script: str) -> str:
@@ -138,20 +133,6 @@ def test_numbers_of_threads_may_differ(of_torch, own):
         torch.set_num_threads(before)
 
 
-def in_child(work) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = multiprocessing.get_context("fork").Process(target=work)
-        child.start()
-    child.join(SECONDS)
-    alive = child.is_alive()
-    if alive:
-        child.kill()
-        child.join()
-    assert not alive, "the child waits for ever"
-    assert child.exitcode == 0
-
-
 def test_a_pool_of_our_own_gives_the_same_bits():
     assert ek.build_info()["threads"] == "OpenMP"
     expected = results()
@@ -206,8 +187,7 @@ def test_workers_of_a_loader_compute():
         assert item.eq(2.0 * index).all()
         if index == 5:
             break
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with forks_allowed():
         loader = DataLoader(
             data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=SECONDS
         )

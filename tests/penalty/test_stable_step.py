@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -401,29 +402,36 @@ def test_what_rises_puts_no_look_at_the_model_off(monkeypatch, rising):
     assert looks == [0, 10, 20, 40, 80, 160]
 
 
-@pytest.mark.parametrize("name", ["Linear", "convolution", "depthwise", "grouped"])
-def test_where_nothing_moved_another_look_takes_few_products(monkeypatch, name):
-    """It begins with the strength and the direction that were found last, and stays with them."""
+@contextmanager
+def after_a_look(name):
+    """A penalty's one step after its first look at the model, and how to have it look again."""
     model, x, curvatures, anchor = with_curvatures(name, 5.0, "xkfac", 3)
     model = copy.deepcopy(model).train()
-    products = []
-    seen = step_module.seen_from_parameters
-    monkeypatch.setattr(
-        step_module, "seen_from_parameters", lambda *at: (products.append(at), seen(*at))[1]
-    )
     with ek.QuadraticPenalty(model, curvatures, anchor, scale=2.0) as penalty:
         lr = 100.0 * penalty.max_stable_lr()
         model(x)
         penalty().backward()
         penalty.precondition(lr)
         [step] = penalty._stable.steps.values()
+        yield step, lambda: step.prepare(penalty._stable._situations["0"], lr, 2.0, None)
+
+
+@pytest.mark.parametrize("name", ["Linear", "convolution", "depthwise", "grouped"])
+def test_where_nothing_moved_another_look_takes_few_products(monkeypatch, name):
+    """It begins with the strength and the direction that were found last, and stays with them."""
+    products = []
+    seen = step_module.seen_from_parameters
+    monkeypatch.setattr(
+        step_module, "seen_from_parameters", lambda *at: (products.append(at), seen(*at))[1]
+    )
+    with after_a_look(name) as (step, look_again):
         strength, top = step.strength, step.top
         counts = []
         for forgets in (False, True):
             if forgets:
                 step._found.clear()
             products.clear()
-            step.prepare(penalty._stable._situations["0"], lr, 2.0, None)
+            look_again()
             counts.append(len(products))
             assert step.strength == strength
             assert step.top == pytest.approx(top, rel=0.02)
@@ -432,20 +440,13 @@ def test_where_nothing_moved_another_look_takes_few_products(monkeypatch, name):
 
 
 def test_a_strength_far_from_safe_is_found_in_few_products(monkeypatch):
-    model, x, curvatures, anchor = with_curvatures("Linear", 5.0, "xkfac", 3)
-    model = copy.deepcopy(model).train()
-    with ek.QuadraticPenalty(model, curvatures, anchor, scale=2.0) as penalty:
-        lr = 100.0 * penalty.max_stable_lr()
-        model(x)
-        penalty().backward()
-        penalty.precondition(lr)
-        [step] = penalty._stable.steps.values()
+    with after_a_look("Linear") as (step, look_again):
         strength = step.strength
         tries = []
         looked = step._top
         monkeypatch.setattr(step, "_top", lambda *at: (tries.append(at), looked(*at))[1])
         step.strength = strength / 1.5**15
-        step.prepare(penalty._stable._situations["0"], lr, 2.0, None)
+        look_again()
     assert step.strength == pytest.approx(strength)
     assert len(tries) <= 6
 
