@@ -132,3 +132,12 @@ def test_nothing_is_left_of_nothing():
 def test_a_share_is_between_nothing_and_all(dropped):
     with pytest.raises(OptionError, match="dropped: expected a share above 0 and below 1"):
         TruncatedSum(BLOCKS["one task"]("wide"), dropped)
+
+
+def test_factors_that_were_changed_in_place_are_decomposed_anew():
+    block = ek.KroneckerSum(terms_of("wide", 1))
+    V = torch.randn(block.shape, dtype=torch.float64)
+    before = TruncatedSum([block], 0.2).product(V)
+    for A, _ in block.terms:
+        A.mul_(2.0)
+    torch.testing.assert_close(TruncatedSum([block], 0.2).product(V), 2.0 * before)

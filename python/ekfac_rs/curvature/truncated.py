@@ -288,16 +288,17 @@ class _Through:
         return [(root @ root.mT, other) for root, other in zip(roots, others, strict=True)]
 
 
-# Penalties of one task after another are on the same factors of the earlier ones.
-_FACTORS: MutableMapping[Tensor, dict[float, Factor]]
+# Penalties of one task after another are on the same factors of the earlier ones. By what they
+# were decomposed at: the version of a tensor, too, which changes with its values.
+_FACTORS: MutableMapping[Tensor, dict[tuple[float, int], Factor]]
 _FACTORS = WeakTensorKeyDictionary()
 
 
 def _truncated(matrix: Tensor, dropped: float) -> Factor:
-    known = _FACTORS.setdefault(matrix, {})
-    if dropped not in known:
-        known[dropped] = Factor.of(matrix, dropped)
-    return known[dropped]
+    known, key = _FACTORS.setdefault(matrix, {}), (dropped, matrix._version)
+    if key not in known:
+        known[key] = Factor.of(matrix, dropped)
+    return known[key]
 
 
 def _borrowed(terms: Sequence[tuple[Tensor, Tensor]]) -> list[_core.Term]:
