@@ -9,6 +9,7 @@ import torch
 
 import ekfac_rs as ek
 from ekfac_rs import info
+from processes import with_threads
 
 
 def test_it_tells_versions_threads_and_devices_as_a_command():
@@ -26,12 +27,9 @@ def test_it_tells_versions_threads_and_devices_as_a_command():
 
 
 def test_threads_are_those_in_force():
-    before = ek.num_threads()
-    try:
-        ek.set_num_threads(3)
-        assert "threads: ekfac_rs 3, torch" in info.describe_installation()
-    finally:
-        ek.set_num_threads(before)
+    with with_threads(3):
+        told = f"threads: ekfac_rs 3 ({ek.build_info()['threads']}), torch"
+        assert told in info.describe_installation()
 
 
 def test_what_is_missing_is_named_with_its_use(monkeypatch):

@@ -49,7 +49,8 @@ def build_info() -> dict[str, str]:
     -------
     dict
         "version"; "profile", which is "release" or "debug"; "simd", the instruction set that it
-        uses on this machine.
+        uses on this machine; "threads", whose share its work: those of the "OpenMP" run-time that
+        torch has loaded, or its "own" where there is none and in forked children.
     """
 
 def error_classes() -> list[str]:
@@ -61,16 +62,23 @@ def set_num_threads(threads: int) -> None:
     Parameters
     ----------
     threads : int
-        At least 1. Torch's threads are others (`torch.set_num_threads`).
+        At least 1. What torch uses for its own work stays (`torch.set_num_threads`).
 
     Raises
     ------
     OptionError
-        It is 0.
+        It is below 1.
     """
 
 def num_threads() -> int:
-    """Return the number of threads that the core uses: all that the process may, unless set."""
+    """Return the number of threads that the core uses.
+
+    Returns
+    -------
+    int
+        What was set last; until then torch's number (`torch.get_num_threads`), or, where torch has
+        no OpenMP, that of the processors that the process may use.
+    """
 
 def cuda_info() -> dict[str, Any]:
     """See `ekfac_rs.cuda_info`."""

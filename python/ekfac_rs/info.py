@@ -40,8 +40,8 @@ def describe_installation() -> str:
         f"torch {torch.__version__}",
         *(f"{name} {_version(name) or 'missing'}" for name in _REQUIRED),
         *(f"{name} {_version(name) or f'missing: for {use}'}" for name, use in _OPTIONAL.items()),
-        f"processors: {os.cpu_count()}; threads: ekfac_rs {num_threads()}, torch "
-        f"{torch.get_num_threads()}",
+        f"processors: {os.cpu_count()}; threads: ekfac_rs {num_threads()} ({build['threads']}), "
+        f"torch {torch.get_num_threads()}",
     ]
     return "\n".join((*lines, *_of_cuda()))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 import ekfac_rs as ek
 from ekfac_rs import _core
 from ekfac_rs._tensors import borrow
+from ekfac_rs.errors import OptionError
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,14 @@ def run_together(*works: Callable[[], None]) -> None:
         assert not thread.is_alive(), "a thread waits for ever"
     for failure in failures:
         raise failure
+
+
+@pytest.mark.parametrize("count", [0, -1, -(2**40)])
+def test_a_number_below_one_is_refused_and_changes_nothing(count):
+    ek.set_num_threads(2)
+    with pytest.raises(OptionError, match=f"threads must be at least 1, got {count}"):
+        ek.set_num_threads(count)
+    assert ek.num_threads() == 2
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -25,7 +25,7 @@ pub fn build_info() -> BTreeMap<&'static str, &'static str> {
 
 /// Sets the number of threads used from the next call on.
 #[pyfunction]
-pub fn set_num_threads(py: Python<'_>, threads: usize) -> PyResult<()> {
+pub fn set_num_threads(py: Python<'_>, threads: i64) -> PyResult<()> {
     cpu::set_num_threads(threads).map_err(|error| to_python(py, &error))
 }
 

@@ -194,12 +194,16 @@ pub fn whose_threads() -> &'static str {
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 /// Sets the number of threads from the next call on.
-pub fn set_num_threads(threads: usize) -> Result<()> {
-    if threads == 0 {
-        return Err(Error::Option(
-            "threads must be at least 1, got 0".to_owned(),
-        ));
-    }
+///
+/// # Errors
+///
+/// [`Error::Option`] unless it is at least 1.
+pub fn set_num_threads(threads: i64) -> Result<()> {
+    let (1.., Ok(threads)) = (threads, usize::try_from(threads)) else {
+        return Err(Error::Option(format!(
+            "threads must be at least 1, got {threads}"
+        )));
+    };
     let mut team = lock(&Process::current().team);
     THREADS.store(threads, Ordering::Relaxed);
     *team = None;
