@@ -44,17 +44,17 @@ class Signature(NamedTuple):
     projection: float
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Signature":
-        """Signature of a weight matrix of shape (D, K)."""
-        return cls.of_map(weight)
-
-    @classmethod
-    def of_map(
+    def of(
         cls, weight: Tensor, gain: Tensor | None = None, shift: Tensor | None = None
     ) -> "Signature":
         """Signature of ``[diag(gain) weight, shift]``, which is not made.
 
         The projection is the sum of all entries, row after row, times ``cos(i phase)``.
+
+        Parameters
+        ----------
+        weight : Tensor of shape (D, K)
+        gain, shift : Tensor of shape (D,), optional
         """
         (D, K), device = weight.shape, weight.device
         width = K if shift is None else K + 1
@@ -458,8 +458,8 @@ def signature_of(layer: AffineLayer, coordinates: str) -> Signature:
     batchnorm = layer.batchnorm
     if coordinates == "merged" and batchnorm is not None and batchnorm.running_var is not None:
         mean, variance = layer.running_statistics()
-        return Signature.of_map(layer.weight(), *layer.merged_map(mean.double(), variance.double()))
-    return Signature.of_map(layer.weight(), shift=layer.bias())
+        return Signature.of(layer.weight(), *layer.merged_map(mean.double(), variance.double()))
+    return Signature.of(layer.weight(), shift=layer.bias())
 
 
 def _require_metadata(values: Mapping[str, Any]) -> None:

@@ -445,6 +445,11 @@ def leading_eigh(
     factor : Tensor of shape (n, n)
     is_enough : callable
         Tells by the values found, ascending; twice as many are tried otherwise.
+
+    Returns
+    -------
+    tuple of Tensor, or None
+        Of shapes (m,) and (n, m), vectors as columns.
     """
     n, width = len(factor), _FIRST_WIDTH
     if n <= _LARGE:
