@@ -22,7 +22,10 @@ environment folder lock:
     set -euo pipefail
     [ -x {{folder}}/bin/python ] || python3 -m venv {{folder}}
     if ! cmp -s {{lock}} {{folder}}/requirements.installed; then
-        {{folder}}/bin/python -m pip install --no-compile --quiet --disable-pip-version-check -r {{lock}}
+        # uv is three times as fast; pip knows what its own configuration says of mirrors.
+        pip="{{folder}}/bin/python -m pip install --no-compile --quiet --disable-pip-version-check"
+        $pip "$(grep ^uv== requirements.lock)"
+        {{folder}}/bin/python -m uv pip install --quiet --python {{folder}} -r {{lock}} || $pip -r {{lock}}
         cp {{lock}} {{folder}}/requirements.installed
     fi
 

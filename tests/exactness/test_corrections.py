@@ -283,8 +283,7 @@ def test_expectations_over_all_label_draws_are_the_exact_sums(name, correction, 
         assert relative_error(found[layer].dense(), expected[layer].dense()) < tolerance
 
 
-@pytest.mark.parametrize("statistics", ["batch", "running"])
-@pytest.mark.parametrize("labels", ["mc", "type2"])
+@pytest.mark.parametrize(("labels", "statistics"), [("mc", "batch"), ("type2", "running")])
 def test_many_draws_come_near_the_expectation(labels, statistics):
     network = NETS["mlp-bn"]
     repeats = 100 if statistics == "batch" else 30

@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,10 +150,10 @@ def compare(model: nn.Sequential, batch: Batch, **labels: Any) -> list[Row]:
     return rows
 
 
-def measure(problem: str = "noisy") -> list[Row]:
+def measure(problem: str = "noisy", seeds: Iterable[int] = SEEDS) -> list[Row]:
     """Train every shape and seed, and compare both approximations with the exact blocks."""
     rows = []
-    for shape, seed in itertools.product(SHAPES, SEEDS):
+    for shape, seed in itertools.product(SHAPES, seeds):
         generator = torch.Generator().manual_seed(100 + seed)
         draw = PROBLEMS[problem](shape[0], shape[-1], generator)
         model = build(shape, seed)
@@ -193,12 +193,12 @@ def summarize(rows: list[Row]) -> Summary:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return measure()
+    return measure(seeds=SEEDS[:2])
 
 
 def test_xkfac_halves_the_error_where_a_relu_feeds_a_layer_before_batchnorm(rows):
     chosen = [row for row in rows if row.interacting]
-    assert len(chosen) == 96
+    assert len(chosen) == 48
     summary = summarize(chosen)
     assert summary.geometric_mean <= 0.55, summary
     assert summary.worst <= 0.8, max(chosen, key=lambda row: row.ratio)
@@ -206,7 +206,7 @@ def test_xkfac_halves_the_error_where_a_relu_feeds_a_layer_before_batchnorm(rows
 
 def test_xkfac_is_not_worse_on_any_other_layer(rows):
     others = [row for row in rows if not row.interacting]
-    assert len(others) == 160
+    assert len(others) == 80
     assert summarize(others).worst <= 1.02, max(others, key=lambda row: row.ratio)
 
 

@@ -169,7 +169,7 @@ def diverges(model, x, penalty, lr, momentum):
     move(model, size=1e-5)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     values = []
-    for _ in range(300):
+    for _ in range(120):
         model(x)
         value = penalty()
         values.append(float(value.detach()))

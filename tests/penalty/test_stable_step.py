@@ -63,7 +63,7 @@ def test_it_converges_at_a_hundred_times_the_explicit_limit(
         if not math.isfinite(lr):
             pytest.skip("the penalty is zero in the parameters")
         move(model, size=1e-2)
-        values = values_of_descent(model, x, penalty, lr, momentum, 150, stable=True)
+        values = values_of_descent(model, x, penalty, lr, momentum, 80, stable=True)
     assert max(values) < 3.0 * values[0]
     assert values[-1] < 0.1 * values[0]
 

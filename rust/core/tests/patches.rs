@@ -213,7 +213,7 @@ fn geometry(dimensions: &[OneDimension]) -> Geometry {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 250, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn patches_match_the_unfolded_input(
