@@ -290,6 +290,30 @@ def test_logdet(block, damping):
     assert block.logdet(damping) == pytest.approx(expected, rel=1e-9, abs=1e-9 * len(H))
 
 
+@pytest.mark.parametrize("size", [127, 128, 129, 300, 513])
+def test_one_term_without_damping_is_factored_panel_by_panel(size):
+    block = make(3, size, 1)
+    H, v = block.terms[0][0], vectors(block)
+    G = block.terms[0][1]
+    expected = torch.linalg.solve(G, torch.linalg.solve(H, v.mT).mT)
+    assert relative_error(block.solve(v), expected) < 1e-12
+    volume = 3 * torch.logdet(H) + size * torch.logdet(G)
+    assert block.logdet() == pytest.approx(volume.item(), rel=1e-12)
+    noise = torch.randn(3, size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (sample,) = block.sample(1, generator=torch.Generator().manual_seed(5))
+    assert block.quadratic(sample) == pytest.approx(float(noise.square().sum()))
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1e-17])
+@pytest.mark.parametrize("at", [0, 127, 128, 255, 299])
+def test_one_pivot_that_is_not_positive_is_found_wherever_it_is(at, value):
+    A = make(1, 300, 1).terms[0][0].clone()
+    A[at, :] = A[:, at] = 0.0
+    A[at, at] = value
+    with pytest.raises(ek.errors.NumericalError, match="A is singular or indefinite"):
+        ek.KroneckerSum([(A, torch.eye(2, dtype=torch.float64))]).solve(torch.ones(2, 300).double())
+
+
 def test_logdet_without_closed_form_is_refused_for_large_blocks():
     block = make(65, 64, 2)
     with pytest.raises(ek.errors.OptionError, match="damped"):

@@ -143,7 +143,7 @@ impl Backend for Cpu {
     }
 
     fn cholesky<T: Real>(&self, x: MatrixMut<'_, T>) -> Result<Option<usize>> {
-        solver::cholesky(&self.team, host::write(x)?)
+        Ok(solver::cholesky(&self.team, host::write(x)?))
     }
 
     fn solve_triangular<T: Real>(

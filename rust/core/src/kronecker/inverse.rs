@@ -9,7 +9,7 @@ use crate::backend::{Backend, Triangle};
 use crate::cancel::Cancel;
 use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::matrix::{Matrix, MatrixMut, Storage};
+use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
 use crate::place::Place;
 use crate::spectrum::Spectrum;
 use crate::terms::Group;
@@ -17,8 +17,9 @@ use crate::view::{TensorView, TensorViewMut};
 
 /// The inverse of `G (x) A + damping * I`, or of `G_1 (x) A_1 + G_2 (x) A_2`, ready to be applied.
 ///
-/// Both are diagonal in a basis `P_G (x) P_A`: of eigenvectors for one term, and for two terms of
-/// the vectors that diagonalise `A_1` and `A_2` (and `G_1` and `G_2`) at once. Everything is kept
+/// Both are diagonal in a basis `P_G (x) P_A`: for one term of eigenvectors or, without damping, of
+/// the inverse Cholesky factors, and for two terms of the vectors that diagonalise `A_1` and `A_2`
+/// (and `G_1` and `G_2`) at once. Everything is kept
 /// and applied in double precision, whatever the dtype of the terms. Each group has an inverse of
 /// its own.
 pub struct KroneckerInverse {
@@ -63,14 +64,19 @@ impl KroneckerInverse {
         home: Place,
         cancel: &Cancel,
     ) -> Result<Self> {
-        let groups = if groups[0].terms.len() == 1 {
-            one_term(backend, groups, damping)?
-        } else {
-            let invert = |group: &Group<'_, T>| {
-                cancel.check()?;
-                two_terms(backend, group, cancel)
-            };
-            groups.iter().map(invert).collect::<Result<Vec<_>>>()?
+        let groups = match groups {
+            [group] if group.terms.len() == 1 && damping == 0.0 => {
+                vec![undamped_term(backend, group, cancel)?]
+            }
+            // Small matrices as a rule, which are decomposed together.
+            _ if groups[0].terms.len() == 1 => one_term(backend, groups, damping)?,
+            _ => {
+                let invert = |group| {
+                    cancel.check()?;
+                    two_terms(backend, group, cancel)
+                };
+                groups.iter().map(invert).collect::<Result<Vec<_>>>()?
+            }
         };
         groups
             .iter()
@@ -177,6 +183,70 @@ impl<B: Backend> Inverse<B> {
     }
 }
 
+/// `G (x) A` is the identity in the basis `L_G^-T (x) L_A^-T`, with `G = L_G L_G^T` and A likewise.
+fn undamped_term<B: Backend, T: Real>(
+    backend: &B,
+    group: &Group<'_, T>,
+    cancel: &Cancel,
+) -> Result<DiagonalInBasis<B>> {
+    let (a, g) = group.terms[0];
+    let (basis_a, volume_a) = whitening(backend, "A", a, cancel)?;
+    let (basis_g, volume_g) = whitening(backend, "G", g, cancel)?;
+    Ok(DiagonalInBasis {
+        basis_a,
+        basis_g,
+        spectrum: Spectrum {
+            constant: 1.0,
+            pairs: Vec::new(),
+        },
+        log_volumes: [volume_a, volume_g],
+    })
+}
+
+/// Columns of the basis that are solved for at once: those above it are zero.
+const STRIP: usize = 256;
+
+/// `L^-T` of `X = L L^T`, and the logarithm of its determinant.
+fn whitening<B: Backend, T: Real>(
+    backend: &B,
+    name: &str,
+    x: Matrix<'_, T>,
+    cancel: &Cancel,
+) -> Result<(B::Matrix<f64>, f64)> {
+    let mut l = widen(backend, x)?;
+    let log_volume = cholesky(backend, name, &mut l)?;
+    let size = x.rows();
+    let identity = HostMatrix::from_fn(size, size, |i, j| if i == j { 1.0 } else { 0.0 });
+    let mut basis = backend.upload(&identity)?;
+    for start in (0..size).step_by(STRIP) {
+        cancel.check()?;
+        let end = size.min(start + STRIP);
+        let l = l.view().subrows(0, end).subcolumns(0, end);
+        let strip = basis
+            .view_mut()
+            .subrows(0, end)
+            .subcolumns(start, end - start);
+        backend.solve_triangular(l, Triangle::LowerTransposed, strip)?;
+    }
+    Ok((basis, log_volume))
+}
+
+/// Replaces a positive definite matrix by its Cholesky factor L, and returns `log |det L^-1|`.
+fn cholesky<B: Backend>(backend: &B, name: &str, x: &mut B::Matrix<f64>) -> Result<f64> {
+    let diagonal = backend.diagonal(x.view())?;
+    let largest = diagonal.iter().copied().fold(0.0, f64::max);
+    if backend.cholesky(x.view_mut())?.is_some() {
+        return Err(singular(name, 0.0, largest));
+    }
+    let pivots = backend.diagonal(x.view())?;
+    let squares = pivots.iter().map(|pivot| pivot * pivot);
+    let smallest = squares.fold(f64::INFINITY, f64::min);
+    if smallest <= f64::EPSILON * diagonal.len() as f64 * largest {
+        return Err(singular(name, smallest, largest));
+    }
+    Ok(-pivots.iter().map(|pivot| pivot.ln()).sum::<f64>())
+}
+
 fn one_term<B: Backend, T: Real>(
     backend: &B,
     groups: &[Group<'_, T>],
@@ -269,18 +339,7 @@ fn diagonalise_together<B: Backend, T: Real>(
     let mut l = backend.zeros::<f64>(size, size)?;
     backend.add_scaled(t1.recip(), x1.view(), l.view_mut())?;
     backend.add_scaled(t2.recip(), x2.view(), l.view_mut())?;
-    let largest = backend.diagonal(l.view())?.into_iter().fold(0.0, f64::max);
-    let sum = format!("the sum of the two {name}");
-    if backend.cholesky(l.view_mut())?.is_some() {
-        return Err(singular(&sum, 0.0, largest));
-    }
-    let pivots = backend.diagonal(l.view())?;
-    let smallest = pivots
-        .iter()
-        .fold(f64::INFINITY, |m, pivot| m.min(pivot * pivot));
-    if smallest <= f64::EPSILON * size as f64 * largest {
-        return Err(singular(&sum, smallest, largest));
-    }
+    let log_volume = cholesky(backend, &format!("the sum of the two {name}"), &mut l)?;
     let mut congruent = x1;
     congruence(backend, &l, &mut congruent)?;
     let (first, mut basis) = decompose(backend, congruent.view())?;
@@ -291,7 +350,7 @@ fn diagonalise_together<B: Backend, T: Real>(
         basis,
         second: second.collect(),
         first: first.into_iter().map(|value| value.max(0.0)).collect(),
-        log_volume: -pivots.iter().map(|pivot| pivot.ln()).sum::<f64>(),
+        log_volume,
     })
 }
 

@@ -71,17 +71,19 @@ pub(super) fn cut_rows<T>(out: MatMut<'_, T>, height: usize) -> Vec<(usize, MatM
     blocks
 }
 
-/// Overwrites `x` with the solution of a triangular system.
+/// Overwrites `x` with the solution of a triangular system, cut along its columns.
 pub(super) fn solve_triangular<T: Real>(
     team: &Team,
     l: MatRef<'_, T>,
     triangle: Triangle,
     x: MatMut<'_, T>,
 ) {
-    team.within_pool(|par| match triangle {
-        Triangle::Lower => triangular_solve::solve_lower_triangular_in_place(l, x, par),
+    let flops = (l.nrows() * l.ncols()) as f64 * x.ncols() as f64;
+    let blocks = split_columns(x, team.pieces(flops));
+    team.run(blocks, |(_, x)| match triangle {
+        Triangle::Lower => triangular_solve::solve_lower_triangular_in_place(l, x, Par::Seq),
         Triangle::LowerTransposed => {
-            triangular_solve::solve_upper_triangular_in_place(l.transpose(), x, par);
+            triangular_solve::solve_upper_triangular_in_place(l.transpose(), x, Par::Seq);
         }
     });
 }
