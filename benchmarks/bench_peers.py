@@ -49,15 +49,29 @@ def compare(
             except CandidateError as error:
                 rows[name]["refused"] = str(error)
             print(f"  {name}: {rows[name]}", file=sys.stderr, flush=True)
+        died: dict[str, str] = {}
+
+        def ask(name: str, operation: str) -> None:
+            if name in died:
+                return
+            try:
+                workers[name].ask(operation)
+            except CandidateError as error:  # for want of memory, as a rule: the others go on
+                died[name] = str(error)
+
         for operation in ("factors", *workload.operations):
             able = {
-                name: partial(worker.ask, operation)
+                name: partial(ask, name, operation)
                 for name, worker in workers.items()
-                if operation == "factors" or _can(worker, operation)
+                if name not in died and (operation == "factors" or _can(worker, operation))
             }
-            taken = medians(able, workload.rounds)
+            once = workload.rounds if operation == "factors" else workload.operation_rounds
+            taken = medians(able, once)
             for name, milliseconds in taken.items():
-                rows[name][f"{operation}_ms"] = milliseconds
+                if name not in died:
+                    rows[name][f"{operation}_ms"] = milliseconds
+        for name, how in died.items():
+            rows[name]["refused"] = how
     bare = rows[BARE]
     for row in rows.values():
         if "factors_ms" in row:
@@ -161,6 +175,7 @@ def main() -> None:
             results["workloads"][name] = {
                 "title": workload.title,
                 "rounds": workload.rounds,
+                "operation_rounds": workload.operation_rounds,
                 "rows": rows,
             }
         # After each, so that a run that is cut short leaves what it has.

@@ -12,7 +12,7 @@ LIBRARY = ROOT / "python/ekfac_rs"
 # floor, as long as nothing goes round in a circle, and everything below. The package's __init__
 # stands on all of them, and the laboratory on that.
 FLOORS = {
-    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_lanczos", "_modes"),
+    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_files", "_lanczos", "_modes"),
     "loaders": ("loading",),
     "layers": ("layers",),
     "losses": ("likelihood",),

@@ -29,7 +29,7 @@ def table(results: Results) -> str:
 def _of_workload(workload: dict[str, Any]) -> list[str]:
     rows = workload["rows"]
     lines = [
-        *("", f"## {workload['title']}", "", f"{workload['rounds']} rounds."),
+        *("", f"## {workload['title']}", "", _rounds(workload)),
         *("", "| | version | mode | factors | over bare | memory above bare | inverse | eigh |"),
     ]
     lines[-1] += " product | |"
@@ -114,3 +114,10 @@ def of_check(found: dict[str, dict[str, Any]]) -> str:
                 f"{min(scale):.3f} to {max(scale):.3f} |"
             )
     return "\n".join(lines[1:])
+
+
+def _rounds(workload: dict[str, Any]) -> str:
+    of_passes, of_others = workload["rounds"], workload.get("operation_rounds")
+    if of_others in (None, of_passes):
+        return f"{of_passes} rounds."
+    return f"{of_passes} rounds; of inverse, eigh and product {of_others}."

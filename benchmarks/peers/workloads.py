@@ -14,7 +14,8 @@ from peers.base import Batches
 class Workload:
     """A network with mini-batches of noise: how long a pass takes does not depend on values.
 
-    ``operations`` are those that are measured beside the pass.
+    ``operations`` are those that are measured beside the pass, in as many rounds as
+    ``operation_rounds`` says: decompositions of large factors take minutes.
     """
 
     title: str
@@ -25,6 +26,7 @@ class Workload:
     classes: int
     operations: tuple[str, ...] = ("inverse", "product")
     rounds: int = 5
+    operation_rounds: int = 1
 
     def make(self) -> tuple[nn.Module, Batches]:
         torch.manual_seed(0)
@@ -100,6 +102,7 @@ WORKLOADS = {
         *((784,), 512, 8, 10),
         operations=("inverse", "eigh", "product"),
         rounds=9,
+        operation_rounds=9,
     ),
     "resnet18": Workload(
         "ResNet-18 (CIFAR stem), 32 px, a mini-batch of 128", resnet18, (3, 32, 32), 128, 1, 10

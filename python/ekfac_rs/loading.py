@@ -269,6 +269,16 @@ class Loader:
         except (TypeError, NotImplementedError):
             return False
 
+    def generators(self) -> list[torch.Generator]:
+        """Return those that the order of mini-batches may be drawn from, but for torch's own."""
+        source = self._source
+        if isinstance(source, Loader):
+            return source.generators()
+        batch_sampler = getattr(source, "batch_sampler", None)
+        samplers = getattr(source, "sampler", None), getattr(batch_sampler, "sampler", None)
+        found = [getattr(x, "generator", None) for x in (source, batch_sampler, *samplers)]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
     def require_passes(self, passes: int, what_for: str) -> None:
         """Raise `OptionError` if the loader ends before it was gone through so many times."""
         if isinstance(self._source, Loader):

@@ -7,7 +7,7 @@ of these with its defaults, as ``scale=``, and tells what a rule did in ``learne
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -49,6 +49,15 @@ class Control:
             Predicted for the **sum** of the earlier tasks' mean losses
             (`QuadraticPenalty.predicted_increase`).
         """
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Return the numbers among its attributes, for a checkpoint."""
+        numbers = (int, float, type(None))
+        return {name: value for name, value in vars(self).items() if isinstance(value, numbers)}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        """Restore what `state_dict` returned."""
+        vars(self).update(state)
 
 
 class _BoundedControl(Control):

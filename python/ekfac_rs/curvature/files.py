@@ -1,26 +1,22 @@
-"""Files of factors: safetensors with JSON metadata, replaced only when complete.
+"""Files of factors.
 
 Symmetric factors are stored as they are, as triangles, or as half-precision correlations.
 """
 
-import errno
-import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ekfac_rs import _files
 from ekfac_rs._checks import require_choice
 from ekfac_rs.errors import FileFormatError
 
 _FORMAT = 2
-_METADATA_KEY = "ekfac_rs"
+_WHAT = "a curvature written by save()"
 
 STORAGES = ("full", "triangle", "half")
 
@@ -35,20 +31,11 @@ def write(
 ) -> None:
     """Write tensors and metadata; see `Curvature.save`."""
     require_choice("storage", storage, STORAGES)
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        packed: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
-            symmetric = key.endswith((".A", ".G"))
-            packed |= pack(key, tensor, storage if symmetric else "full")
-        text = json.dumps({"format": _FORMAT, **metadata})
-        save_file(_apart(packed), partial, metadata={_METADATA_KEY: text})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    packed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        symmetric = key.endswith((".A", ".G"))
+        packed |= pack(key, tensor, storage if symmetric else "full")
+    _files.write(path, packed, metadata, _FORMAT)
 
 
 def read(
@@ -63,22 +50,11 @@ def read(
     FileNotFoundError
         There is no such file.
     """
+    tensors, metadata = _files.read(path, device, range(_FORMAT, _FORMAT + 1), _WHAT)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = json.loads((file.metadata() or {})[_METADATA_KEY])
-            tensors = unpack({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        found = metadata.pop("format")
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise FileFormatError(
-            f"{path}: expected a curvature written by save(), got: {error}"
-        ) from error
-    if found != _FORMAT:
-        raise FileFormatError(
-            f"{path}: expected a curvature of format {_FORMAT}, got format {found!r}"
-        )
-    return tensors, metadata
+        return unpack(tensors), metadata
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FileFormatError(f"{path}: expected {_WHAT}, got: {error}") from error
 
 
 def pack(key: str, factor: Tensor, storage: str) -> dict[str, Tensor]:
@@ -134,16 +110,6 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not slash:
             plain[name] = tensor
     return plain
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory with one before: merged curvatures may share factors."""
-    apart: dict[str, Tensor] = {}
-    seen = set()
-    for key, tensor in tensors.items():
-        apart[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return apart
 
 
 def _mask(n: int, offset: int, device: torch.device) -> Tensor:

@@ -1,10 +1,11 @@
 """Continual learning: train on a task, consolidate it, go on to the next."""
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from ekfac_rs.errors import (
     DtypeError,
     EkfacError,
     EmptyLoaderError,
+    FileFormatError,
     IncompatibleError,
     NonFiniteError,
     NumericalError,
@@ -44,6 +46,13 @@ from ekfac_rs.errors import (
     UnsupportedLayerError,
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers, require_names
+from ekfac_rs.learning.checkpoint import (
+    random_states,
+    read_checkpoint,
+    require_generators,
+    set_random_states,
+    write_checkpoint,
+)
 from ekfac_rs.learning.heads import MakesModel, heads_of, require_same_tensors
 from ekfac_rs.learning.optimization import (
     MakesOptimizer,
@@ -54,6 +63,7 @@ from ekfac_rs.learning.optimization import (
 )
 from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.learning.training import (
+    Checkpoints,
     Means,
     Plan,
     ScaledPenalty,
@@ -69,6 +79,12 @@ from ekfac_rs.penalty import QuadraticPenalty
 from ekfac_rs.scales import Fixed, Halving, ScaleRule, Selection, rule_of
 
 STEPS = ("stable", "explicit")
+
+# What may not change while a task is learnt.
+_OPTIONS_OF_TRAINING = (
+    *("approximation", "coordinates", "layers", "weights", "scale", "damping", "dropped"),
+    *("step", "own", "momentum", "freeze_bn_after", "labels"),
+)
 
 
 class ContinualLearner:
@@ -299,6 +315,8 @@ class ContinualLearner:
         # For weights="first": those that the learner was given.
         self._norms = weight_norms(self.model)
         self._so_far = SoFar()
+        # Training that `resume` found interrupted.
+        self._unfinished: Mapping[str, Any] | None = None
 
     @own_modes()
     def fit(
@@ -311,6 +329,8 @@ class ContinualLearner:
         classes: int | None = None,
         validation: Source | None = None,
         callback: Callable[[int, "ContinualLearner"], None] | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 1000,
     ) -> list[dict[str, float]]:
         """Train on one task.
 
@@ -344,6 +364,14 @@ class ContinualLearner:
         callback : callable, optional
             Called as ``callback(step, learner)`` after every step, counted from 1; with
             ``scale="halving"``, in every try anew.
+        checkpoint : str or os.PathLike, optional
+            File to write the learner and its training to, from which `resume` goes on: it takes
+            the place of the one before when it is whole. A run with the same checkpoints ends in
+            the same weights, bit for bit, interrupted or not: with each the stable steps begin to
+            look anew. Not with ``scale="halving"``, which begins anew in every try. A file holds
+            all earlier tasks' curvatures: mind the time that takes.
+        every : int
+            Steps between two checkpoints; another is written when training is over.
 
         Returns
         -------
@@ -358,7 +386,13 @@ class ContinualLearner:
             Both epochs and steps; a number below 1; an iterator that ends before training does;
             classes where there is no new output layer, or none where targets do not tell;
             validation where nothing is tried, or an iterator of it; the learner's optimizer or
-            scheduler returned something else, or one whose ``step`` needs an argument.
+            scheduler returned something else, or one whose ``step`` needs an argument; a checkpoint
+            where scales are tried, or of a state that a file cannot hold; other arguments than
+            those of the training that `resume` goes on with.
+        IncompatibleError
+            After `resume`: the loader does not yield the mini-batches that it did.
+        OSError
+            The checkpoint cannot be written; the one before stays.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
@@ -380,7 +414,9 @@ class ContinualLearner:
         with ExitStack() as undo:
             self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
             plan = self._plan(source, epochs, steps)
-            once = partial(self._fitted, source, lr, plan, callback)
+            self._require_as_interrupted(lr, plan)
+            recorder = self._checkpoints(checkpoint, every, lr, plan, rule)
+            once = partial(self._fitted, source, lr, plan, callback, recorder)
             if isinstance(rule, Halving) and self._is_penalised:
                 judges = source if validation is None else self._loader(validation)
                 history = self._fitted_by_halving(rule, once, source, plan, judges, undo)
@@ -394,6 +430,7 @@ class ContinualLearner:
         lr: float,
         plan: Plan,
         callback: Callable[[int, "ContinualLearner"], None] | None,
+        checkpoints: Checkpoints | None,
         undo: ExitStack,
         rule: ScaleRule | None,
         selection: Selection | None = None,
@@ -405,7 +442,15 @@ class ContinualLearner:
         with ExitStack() as cleanup:
             training = self._training(source, lr, plan, undo, cleanup, rule, selection)
             told = None if callback is None else lambda step: callback(step, self)
-            return training.run(source, told, self.progress)
+            generators, begun_at = self._generators(source), training.steps_done
+            try:
+                history = training.run(source, generators, told, self.progress, checkpoints)
+            except BaseException:
+                if training.steps_done > begun_at:
+                    self._unfinished = None
+                raise
+            self._unfinished = None
+            return history
 
     def _fitted_by_halving(
         self,
@@ -474,20 +519,22 @@ class ContinualLearner:
         undo.callback(put_back, kept(_tensors_of(model)))
         cleanup.callback(set_modes, modes_of(model))
         protected = self.anchor is not None and self.coordinates == "merged"
-        if protected and plan.freeze_at > 0:
+        unfinished = self._unfinished
+        if protected and plan.freeze_at > 0 and unfinished is None:
             self._reparameterize_if_any(source)
         put_in_train_mode(model)
-        penalty = None if rule is None else self.penalty()
         scaled = None
-        if rule is not None and penalty is not None:
-            cleanup.callback(penalty.close)
-            before = next((x for x in reversed(self.selection) if x.rule == repr(rule)), None)
-            control = rule.control(self.losses, plan.steps, before)
+        if rule is not None and self._is_penalised:
+            if unfinished is not None:
+                selection = self.selection[-1]
+            earlier = [x for x in self.selection if x is not selection and x.rule == repr(rule)]
+            control = rule.control(self.losses, plan.steps, earlier[-1] if earlier else None)
             if selection is None:
                 selection = Selection(repr(rule), self.task)
                 self.selection.append(selection)
                 undo.callback(self.selection.pop)
-            scaled = ScaledPenalty(control, penalty, selection)
+            scaled = ScaledPenalty(control, self._penalty, selection)
+            cleanup.callback(scaled.close)
         optimization = Optimization(
             [p for p in model.parameters() if p.requires_grad],
             lr,
@@ -497,25 +544,26 @@ class ContinualLearner:
         )
         cleanup.callback(model.zero_grad, set_to_none=True)
         sgd = optimization.sgd()
-        if penalty is not None and self.step == "explicit" and sgd is not None:
-            penalty.check_lr(*sgd)
-        return Training(
+        if scaled is not None and self.step == "explicit" and sgd is not None:
+            scaled.penalty.check_lr(*sgd)
+        training = Training(
             model,
             self.likelihood,
             self._outputs,
             optimization,
             scaled,
             stable=self.step == "stable",
-            own=self._own_of(penalty) if self.own and self.step == "stable" else None,
+            own=self._own_curvature() if self.own and scaled is not None else None,
             doubled=self._doubled,
             plan=plan,
             so_far=self._so_far,
             begun=undo.pop_all,
         )
+        if unfinished is not None:
+            training.load_state_dict(unfinished["state"])
+        return training
 
-    def _own_of(self, penalty: QuadraticPenalty | None) -> OwnCurvature | None:
-        if penalty is None:
-            return None
+    def _own_curvature(self) -> OwnCurvature:
         assert self.anchor is not None
         names = tuple(self.anchor)
 
@@ -765,8 +813,10 @@ class ContinualLearner:
 
     def penalty(self) -> QuadraticPenalty | None:
         """Penalty that holds the consolidated tasks, or None before the first or without any."""
-        if self.anchor is None or not self._is_penalised:
-            return None
+        return self._penalty() if self._is_penalised else None
+
+    def _penalty(self) -> QuadraticPenalty:
+        assert self.anchor is not None
         return self._penalty_of(self.curvatures, self.anchor)
 
     @property
@@ -846,6 +896,147 @@ class ContinualLearner:
         self.losses, self._norms = losses, norms
         self._begin_task(task)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict` to a file, for `resume`; replaced only when complete.
+
+        Safetensors and JSON: reading it runs no code.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+
+        Raises
+        ------
+        FileNotFoundError
+            The directory does not exist.
+        OSError
+            The file cannot be written; the one that was there stays.
+        """
+        self._write(path, None)
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], model: nn.Module, **options: Any) -> Self:
+        """Return a learner that goes on from a file: after a task, or amid the training of one.
+
+        The random states of Python, NumPy, torch and of ``generator`` become those that there were.
+
+        Where the file was written by `fit`, the next call of `fit` has to be the one that was
+        interrupted, with the same arguments, and goes on with the step after: also of
+        optimiser, schedule, random states and the place in the loader. The loader has to yield the
+        mini-batches that it did, which torch's do where their order is drawn from torch's random
+        state or from their generator.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+            Of what `save` or ``fit(checkpoint=)`` wrote.
+        model : torch.nn.Module
+            As the learner was made with. Its weights and statistics are overwritten.
+        **options
+            Those that the learner was made with.
+
+        Returns
+        -------
+        ContinualLearner
+
+        Raises
+        ------
+        FileFormatError
+            The file is truncated, corrupted, of a newer format or no checkpoint.
+        FileNotFoundError
+            There is no such file.
+        IncompatibleError
+            It is of another kind of model or head, or its training began with other options.
+        """
+        learner = cls(model, **options)
+        content = read_checkpoint(path, device_of(learner.model))
+        try:
+            state, training, theirs, random = (
+                content[key] for key in ("learner", "training", "options", "random")
+            )
+            so_far = None if training is None else SoFar(**training["so_far"])
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(
+                f"{path}: expected a learner's checkpoint, got {error!r}"
+            ) from error
+        if training is not None:
+            ours = learner._options()
+            other = [
+                f"{name}={theirs.get(name)}" for name in ours if ours[name] != theirs.get(name)
+            ]
+            if other:
+                raise IncompatibleError(
+                    f"{path}: expected options of the training that was interrupted, which had "
+                    f"{', '.join(other)}"
+                )
+        require_generators(random, learner._own_generators)
+        learner.load_state_dict(state)
+        set_random_states(random, learner._own_generators)
+        if so_far is not None:
+            learner._so_far, learner._unfinished = so_far, training
+        return learner
+
+    def _write(self, path: str | os.PathLike[str], training: Mapping[str, Any] | None) -> None:
+        content = {
+            "learner": self.state_dict(),
+            "options": self._options(),
+            "random": random_states(self._own_generators),
+            "training": training,
+        }
+        write_checkpoint(path, content)
+
+    def _options(self) -> dict[str, str]:
+        """Return what training depends on, as far as words tell it, by name."""
+        return {"loss": repr(self.likelihood)} | {
+            name: repr(getattr(self, name)) for name in _OPTIONS_OF_TRAINING
+        }
+
+    def _checkpoints(
+        self,
+        path: str | os.PathLike[str] | None,
+        every: int,
+        lr: float,
+        plan: Plan,
+        rule: ScaleRule,
+    ) -> Checkpoints | None:
+        """Return where training is written down, if it is."""
+        if path is None:
+            return None
+        require_count("every", every)
+        if isinstance(rule, Halving):
+            raise OptionError(
+                'checkpoint: expected none with scale="halving", which begins anew in every try'
+            )
+
+        def write(state: dict[str, Any]) -> None:
+            so_far = {
+                "example": self._so_far.example,
+                "froze_batchnorm": self._so_far.froze_batchnorm,
+            }
+            self._write(path, {**_arguments(lr, plan), "so_far": so_far, "state": state})
+
+        return Checkpoints(write, every)
+
+    def _generators(self, source: Loader) -> list[torch.Generator]:
+        """Return those that training draws from, beside those of the process."""
+        return [*self._own_generators, *source.generators()]
+
+    @property
+    def _own_generators(self) -> list[torch.Generator]:
+        return [] if self.generator is None else [self.generator]
+
+    def _require_as_interrupted(self, lr: float, plan: Plan) -> None:
+        """Refuse other arguments than those of the training that was interrupted."""
+        if self._unfinished is None:
+            return
+        arguments = _arguments(lr, plan)
+        theirs = {name: self._unfinished.get(name) for name in arguments}
+        if theirs != arguments:
+            raise OptionError(
+                f"fit: expected to go on with the training that was interrupted, of {theirs}, got "
+                f"{arguments}"
+            )
+
     def _reshape(self, heads: dict[str, Any], undo: ExitStack) -> None:
         """Give models and heads the shapes that a state's have."""
         if heads.get("kind") != self._heads.kind:
@@ -880,7 +1071,7 @@ class ContinualLearner:
         return rule
 
     def _begin_task(self, task: int) -> None:
-        self.task, self._so_far = task, SoFar()
+        self.task, self._so_far, self._unfinished = task, SoFar(), None
 
     def _require_of_this_kind(self, curvature: Curvature) -> None:
         settings = curvature.settings
@@ -1071,6 +1262,11 @@ class ContinualLearner:
                     max_examples=self.max_examples,
                     input_fn=self.input_fn,
                 )
+
+
+def _arguments(lr: float, plan: Plan) -> dict[str, Any]:
+    """Return what a checkpoint tells of a call of `fit`."""
+    return {"lr": lr, "passes": plan.passes, "steps": plan.steps, "freeze_at": plan.freeze_at}
 
 
 def _require_tasks_of_a_state(

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,22 @@ class Optimization:
             return None
         fastest = max(self.optimizer.param_groups, key=lambda group: float(group["lr"]))
         return self.highest_lr, float(fastest["momentum"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes on from step to step."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "steps_done": self._steps_done,
+            "highest_lr": self._highest_lr,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        self._steps_done, self._highest_lr = state["steps_done"], state["highest_lr"]
 
     def step(self, still: Iterable[nn.Parameter]) -> None:
         """Make a step, and go on to the next learning rate.

@@ -1,7 +1,8 @@
 """The curvature of the task that is being learnt, for the step that is stable on its loss, too."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,19 @@ class OwnCurvature:
         self._generator = torch.Generator().manual_seed(0)
         self._count, self._next, self._frozen = 0, 0, False
         self._curvature: Curvature | None = None
+
+    def begin_anew(self) -> None:
+        """Take the curvature anew for the next step, whatever there was before."""
+        self._count, self._next, self._curvature = 0, 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `begin_anew` leaves."""
+        return {"batches": list(self._batches), "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._batches.extend(state["batches"])
+        self._generator.set_state(state["generator"].cpu())
 
     def at(self, batch: Batch, frozen: bool) -> Curvature:
         """Return the curvature for the step on this mini-batch, before the model is called."""

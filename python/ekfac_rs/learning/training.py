@@ -1,10 +1,11 @@
 """One task's training: optimiser steps on loss and penalty, and what is told of them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from tqdm import tqdm
 
 from ekfac_rs.batchnorm import device_of, frozen_batchnorms
 from ekfac_rs.curvature import Curvature
-from ekfac_rs.errors import NonFiniteError, NumericalError
+from ekfac_rs.errors import IncompatibleError, NonFiniteError, NumericalError
+from ekfac_rs.learning.checkpoint import fingerprint, random_states, set_random_states
 from ekfac_rs.learning.optimization import Optimization
 from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.likelihood import Likelihood
@@ -63,6 +65,22 @@ class Plan:
     passes: int | None
     steps: int
     freeze_at: int
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where training is written down.
+
+    Attributes
+    ----------
+    write : callable
+        Called with the state of `Training`.
+    every : int
+        So many steps, and when all are made.
+    """
+
+    write: Callable[[dict[str, Any]], None]
+    every: int
 
 
 class Training:
@@ -123,38 +141,174 @@ class Training:
         self._begun = begun
         self._finite = FiniteCheck(deferred=device_of(model).type == "cuda")
         self._still: list[nn.Parameter] = []
+        self._history: list[dict[str, float]] = []
+        # Of the present pass through the loader.
+        self._means = Means(device_of(model))
+        self._batches_done = 0
+        self._last_targets: Tensor | None = None
+        self._random_before: dict[str, Any] | None = None
+        # Random states to go on with, once the mini-batches before are passed over.
+        self._random_then: dict[str, Any] | None = None
 
     def run(
-        self, loader: Loader, callback: Callable[[int], None] | None, progress: bool
+        self,
+        loader: Loader,
+        generators: Sequence[torch.Generator],
+        callback: Callable[[int], None] | None,
+        progress: bool,
+        checkpoints: Checkpoints | None,
     ) -> list[dict[str, float]]:
         """Go through the loader until all steps are made, and report each pass.
 
         Parameters
         ----------
         loader : Loader
+        generators : sequence of torch.Generator
+            Drawn from, beside those of the process.
         callback : callable, optional
             Called after every step with its number, counted from 1.
         progress : bool
             Show a tqdm bar.
+        checkpoints : Checkpoints, optional
         """
-        history, plan = [], self._plan
-        with tqdm(total=plan.steps, desc="fit", disable=not progress, leave=False) as bar:
-            for _ in count() if plan.passes is None else range(plan.passes):
-                means = Means(device_of(self._model))
-                left = plan.steps - self.steps_done if plan.passes is None else None
-                for batch in islice(loader.batches(), left):
+        bar = tqdm(
+            total=self._plan.steps,
+            initial=self.steps_done,
+            desc="fit",
+            disable=not progress,
+            leave=False,
+        )
+        with bar:
+            if self._is_over and self._random_then is not None:
+                set_random_states(self._random_then, generators)
+            while not self._is_over:
+                for batch in self._pass_over(loader, generators, checkpoints is not None):
                     loss, penalty, correct, counted = self.step(batch)
-                    means.add(loss, penalty, batch.examples, correct, counted)
+                    self._means.add(loss, penalty, batch.examples, correct, counted)
+                    self._batches_done, self._last_targets = self._batches_done + 1, batch.targets
                     bar.update()
                     if callback is not None:
                         callback(self.steps_done)
-                self._finite.finish()
-                if self._penalty is not None:
-                    self._penalty.finish()
-                history.append(means.result())
-                if plan.passes is None and self.steps_done == plan.steps:
-                    break
-        return history
+                    if checkpoints is not None and self.steps_done % checkpoints.every == 0:
+                        checkpoints.write(self.state_dict(generators))
+                self._end_pass()
+            if checkpoints is not None:
+                checkpoints.write(self.state_dict(generators))
+        return self._history
+
+    @property
+    def _is_over(self) -> bool:
+        if self._plan.passes is None:
+            return self.steps_done >= self._plan.steps
+        return len(self._history) == self._plan.passes
+
+    def _pass_over(
+        self, loader: Loader, generators: Sequence[torch.Generator], recorded: bool
+    ) -> Iterator[Batch]:
+        """Yield what is left of a pass: of one that was interrupted, the mini-batches not seen."""
+        batches = loader.batches()
+        if self._random_then is not None:
+            self._pass_by(batches, generators, self._random_then)
+            self._random_then = None
+        elif recorded:
+            self._random_before = random_states(generators)
+        left = self._plan.steps - self.steps_done if self._plan.passes is None else None
+        yield from islice(batches, left)
+
+    def _pass_by(
+        self,
+        batches: Iterator[Batch],
+        generators: Sequence[torch.Generator],
+        random_then: Mapping[str, Any],
+    ) -> None:
+        """Go through the mini-batches that were seen before the interruption.
+
+        Raises
+        ------
+        IncompatibleError
+            The last one is not there, or has other targets; there are other generators.
+        """
+        found = random_states(generators)
+        try:
+            if self._random_before is not None:
+                set_random_states(self._random_before, generators)
+            self._require_as_before(islice(batches, self._batches_done))
+            set_random_states(random_then, generators)
+        except BaseException:
+            set_random_states(found, generators)
+            raise
+
+    def _require_as_before(self, batches: Iterator[Batch]) -> None:
+        targets = [batch.targets for batch in batches]
+        seen, now = self._last_targets, targets[-1] if targets else None
+        there = len(targets) == self._batches_done
+        if there and (seen is None or now is None or fingerprint(seen) == fingerprint(now)):
+            return
+        got = "one with other targets" if there else f"{len(targets)}"
+        raise IncompatibleError(
+            f"fit: expected the loader to yield mini-batch {self._batches_done} of the pass that "
+            f"was interrupted again, got {got}: its order has to follow from random states"
+        )
+
+    def _end_pass(self) -> None:
+        self._finite.finish()
+        if self._penalty is not None:
+            self._penalty.finish()
+        self._history.append(self._means.result())
+        self._means, self._batches_done = Means(device_of(self._model)), 0
+        self._last_targets = None
+
+    def state_dict(self, generators: Sequence[torch.Generator]) -> dict[str, Any]:
+        """Return all that the steps to come depend on, but for weights and statistics.
+
+        What only makes steps faster or is about to be looked at anew, begins anew: here as in what
+        goes on from the state.
+        """
+        self._finite.finish()
+        if self._penalty is not None:
+            self._penalty.begin_anew()
+        if self._own is not None:
+            self._own.begin_anew()
+        still = set(self._still)
+        return {
+            "steps_done": self.steps_done,
+            "history": self._history,
+            "means": (self._means.examples, self._means.sums),
+            "batches_done": self._batches_done,
+            "last_targets": self._last_targets,
+            "random_before": self._random_before,
+            "random": random_states(generators),
+            "optimization": self._optimization.state_dict(),
+            "penalty": None if self._penalty is None else self._penalty.state_dict(),
+            "own": None if self._own is None else self._own.state_dict(),
+            "still": [name for name, p in self._model.named_parameters() if p in still],
+            "modes": {name: m.training for name, m in self._model.named_modules()},
+            # Those outside of the model's own state, too.
+            "buffers": dict(self._model.named_buffers()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; the model's weights are there already."""
+        self.steps_done, self._history = state["steps_done"], list(state["history"])
+        self._means.examples, sums = state["means"]
+        self._means.sums.copy_(sums)
+        self._batches_done, self._last_targets = state["batches_done"], state["last_targets"]
+        self._random_before = state["random_before"]
+        # Between two passes there is nothing to pass over.
+        if self._batches_done == 0:
+            self._random_before = state["random"]
+        self._random_then = state["random"]
+        self._optimization.load_state_dict(state["optimization"])
+        if self._penalty is not None:
+            self._penalty.load_state_dict(state["penalty"])
+        if self._own is not None:
+            self._own.load_state_dict(state["own"])
+        self._still = [self._model.get_parameter(name) for name in state["still"]]
+        for name, training in state["modes"].items():
+            self._model.get_submodule(name).training = training
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(state["buffers"][name])
+        self._begun()
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One optimiser step; returns loss, penalty and hits (`Likelihood.correct`), not waiting.
@@ -260,33 +414,60 @@ class ScaledPenalty:
     Parameters
     ----------
     control : Control
-    penalty : QuadraticPenalty
+    make : callable
+        Makes the penalty.
     selection : Selection
         Filled in.
+
+    Attributes
+    ----------
+    penalty : QuadraticPenalty
     """
 
-    def __init__(self, control: Control, penalty: QuadraticPenalty, selection: Selection) -> None:
-        self._control, self._penalty, self._selection = control, penalty, selection
+    def __init__(
+        self, control: Control, make: Callable[[], QuadraticPenalty], selection: Selection
+    ) -> None:
+        self.penalty = make()
+        self._control, self._make, self._selection = control, make, selection
         self._pending: _Copied | None = None
-        self._increase: Tensor
+        self._increase: Tensor | None = None
         selection.budget = control.budget
+
+    def close(self) -> None:
+        """Take the penalty's hooks with it."""
+        self.penalty.close()
+
+    def begin_anew(self) -> None:
+        """See to what has not been seen yet, and go on with a penalty that remembers nothing."""
+        self.finish()
+        self.close()
+        self.penalty = self._make()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `begin_anew` leaves, but for the selection."""
+        return {"control": self._control.state_dict(), "increase": self._increase}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._control.load_state_dict(state["control"])
+        self._increase = state["increase"]
 
     def __call__(self) -> Tensor:
         """Value of the penalty, with its scale for this step."""
-        self._penalty.scale = self._control.scale
-        return self._penalty()
+        self.penalty.scale = self._control.scale
+        return self.penalty()
 
     def precondition(self, lr: float, own: Curvature | None) -> None:
         """As `QuadraticPenalty.precondition`."""
-        self._penalty.precondition(lr, own)
+        self.penalty.precondition(lr, own)
 
     def note(self, loss: Tensor) -> None:
         """Take a step's loss, and what its penalty predicted."""
         self.finish()
-        self._selection.scale.append(self._penalty.scale)
-        if len(self._selection.scale) % _PREDICTION_INTERVAL == 1:
+        self._selection.scale.append(self.penalty.scale)
+        if self._increase is None or len(self._selection.scale) % _PREDICTION_INTERVAL == 1:
             self._increase = torch.as_tensor(
-                self._penalty.predicted_increase(), dtype=torch.float64, device=loss.device
+                self.penalty.predicted_increase(), dtype=torch.float64, device=loss.device
             )
         self._pending = _Copied(torch.stack([loss.detach().double(), self._increase]))
         if not loss.is_cuda:

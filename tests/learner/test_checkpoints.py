@@ -1,0 +1,315 @@
+"""Training that is interrupted ends as it would have without: bit for bit."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ekfac_rs as ek
+from ekfac_rs.errors import IncompatibleError, OptionError
+from processes import forks_allowed
+
+
+class Stop(Exception):
+    pass
+
+
+def net(outputs: int = 3) -> nn.Sequential:
+    torch.manual_seed(1)
+    first = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1)]
+    return nn.Sequential(*first, nn.Linear(8, outputs))
+
+
+def data(task: int, generator: torch.Generator | None = None) -> DataLoader:
+    own = torch.Generator().manual_seed(task)
+    x = torch.randn(60, 6, generator=own)
+    y = (x @ torch.randn(6, 3, generator=own)).argmax(1)
+    dataset = TensorDataset(x, y)
+    return DataLoader(dataset, batch_size=9, shuffle=True, generator=generator)
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+
+
+def one_cycle(optimizer, steps):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
+
+
+# Options of a learner, and arguments of fit.
+CASES = {
+    "as they come": ({}, {"epochs": 3}),
+    "scale that moves": ({"scale": "auto"}, {"epochs": 3}),
+    "adaptive": ({"scale": "adaptive", "weights": "first"}, {"epochs": 3}),
+    "own steps, BatchNorm frozen": ({"own": True, "freeze_bn_after": 0.4}, {"epochs": 3}),
+    "frozen throughout": ({"freeze_bn_after": 0.0, "scale": 10.0}, {"epochs": 3}),
+    "so many steps": ({"damping": 0.1, "max_terms": 1}, {"steps": 17}),
+    "explicit": ({"step": "explicit", "scale": 0.1}, {"epochs": 3}),
+    "AdamW on one cycle": (
+        {"optimizer": torch.optim.AdamW, "scheduler": one_cycle},
+        {"epochs": 3, "lr": 0.01},
+    ),
+    "L2": ({"approximation": None, "damping": 0.1}, {"epochs": 3}),
+    "fine-tuning": ({"approximation": None}, {"epochs": 3}),
+    "heads": ({"head": "new", "output_layer": "4"}, {"epochs": 3, "classes": 3}),
+}
+
+
+def all_of(learner: ek.ContinualLearner) -> dict[str, object]:
+    """Everything that two learners should have in common."""
+    return {
+        **{name: tensor.clone() for name, tensor in learner.model.state_dict().items()},
+        **{f"{k} {n}": t for k, c in enumerate(learner.curvatures) for n, t in c.tensors().items()},
+        **{f"anchor {name}": weight for name, weight in (learner.anchor or {}).items()},
+        "selection": [selection.as_dict() for selection in learner.selection],
+        "losses": learner.losses,
+        "random": (torch.rand(1), random.random(), np.random.rand()),  # noqa: NPY002
+    }
+
+
+def require_same(found: dict[str, object], expected: dict[str, object]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        same = torch.equal if isinstance(value, torch.Tensor) else (lambda a, b: a == b)
+        assert same(found[name], value), name
+
+
+def two_tasks(options, arguments, path, stop=None, *, task=1, every=4, make=net):
+    """Learn two tasks, where training of one is interrupted after a step and goes on elsewhere."""
+    seed_all(0)
+    learner, histories = ek.ContinualLearner(make(), **options), []
+
+    def interrupt(step, _):
+        if step == stop and learner.task == task:
+            raise Stop
+
+    while learner.task < 2:
+        fit = partial(learner.fit, **arguments, checkpoint=path, every=every)
+        if learner.task == 0:
+            fit.keywords.pop("classes", None)
+        loader = data(learner.task)
+        try:
+            histories.append(fit(loader, callback=interrupt))
+        except Stop:
+            seed_all(99)
+            learner, stop = ek.ContinualLearner.resume(path, make(), **options), None
+            continue
+        learner.consolidate(loader)
+    return all_of(learner), histories
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_ends_as_it_would_have_without_the_interruption(case, tmp_path):
+    options, arguments = CASES[case]
+    expected, histories = two_tasks(options, arguments, tmp_path / "one")
+    for stop, task in ((5, 1), (8, 1), (15, 1), (14, 1), (6, 0)):
+        found, again = two_tasks(options, arguments, tmp_path / "other", stop, task=task)
+        require_same(found, expected)
+        assert again == histories
+
+
+def test_a_loader_with_a_generator_of_its_own_goes_on(tmp_path):
+    def run(stop=None):
+        generator = torch.Generator().manual_seed(3)
+        seed_all(0)
+        learner = ek.ContinualLearner(net(), generator=torch.Generator().manual_seed(4))
+
+        def interrupt(step, _):
+            if step == stop:
+                raise Stop
+
+        fit = {"epochs": 3, "checkpoint": tmp_path / "file", "every": 4}
+        try:
+            learner.fit(data(0, generator), **fit, callback=interrupt)
+        except Stop:
+            generator = torch.Generator().manual_seed(77)
+            options = {"generator": torch.Generator()}
+            learner = ek.ContinualLearner.resume(tmp_path / "file", net(), **options)
+            learner.fit(data(0, generator), **fit)
+        learner.consolidate(data(0, generator))
+        return all_of(learner)
+
+    expected = run()
+    require_same(run(10), expected)
+
+
+def test_training_that_was_over_is_not_made_again(tmp_path):
+    learner = ek.ContinualLearner(net())
+    history = learner.fit(data(0), epochs=2, checkpoint=tmp_path / "file")
+    again = ek.ContinualLearner.resume(tmp_path / "file", net())
+    assert again.fit(data(0), epochs=2) == history
+    for name, value in learner.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("amid", [False, True], ids=["after a task", "before consolidation"])
+def test_a_saved_learner_goes_on_with_all_that_it_draws(amid, tmp_path):
+    def made():
+        return {"scale": "auto", "generator": torch.Generator().manual_seed(6)}
+
+    def go_on(learner):
+        if learner.task == 1:
+            learner.fit(data(1), epochs=2, checkpoint=tmp_path / "file")
+            learner.consolidate(data(1))
+        return all_of(learner)
+
+    seed_all(0)
+    learner = ek.ContinualLearner(net(), **made())
+    learner.fit(data(0))
+    learner.consolidate(data(0))
+    learner.save(tmp_path / "file")
+    if amid:
+        learner.fit(data(1), epochs=2, checkpoint=tmp_path / "file")
+        (tmp_path / "file").rename(tmp_path / "kept")
+        learner.consolidate(data(1))
+    else:
+        (tmp_path / "file").rename(tmp_path / "kept")
+    expected = go_on(learner)
+    seed_all(99)
+    require_same(go_on(ek.ContinualLearner.resume(tmp_path / "kept", net(), **made())), expected)
+
+
+def test_a_generator_that_is_not_given_again_is_missed(tmp_path):
+    learner = ek.ContinualLearner(net(), generator=torch.Generator())
+    learner.save(tmp_path / "file")
+    with pytest.raises(IncompatibleError, match="generator: expected 1"):
+        ek.ContinualLearner.resume(tmp_path / "file", net())
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+# EKFAC_KILLS=50 takes a minute.
+KILLS = int(os.environ.get("EKFAC_KILLS", "8"))
+
+
+def _learn(path, result) -> None:
+    """Learn three tasks, going on from the file if there is one."""
+    options = {"scale": 3.0, "generator": torch.Generator().manual_seed(2)}
+    torch.manual_seed(0)
+    if path.exists():
+        learner = ek.ContinualLearner.resume(path, net(), **options)
+    else:
+        learner = ek.ContinualLearner(net(), **options)
+    while learner.task < 3:
+        loader = data(learner.task, torch.Generator().manual_seed(learner.task))
+        learner.fit(loader, epochs=4, checkpoint=path, every=3)
+        learner.consolidate(DataLoader(loader.dataset, batch_size=20))
+        learner.save(path)
+    torch.save(learner.state_dict()["model"], result)
+
+
+def killed_at(seconds, path, result):
+    """Learn in a child that is killed after a while; return whether it was."""
+    with forks_allowed():
+        child = multiprocessing.get_context("fork").Process(target=_learn, args=(path, result))
+        child.start()
+    child.join(seconds)
+    killed = child.is_alive()
+    if killed:
+        child.kill()
+    child.join()
+    assert killed or child.exitcode == 0
+    return killed
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path):
+    begun = time.perf_counter()
+    assert not killed_at(100, tmp_path / "whole", tmp_path / "expected")
+    whole = time.perf_counter() - begun
+    expected = torch.load(tmp_path / "expected")
+    chance, kills = random.Random(0), 0
+    path, result = tmp_path / "file", tmp_path / "result"
+    # Many more than are needed where the machine is slower at times than at others.
+    for _ in range(10 * KILLS):
+        kills += killed_at(chance.uniform(0.0, 0.5) * whole, path, result)
+        if result.exists():
+            require_same(torch.load(result), expected)
+            result.unlink()
+            path.unlink()
+        if kills == KILLS:
+            break
+    assert kills == KILLS
+    assert not killed_at(100, path, result)
+    require_same(torch.load(result), expected)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    learner = ek.ContinualLearner(net())
+    learner.fit(data(0))
+    learner.consolidate(data(0))
+
+    def interrupt(step, _):
+        if step == 6:
+            raise Stop
+
+    torch.manual_seed(0)
+    with contextlib.suppress(Stop):
+        learner.fit(data(1), epochs=2, checkpoint=tmp_path / "file", every=5, callback=interrupt)
+    return tmp_path / "file"
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": 2.0}, {"damping": 0.1}, {"loss": "mse"}, {"freeze_bn_after": 0.5}]
+)
+def test_other_options_than_those_of_the_training_are_named(options, interrupted):
+    (name,) = options
+    with pytest.raises(IncompatibleError, match=f"which had {name}="):
+        ek.ContinualLearner.resume(interrupted, net(), **options)
+
+
+@pytest.mark.parametrize("arguments", [{"epochs": 3}, {"epochs": 2, "lr": 0.1}, {"steps": 14}])
+def test_other_arguments_than_those_of_the_call_are_named_and_change_nothing(
+    arguments, interrupted
+):
+    learner = ek.ContinualLearner.resume(interrupted, net())
+    before = {name: x.clone() for name, x in learner.model.state_dict().items()}
+    with pytest.raises(OptionError, match="expected to go on with the training"):
+        learner.fit(data(1), **arguments)
+    require_same(learner.model.state_dict(), before)
+    learner.fit(data(1), epochs=2)
+
+
+@pytest.mark.parametrize("change", ["other order", "fewer"])
+def test_a_loader_that_yields_other_mini_batches_is_refused_and_changes_nothing(
+    change, interrupted
+):
+    learner = ek.ContinualLearner.resume(interrupted, net())
+    before = {name: x.clone() for name, x in learner.model.state_dict().items()}
+    batches = list(data(1))
+
+    # As many by their length as there were.
+    class Other(list):
+        def __iter__(self):
+            return iter(batches[::-1] if change == "other order" else batches[:3])
+
+    with pytest.raises(IncompatibleError, match="expected the loader to yield mini-batch 5"):
+        learner.fit(Other(batches), epochs=2)
+    require_same(learner.model.state_dict(), before)
+    learner.fit(data(1), epochs=2)  # with the right one it goes on
+
+
+def test_another_network_is_refused(interrupted):
+    with pytest.raises(IncompatibleError):
+        ek.ContinualLearner.resume(interrupted, net(outputs=4))
+
+
+def test_scales_that_are_tried_have_no_checkpoints(tmp_path):
+    learner = ek.ContinualLearner(net(), scale="halving")
+    with pytest.raises(OptionError, match="checkpoint: expected none with"):
+        learner.fit(data(0), checkpoint=tmp_path / "file")
+    with pytest.raises(OptionError, match="every: expected"):
+        ek.ContinualLearner(net()).fit(data(0), checkpoint=tmp_path / "file", every=0)
