@@ -611,3 +611,41 @@ def test_a_state_of_a_learner_that_held_on_to_nothing_is_read(without):
     other = ek.ContinualLearner(mlp(6, 8, 3, dtype=torch.float32), approximation=None)
     other.load_state_dict(state | without)
     assert (other.task, other.losses) == (1, [None])
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+class Writer:
+    def __init__(self):
+        self.told = {}
+
+    def add_scalar(self, tag, value, step):
+        assert isinstance(value, float)
+        self.told.setdefault(tag, []).append((step, value))
+
+
+def test_every_steps_numbers_are_told():
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 5)
+    batches = [(inputs, inputs[:, :3].argmax(1)) for inputs in x]
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    learner, writer = ek.ContinualLearner(model, scale="auto", damping=0.1), Writer()
+    history = learner.fit(batches, epochs=2, log=writer)
+    learner.consolidate(batches)
+    assert list(writer.told) == ["task0/loss"]
+    steps, losses = zip(*writer.told["task0/loss"], strict=True)
+    assert steps == tuple(range(1, 9))
+    assert sum(losses[4:]) / 4 == pytest.approx(history[1]["loss"])
+    history = learner.fit(batches, epochs=1, log=writer)
+    (selection,) = learner.selection
+    told = {tag: [value for _, value in values] for tag, values in writer.told.items()}
+    assert told["task1/scale"] == selection.scale
+    assert told["task1/predicted increase"] == selection.increase
+    assert sum(told["task1/penalty"]) / 4 == pytest.approx(history[0]["penalty"])
+
+
+def test_a_log_that_takes_no_scalars_is_refused():
+    learner = ek.ContinualLearner(nn.Linear(5, 3))
+    with pytest.raises(ek.errors.OptionError, match="log: expected an object with add_scalar"):
+        learner.fit([], log=print)

@@ -66,6 +66,7 @@ from ekfac_rs.learning.training import (
     Checkpoints,
     Means,
     Plan,
+    Scalars,
     ScaledPenalty,
     SoFar,
     Training,
@@ -329,6 +330,7 @@ class ContinualLearner:
         classes: int | None = None,
         validation: Source | None = None,
         callback: Callable[[int, "ContinualLearner"], None] | None = None,
+        log: Any = None,
         checkpoint: str | os.PathLike[str] | None = None,
         every: int = 1000,
     ) -> list[dict[str, float]]:
@@ -364,6 +366,10 @@ class ContinualLearner:
         callback : callable, optional
             Called as ``callback(step, learner)`` after every step, counted from 1; with
             ``scale="halving"``, in every try anew.
+        log : optional
+            Told every step's numbers as ``log.add_scalar("task0/loss", value, step)``, which a
+            `torch.utils.tensorboard.SummaryWriter` takes: "loss", and under a penalty "penalty",
+            "scale" and "predicted increase" (of the earlier tasks' mean losses).
         checkpoint : str or os.PathLike, optional
             File to write the learner and its training to, from which `resume` goes on: it takes
             the place of the one before when it is whole. A run with the same checkpoints ends in
@@ -405,6 +411,11 @@ class ContinualLearner:
             where a step's loss is read during the next one.
         """
         require_nonnegative("lr", lr)
+        if log is not None and not callable(getattr(log, "add_scalar", None)):
+            raise OptionError(
+                f"log: expected an object with add_scalar(tag, value, step), got a "
+                f"{type(log).__name__}"
+            )
         if classes is not None:
             require_count("classes", classes)
         source = self._loader(loader)
@@ -416,7 +427,7 @@ class ContinualLearner:
             plan = self._plan(source, epochs, steps)
             self._require_as_interrupted(lr, plan)
             recorder = self._checkpoints(checkpoint, every, lr, plan, rule)
-            once = partial(self._fitted, source, lr, plan, callback, recorder)
+            once = partial(self._fitted, source, lr, plan, callback, log, recorder)
             if isinstance(rule, Halving) and self._is_penalised:
                 judges = source if validation is None else self._loader(validation)
                 history = self._fitted_by_halving(rule, once, source, plan, judges, undo)
@@ -430,6 +441,7 @@ class ContinualLearner:
         lr: float,
         plan: Plan,
         callback: Callable[[int, "ContinualLearner"], None] | None,
+        log: Any,
         checkpoints: Checkpoints | None,
         undo: ExitStack,
         rule: ScaleRule | None,
@@ -440,7 +452,7 @@ class ContinualLearner:
         What is changed before the first step, ``undo`` takes back until then.
         """
         with ExitStack() as cleanup:
-            training = self._training(source, lr, plan, undo, cleanup, rule, selection)
+            training = self._training(source, lr, plan, undo, cleanup, rule, selection, log)
             told = None if callback is None else lambda step: callback(step, self)
             generators, begun_at = self._generators(source), training.steps_done
             try:
@@ -509,6 +521,7 @@ class ContinualLearner:
         cleanup: ExitStack,
         rule: ScaleRule | None,
         selection: Selection | None,
+        log: Any,
     ) -> Training:
         """Prepare a task's training.
 
@@ -523,7 +536,7 @@ class ContinualLearner:
         if protected and plan.freeze_at > 0 and unfinished is None:
             self._reparameterize_if_any(source)
         put_in_train_mode(model)
-        scaled = None
+        scaled = told = None
         if rule is not None and self._is_penalised:
             if unfinished is not None:
                 selection = self.selection[-1]
@@ -533,7 +546,7 @@ class ContinualLearner:
                 selection = Selection(repr(rule), self.task)
                 self.selection.append(selection)
                 undo.callback(self.selection.pop)
-            scaled = ScaledPenalty(control, self._penalty, selection)
+            scaled, told = ScaledPenalty(control, self._penalty, selection), selection
             cleanup.callback(scaled.close)
         optimization = Optimization(
             [p for p in model.parameters() if p.requires_grad],
@@ -557,6 +570,7 @@ class ContinualLearner:
             doubled=self._doubled,
             plan=plan,
             so_far=self._so_far,
+            scalars=None if log is None else Scalars(log, self.task, told),
             begun=undo.pop_all,
         )
         if unfinished is not None:

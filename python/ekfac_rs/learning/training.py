@@ -104,6 +104,7 @@ class Training:
     plan : Plan
     so_far : SoFar
         Filled in.
+    scalars : Scalars or None
     begun : callable
         Called when the first step is made.
 
@@ -125,6 +126,7 @@ class Training:
         doubled: Callable[[Inputs], list[nn.Parameter]],
         plan: Plan,
         so_far: SoFar,
+        scalars: "Scalars | None",
         begun: Callable[[], object],
     ) -> None:
         self.steps_done = 0
@@ -138,6 +140,7 @@ class Training:
         self._doubled = doubled
         self._plan = plan
         self._so_far = so_far
+        self._scalars = scalars
         self._begun = begun
         self._finite = FiniteCheck(deferred=device_of(model).type == "cuda")
         self._still: list[nn.Parameter] = []
@@ -186,6 +189,8 @@ class Training:
                     loss, penalty, correct, counted = self.step(batch)
                     self._means.add(loss, penalty, batch.examples, correct, counted)
                     self._batches_done, self._last_targets = self._batches_done + 1, batch.targets
+                    if self._scalars is not None:
+                        self._scalars.add(self.steps_done, loss, penalty)
                     bar.update()
                     if callback is not None:
                         callback(self.steps_done)
@@ -254,6 +259,8 @@ class Training:
         self._finite.finish()
         if self._penalty is not None:
             self._penalty.finish()
+        if self._scalars is not None:
+            self._scalars.finish()
         self._history.append(self._means.result())
         self._means, self._batches_done = Means(device_of(self._model)), 0
         self._last_targets = None
@@ -481,6 +488,46 @@ class ScaledPenalty:
         self._control.update(loss, increase)
         self._selection.loss.append(loss)
         self._selection.increase.append(increase / self._selection.tasks)
+
+
+class Scalars:
+    """Tells a writer each step's numbers; on a GPU one step later, so that nothing waits.
+
+    Parameters
+    ----------
+    writer
+        Called as ``writer.add_scalar(tag, value, step)``.
+    task : int
+        In the tags: ``task0/loss``.
+    selection : Selection or None
+        Whose scale and predicted increase are told, too.
+    """
+
+    def __init__(self, writer: Any, task: int, selection: Selection | None) -> None:
+        self._writer, self._task, self._selection = writer, task, selection
+        self._pending: tuple[int, _Copied] | None = None
+
+    def add(self, step: int, loss: Tensor, penalty: Tensor) -> None:
+        """Take a step's loss and penalty."""
+        self.finish()
+        self._pending = step, _Copied(torch.stack([loss.double(), penalty.double()]))
+        if not loss.is_cuda:
+            self.finish()
+
+    def finish(self) -> None:
+        """Tell what has not been told yet."""
+        if self._pending is None:
+            return
+        (step, copied), self._pending = self._pending, None
+        loss, penalty = copied.read().tolist()
+        self._tell("loss", loss, step)
+        if self._selection is not None:
+            self._tell("penalty", penalty, step)
+            self._tell("scale", self._selection.scale[step - 1], step)
+            self._tell("predicted increase", self._selection.increase[step - 1], step)
+
+    def _tell(self, name: str, value: float, step: int) -> None:
+        self._writer.add_scalar(f"task{self._task}/{name}", value, step)
 
 
 class FiniteCheck:
