@@ -10,10 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
 from ekfac_rs.errors import OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Adaptive", "Budget", "Control", "Fixed", "Halving", "ScaleRule", "Selection", "rule_of"]
 
@@ -390,6 +393,20 @@ class Selection:
         ImportError
             matplotlib is not there: ``pip install ekfac-rs[experiments]``.
         """
+        self.figure().savefig(path)
+
+    def figure(self) -> "Figure":
+        """Return the picture of `plot`, to draw on or to write elsewhere.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not there: ``pip install ekfac-rs[experiments]``.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -407,7 +424,7 @@ class Selection:
         scales.plot(steps, self.scale)
         scales.set_yscale("log")
         scales.set(xlabel="step", ylabel="scale")
-        figure.savefig(path)
+        return figure
 
 
 def _require_positive(name: str, value: float) -> None:

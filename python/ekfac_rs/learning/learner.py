@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -62,6 +63,7 @@ from ekfac_rs.learning.optimization import (
     require_scheduler,
 )
 from ekfac_rs.learning.own import OwnCurvature
+from ekfac_rs.learning.report import page
 from ekfac_rs.learning.training import (
     Checkpoints,
     Means,
@@ -76,6 +78,7 @@ from ekfac_rs.learning.training import (
 )
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
 from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
+from ekfac_rs.metrics import AccuracyMatrix
 from ekfac_rs.penalty import QuadraticPenalty
 from ekfac_rs.scales import Fixed, Halving, ScaleRule, Selection, rule_of
 
@@ -909,6 +912,26 @@ class ContinualLearner:
         self.curvatures, self.anchor, self.selection = curvatures, anchor, selection
         self.losses, self._norms = losses, norms
         self._begin_task(task)
+
+    def report(self, path: str | os.PathLike[str], accuracy: AccuracyMatrix | None = None) -> None:
+        """Write a page that tells what was learnt: one HTML file that needs nothing else.
+
+        Of accuracies where they are given, what the tasks' curvatures weigh, the scales with what
+        they were chosen by, step by step, and the options.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+        accuracy : AccuracyMatrix, optional
+            Of the results of `evaluate` after each task.
+
+        Raises
+        ------
+        ImportError
+            matplotlib is not there: ``pip install ekfac-rs[experiments]``.
+        """
+        text = page(self._options(), self.curvatures, self.losses, self.selection, accuracy)
+        Path(path).write_text(text, encoding="utf-8")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, for `resume`; replaced only when complete.
