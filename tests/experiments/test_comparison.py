@@ -13,7 +13,14 @@ from ekfac_rs.experiments.methods import METHODS, rule_names, with_rules
 from ekfac_rs.experiments.options import scale
 from ekfac_rs.experiments.report import STREAM
 from ekfac_rs.experiments.runs import PlannedRun, RunRecord
-from ekfac_rs.experiments.settings import Method, Preset, grid, setting_words, strength_of
+from ekfac_rs.experiments.settings import (
+    Method,
+    Preset,
+    beyond,
+    grid,
+    setting_words,
+    strength_of,
+)
 from ekfac_rs.scales import SCALES
 
 PRESET = Preset(
@@ -329,3 +336,42 @@ def test_scales_may_be_named_among_numbers():
 
 def test_fine_tuning_alone_holds_on_to_nothing():
     assert [key for key, method in METHODS.items() if not method.is_penalised] == ["fine-tuning"]
+
+
+# --- beyond the ends of a grid -------------------------------------------------------------------
+
+GRID = [{"lr": lr, "scale": s} for lr, s in ((0.03, 3.0), (0.1, 1.0), (0.1, 3.0), (0.1, 10.0))]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"lr": 0.1, "scale": 3.0}, [{"lr": 0.3, "scale": 3.0}]),
+        ({"lr": 0.1, "scale": 10.0}, [{"lr": 0.3, "scale": 10.0}, {"lr": 0.1, "scale": 30.0}]),
+        ({"lr": 0.1, "scale": 1.0}, [{"lr": 0.3, "scale": 1.0}, {"lr": 0.1, "scale": 0.3}]),
+        ({"lr": 0.03, "scale": 3.0}, [{"lr": 0.009, "scale": 3.0}]),
+    ],
+)
+def test_beyond_an_end_come_settings_as_far_apart_as_those_before(setting, expected):
+    assert beyond(setting, GRID) == expected
+    assert beyond(setting, [*GRID, *expected[1:]]) == expected[:1]
+
+
+def test_nothing_is_beyond_what_counts_or_has_one_value_or_is_zero_or_a_word():
+    tried = [{"epochs": e, "scale": "auto", "damping": d} for e, d in ((1, 0.0), (2, 1.0))]
+    assert beyond(tried[0], tried) == []
+    assert beyond({"lr": 0.1}, [{"lr": 0.1}]) == []
+
+
+def test_a_grid_goes_on_while_its_best_is_at_an_end(compare, tmp_path):
+    preset = dataclasses.replace(PRESET, lrs=(0.01, 0.02), scales=(1.0,), extensions=3)
+    made, content, _ = compare(preset, ["a"])
+    # A run's accuracy is its learning rate: the best is always at the end.
+    tried = [point["setting"]["lr"] for point in content["methods"]["a"]["grid"]]
+    assert tried == [0.01, 0.02, 0.04, 0.08, 0.2]
+    assert content["methods"]["a"]["setting"]["lr"] == tried[-1]
+    assert made.count("grid") == 5
+    # What was made is found again, and planned as it was.
+    assert Comparison(Told(preset), tmp_path, ["a"], progress=False).to_make() == []
+    assert compare(preset, ["a"])[0] == []
+    assert len(Comparison(Told(preset), tmp_path / "other", ["a"]).to_make()) == 3 + 2 + 2

@@ -28,7 +28,7 @@ from ekfac_rs.experiments.runs import (
     Workers,
     complete,
 )
-from ekfac_rs.experiments.settings import Method, Preset, Setting, setting_words
+from ekfac_rs.experiments.settings import Method, Preset, Setting, beyond, setting_words
 
 __all__ = ["Comparison", "Experiment"]
 
@@ -161,6 +161,10 @@ class Experiment(ABC):
         """Return what ``results.json`` says about the data."""
 
 
+# Makes or finds the records of settings by method; None where some are not there.
+_RecordsOf = Callable[[Mapping[str, Sequence[Setting]]], dict[str, list[RunRecord]] | None]
+
+
 class Comparison:
     """The whole comparison: grid, choice, final runs, report.
 
@@ -244,7 +248,8 @@ class Comparison:
 
     def _chosen_settings(self, pool: Workers) -> list[MethodResult]:
         """Try all settings, choose one for each method, and make its final runs."""
-        screened = self._complete("grid", self.tried, pool)
+        screened = self._screened(lambda tried: self._complete("grid", tried, pool))
+        assert screened is not None
         finalists = {key: self._finalists(key, records) for key, records in screened.items()}
         again = self._complete("finalist", finalists, pool)
         grids = self._grids(screened, finalists, again)
@@ -265,6 +270,25 @@ class Comparison:
             runs = next(point.runs for point in points if point.setting == chosen)
             results.append(MethodResult(key, method.label, chosen, points, runs))
         return results
+
+    def _screened(self, records_of: _RecordsOf) -> dict[str, list[RunRecord]] | None:
+        """Return the grid's records by method; grids go on where their best is at an end."""
+        records = records_of(self.tried)
+        for _ in range(self.experiment.preset.extensions):
+            if records is None:
+                break
+            more = {key: self._beyond(key, made) for key, made in records.items()}
+            if not any(more.values()):
+                break
+            self.tried = {key: [*tried, *more[key]] for key, tried in self.tried.items()}
+            records = records_of(self.tried)
+        return records
+
+    def _beyond(self, key: str, records: Sequence[RunRecord]) -> list[Setting]:
+        """Return settings to try beyond those at an end of which the best lies."""
+        tried = self.tried[key]
+        points = self._grid_points(key, records, [], [])
+        return beyond(self.experiment.choose(points), tried) if points else []
 
     def _refuse_what_cannot_be(self) -> None:
         preset = self.experiment.preset
@@ -411,7 +435,7 @@ class Comparison:
         }
         final = self.settings if self.experiment.every_setting else likely
         grid_is_made = finalists_are_made = False
-        if (screened := self._made("grid", self.tried)) is not None:
+        if (screened := self._screened(lambda tried: self._made("grid", tried))) is not None:
             grid_is_made = True
             finalists = {key: self._finalists(key, records) for key, records in screened.items()}
             if (again := self._made("finalist", finalists)) is not None:

@@ -28,7 +28,7 @@ from ekfac_rs.experiments.pictures import (
     draw_trade_offs,
 )
 from ekfac_rs.experiments.runs import RunRecord, write_json
-from ekfac_rs.experiments.settings import Setting, setting_text, strength_of
+from ekfac_rs.experiments.settings import Setting, edges, setting_text, strength_of
 from ekfac_rs.metrics import AccuracyMatrix
 
 __all__ = [
@@ -118,21 +118,8 @@ class MethodResult:
         return [point for point in self.grid if point.diverged is None]
 
     def edges(self) -> list[str]:
-        """Return the settings chosen at an end of the range tried: the best may lie beyond it.
-
-        Zero is a natural end and does not count.
-        """
-        axes = {
-            name: {v for point in self.grid if not isinstance(v := point.setting[name], str)}
-            for name in self.setting
-        }
-        return [
-            name
-            for name, tried in axes.items()
-            if len(tried) > 1
-            and self.setting[name] != 0
-            and self.setting[name] in (min(tried), max(tried))
-        ]
+        """Return the axes whose chosen value is at an end of what was tried."""
+        return edges(self.setting, [point.setting for point in self.grid])
 
     def summary(self) -> dict[str, list[float]]:
         """Return each measure of the table, one value per final run."""

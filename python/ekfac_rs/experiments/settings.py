@@ -145,6 +145,9 @@ class Preset:
         Of the penalties with a curvature.
     crossed
         Leave out settings that differ in more than one axis from the middle of the grid.
+    extensions
+        How often a method's grid goes on beyond an end of a learning rate or strength where its
+        best setting lies there.
     finalists
         Best settings of each method's grid that are tried again on runs as long as the final ones
         before one of them is chosen. 0 to choose from the grid itself.
@@ -195,6 +198,7 @@ class Preset:
     )
     damping: float = field(metadata=option(number, "of the penalties with a curvature"))
     crossed: bool = False
+    extensions: int = 0
     finalists: int = field(
         default=0,
         metadata=option(
@@ -284,6 +288,40 @@ def grid(*, crossed: bool = False, **axes: Sequence[float | str]) -> list[Settin
         return list(points)
     middle = {name: values[len(values) // 2] for name, values in axes.items()}
     return [point for point in points if sum(point[name] != middle[name] for name in axes) <= 1]
+
+
+def edges(setting: Setting, tried: Sequence[Setting]) -> list[str]:
+    """Return the axes where a setting lies at an end of what was tried: the best may lie beyond it.
+
+    Zero is a natural end and does not count.
+    """
+    axes = {name: _numbers_of(name, tried) for name in setting}
+    return [
+        name
+        for name, values in axes.items()
+        if len(values) > 1 and setting[name] != 0 and setting[name] in (values[0], values[-1])
+    ]
+
+
+def beyond(setting: Setting, tried: Sequence[Setting]) -> list[Setting]:
+    """Return the next settings beyond each end at which a setting lies, as far as it is open."""
+    settings = []
+    for name in edges(setting, tried):
+        values = _numbers_of(name, tried)
+        if not all(isinstance(value, float) and value > 0.0 for value in values):
+            continue
+        if setting[name] == values[0]:
+            values.reverse()
+        # Grids of 1, 3, 10 go on with 30: steps take turns.
+        before = values[-3:-1] if len(values) > 2 else values[-2:]
+        value = float(f"{values[-1] * before[1] / before[0]:.1g}")
+        settings.append({**setting, name: value})
+    return [setting for setting in settings if setting not in tried]
+
+
+def _numbers_of(axis: str, settings: Sequence[Setting]) -> list[float]:
+    """Return the numbers that an axis has in some settings, in order."""
+    return sorted({v for setting in settings if not isinstance(v := setting[axis], str)})
 
 
 def strength_of(setting: Setting) -> float:

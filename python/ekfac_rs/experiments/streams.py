@@ -314,6 +314,11 @@ class Stream(Experiment):
             text += f" of {self._grid_examples:,} training images"
         if preset.finalists:
             text += f", the best {preset.finalists} of them again on all {preset.tasks}"
+        if preset.extensions:
+            text += (
+                f", and further ones where the best lay at an end of what was tried (up to "
+                f"{preset.extensions} times)"
+            )
         return (
             f"{text}: seed {preset.grid_seed}, judged on held-out training images of all tasks, "
             "the old ones included, an oracle's choice. Fine-tuning, which has no penalty, at the "

@@ -240,6 +240,7 @@ _PERMUTED = dataclasses.replace(
     grid_tasks=10,
     finalists=0,
     crossed=True,
+    extensions=3,
     lrs=(0.03, 0.1, 0.3),
     frozen_lrs=(0.01, 0.03, 0.1),
     plain_lrs=(0.001, 0.003, 0.01, 0.03, 0.1),
