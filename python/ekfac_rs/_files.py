@@ -4,6 +4,7 @@ Nothing in them is ever executed: tensors, numbers and words.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -45,8 +46,7 @@ def write(
         There is no room, or it cannot be written; the file that was there stays.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "no such directory", str(target.parent))
+    require_folder(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     apart = _apart(tensors)
     # That there is a checksum is said where it counts, for it not to be lost unnoticed.
@@ -59,6 +59,20 @@ def write(
     except SafetensorError as error:
         raise OSError(f"{path}: expected to write {len(apart)} tensors, got: {error}") from error
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Raise `FileNotFoundError` unless there is a directory for the file."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such directory", str(folder))
+
+
+def remove_partial(path: str | os.PathLike[str]) -> None:
+    """Remove what writers of a file left that were killed; none may be at work."""
+    target = Path(path)
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
         partial.unlink(missing_ok=True)
 
 

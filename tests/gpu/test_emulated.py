@@ -38,6 +38,8 @@ ELSEWHERE = (
     *("large_factor", "bce-"),
     # The order of examples and of memory, where other layers' were shuffled on the device.
     "merging_and_memory_layout",
+    # Files and pages; of what is written down to go on with, one is enough.
+    *("test_files", "test_report", "(test_checkpoints and not all_that_it_draws)"),
     # Of coordinates and statistics two of four combinations: both of each.
     *("modes1", "modes2"),
 )

@@ -241,6 +241,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path):
     assert kills == KILLS
     assert not killed_at(100, path, result)
     require_same(torch.load(result), expected)
+    assert not [x for x in tmp_path.iterdir() if x.suffix == ".partial"]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -311,5 +312,7 @@ def test_scales_that_are_tried_have_no_checkpoints(tmp_path):
     learner = ek.ContinualLearner(net(), scale="halving")
     with pytest.raises(OptionError, match="checkpoint: expected none with"):
         learner.fit(data(0), checkpoint=tmp_path / "file")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ek.ContinualLearner(net()).fit(data(0), checkpoint=tmp_path / "nowhere" / "file")
     with pytest.raises(OptionError, match="every: expected"):
         ek.ContinualLearner(net()).fit(data(0), checkpoint=tmp_path / "file", every=0)

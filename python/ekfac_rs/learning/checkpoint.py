@@ -35,7 +35,10 @@ def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -
         The file cannot be written; the one that was there stays.
     """
     tensors: dict[str, Tensor] = {}
-    _files.write(path, tensors, {"content": _flat(content, "checkpoint", tensors)}, _FORMAT)
+    flat = _flat(content, "checkpoint", tensors)
+    # A learner is the only writer of its file.
+    _files.remove_partial(path)
+    _files.write(path, tensors, {"content": flat}, _FORMAT)
 
 
 def read_checkpoint(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative, require_share
+from ekfac_rs._files import require_folder
 from ekfac_rs._modes import bare_model, own_modes
 from ekfac_rs._tensors import kept, put_back
 from ekfac_rs.batchnorm import (
@@ -401,7 +402,8 @@ class ContinualLearner:
         IncompatibleError
             After `resume`: the loader does not yield the mini-batches that it did.
         OSError
-            The checkpoint cannot be written; the one before stays.
+            The checkpoint cannot be written; the one before stays. There is no such folder: before
+            training.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
@@ -1040,6 +1042,7 @@ class ContinualLearner:
         if path is None:
             return None
         require_count("every", every)
+        require_folder(path)
         if isinstance(rule, Halving):
             raise OptionError(
                 'checkpoint: expected none with scale="halving", which begins anew in every try'

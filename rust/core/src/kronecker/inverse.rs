@@ -10,7 +10,7 @@ use crate::cancel::Cancel;
 use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
-use crate::place::Place;
+use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
 use crate::terms::Group;
 use crate::view::{TensorView, TensorViewMut};
@@ -64,19 +64,14 @@ impl KroneckerInverse {
         home: Place,
         cancel: &Cancel,
     ) -> Result<Self> {
-        let groups = match groups {
-            [group] if group.terms.len() == 1 && damping == 0.0 => {
-                vec![undamped_term(backend, group, cancel)?]
-            }
-            // Small matrices as a rule, which are decomposed together.
-            _ if groups[0].terms.len() == 1 => one_term(backend, groups, damping)?,
-            _ => {
-                let invert = |group| {
-                    cancel.check()?;
-                    two_terms(backend, group, cancel)
-                };
-                groups.iter().map(invert).collect::<Result<Vec<_>>>()?
-            }
+        // On a GPU a launch takes longer than a small matrix: many are decomposed together.
+        let one_by_one = groups.len() == 1 || backend.device() == Device::Cpu;
+        let groups = match groups[0].terms.len() {
+            1 if damping == 0.0 && one_by_one => each(groups, cancel, |group| {
+                undamped_term(backend, group, cancel)
+            })?,
+            1 => one_term(backend, groups, damping)?,
+            _ => each(groups, cancel, |group| two_terms(backend, group, cancel))?,
         };
         groups
             .iter()
@@ -181,6 +176,19 @@ impl<B: Backend> Inverse<B> {
         }
         Ok(())
     }
+}
+
+/// The inverse of each group, one after another.
+fn each<'a, 'b, B: Backend, T: Real>(
+    groups: &'a [Group<'b, T>],
+    cancel: &Cancel,
+    invert: impl Fn(&'a Group<'b, T>) -> Result<DiagonalInBasis<B>>,
+) -> Result<Vec<DiagonalInBasis<B>>> {
+    let checked = |group| {
+        cancel.check()?;
+        invert(group)
+    };
+    groups.iter().map(checked).collect()
 }
 
 /// `G (x) A` is the identity in the basis `L_G^-T (x) L_A^-T`, with `G = L_G L_G^T` and A likewise.
