@@ -28,12 +28,12 @@ def net(outputs: int = 3) -> nn.Sequential:
     return nn.Sequential(*first, nn.Linear(8, outputs))
 
 
-def data(task: int, generator: torch.Generator | None = None) -> DataLoader:
+def data(task: int, generator: torch.Generator | None = None, workers: int = 0) -> DataLoader:
     own = torch.Generator().manual_seed(task)
     x = torch.randn(60, 6, generator=own)
     y = (x @ torch.randn(6, 3, generator=own)).argmax(1)
     dataset = TensorDataset(x, y)
-    return DataLoader(dataset, batch_size=9, shuffle=True, generator=generator)
+    return DataLoader(dataset, batch_size=9, shuffle=True, generator=generator, num_workers=workers)
 
 
 def seed_all(seed: int) -> None:
@@ -143,6 +143,31 @@ def test_a_loader_with_a_generator_of_its_own_goes_on(tmp_path):
     require_same(run(10), expected)
 
 
+@pytest.mark.parametrize("stop", [5, 9])
+def test_a_loader_with_processes_of_its_own_goes_on(stop, tmp_path):
+    """Those draw the order as soon as a pass begins."""
+
+    def run(stop):
+        seed_all(0)
+        learner = ek.ContinualLearner(net())
+
+        def interrupt(step, _):
+            if step == stop:
+                raise Stop
+
+        fit = {"epochs": 2, "checkpoint": tmp_path / "file", "every": 4}
+        try:
+            learner.fit(data(0, workers=2), **fit, callback=interrupt)
+        except Stop:
+            seed_all(99)
+            learner = ek.ContinualLearner.resume(tmp_path / "file", net())
+            learner.fit(data(0, workers=2), **fit)
+        return all_of(learner)
+
+    with forks_allowed():
+        require_same(run(stop), run(None))
+
+
 def test_training_that_was_over_is_not_made_again(tmp_path):
     learner = ek.ContinualLearner(net())
     history = learner.fit(data(0), epochs=2, checkpoint=tmp_path / "file")
@@ -205,7 +230,8 @@ def _learn(path, result) -> None:
         learner.fit(loader, epochs=4, checkpoint=path, every=3)
         learner.consolidate(DataLoader(loader.dataset, batch_size=20))
         learner.save(path)
-    torch.save(learner.state_dict()["model"], result)
+    torch.save(learner.state_dict()["model"], result.with_suffix(".new"))
+    result.with_suffix(".new").rename(result)
 
 
 def killed_at(seconds, path, result):

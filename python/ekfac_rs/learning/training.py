@@ -211,22 +211,23 @@ class Training:
         self, loader: Loader, generators: Sequence[torch.Generator], recorded: bool
     ) -> Iterator[Batch]:
         """Yield what is left of a pass: of one that was interrupted, the mini-batches not seen."""
-        batches = loader.batches()
         if self._random_then is not None:
-            self._pass_by(batches, generators, self._random_then)
+            batches = self._interrupted_pass(loader, generators, self._random_then)
             self._random_then = None
-        elif recorded:
-            self._random_before = random_states(generators)
+        else:
+            # A pass may draw its order as soon as it begins.
+            self._random_before = random_states(generators) if recorded else None
+            batches = loader.batches()
         left = self._plan.steps - self.steps_done if self._plan.passes is None else None
         yield from islice(batches, left)
 
-    def _pass_by(
+    def _interrupted_pass(
         self,
-        batches: Iterator[Batch],
+        loader: Loader,
         generators: Sequence[torch.Generator],
         random_then: Mapping[str, Any],
-    ) -> None:
-        """Go through the mini-batches that were seen before the interruption.
+    ) -> Iterator[Batch]:
+        """Begin the pass that was interrupted, and go through what was seen of it before.
 
         Raises
         ------
@@ -237,8 +238,10 @@ class Training:
         try:
             if self._random_before is not None:
                 set_random_states(self._random_before, generators)
+            batches = loader.batches()
             self._require_as_before(islice(batches, self._batches_done))
             set_random_states(random_then, generators)
+            return batches
         except BaseException:
             set_random_states(found, generators)
             raise
