@@ -79,7 +79,7 @@ def picture(results: Results, path: Path) -> None:
     shown = [name for name in workloads[0]["rows"] if name != BARE]
     for index, workload in enumerate(workloads):
         axes = figure.add_subplot(1, len(workloads), index + 1)
-        ratios = [workload["rows"][name].get("over_bare") for name in shown]
+        ratios = [workload["rows"].get(name, {}).get("over_bare") for name in shown]
         colours = ["tab:green" if name == OURS else "tab:gray" for name in shown]
         axes.barh(shown, [ratio or 0.0 for ratio in ratios], color=colours)
         for place, ratio in enumerate(ratios):
