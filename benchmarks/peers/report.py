@@ -83,7 +83,7 @@ def picture(results: Results, path: Path) -> None:
         colours = ["tab:green" if name == OURS else "tab:gray" for name in shown]
         axes.barh(shown, [ratio or 0.0 for ratio in ratios], color=colours)
         for place, ratio in enumerate(ratios):
-            axes.text(ratio or 0.0, place, f" {ratio:.2f}" if ratio else " cannot", va="center")
+            axes.text(ratio or 0.0, place, f" {ratio:.2f}" if ratio else " no figure", va="center")
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set_title(workload["title"], fontsize=9)
