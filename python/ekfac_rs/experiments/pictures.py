@@ -31,6 +31,7 @@ _COLOURS = (
 _MARKERS = "ovs^DPX<>"
 # Inches.
 _ROW_HEIGHT = 0.25
+_LETTER_WIDTH = 0.09
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,9 @@ def draw_curves(
     finals = {label: float(mean[-1]) for label, mean in means.items()}
     upper = _upper_group(finals)
     panels = [list(curves), upper] if len(upper) < len(curves) else [upper]
-    figure, all_axes = _figure(title, len(panels), rows=max(map(len, panels)))
+    figure, all_axes = _figure(
+        title, len(panels), rows=max(map(len, panels)), beside=max(map(len, curves))
+    )
     styles = dict(zip(curves, _styles(len(curves)), strict=True))
     for panel, (axes, shown) in enumerate(zip(all_axes, panels, strict=True)):
         for label in shown:
@@ -258,10 +261,16 @@ def draw_curves(
     figure.savefig(path)
 
 
-def _figure(title: str, panels: int, rows: int = 0) -> tuple[Figure, Sequence[Axes]]:
-    """Make a picture with panels side by side, as high as so many rows of text need."""
+def _figure(
+    title: str, panels: int, rows: int = 0, beside: int = 0
+) -> tuple[Figure, Sequence[Axes]]:
+    """Make a picture with panels side by side.
+
+    As high as so many rows of text need, and wide enough for so many letters beside each panel.
+    """
     height = max(4.6, _ROW_HEIGHT * (rows + 3))
-    figure = Figure(figsize=(6.0 * panels + 1.2, height), dpi=110, layout="constrained")
+    width = (6.0 + _LETTER_WIDTH * max(0, beside - 25)) * panels + 1.2
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
     all_axes = figure.subplots(1, panels, squeeze=False)[0]
