@@ -53,12 +53,11 @@ class Control:
             (`QuadraticPenalty.predicted_increase`).
         """
 
-    def state_dict(self) -> dict[str, float | None]:
-        """Return the numbers among its attributes, for a checkpoint."""
-        numbers = (int, float, type(None))
-        return {name: value for name, value in vars(self).items() if isinstance(value, numbers)}
+    def state_dict(self) -> dict[str, Any]:
+        """Return its attributes but for the rule, for a checkpoint: numbers, lists, tensors."""
+        return {k: value for k, value in vars(self).items() if not isinstance(value, ScaleRule)}
 
-    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         vars(self).update(state)
 

@@ -211,6 +211,55 @@ def test_a_generator_that_is_not_given_again_is_missed(tmp_path):
         ek.ContinualLearner.resume(tmp_path / "file", net())
 
 
+class Remembering(ek.scales.Control):
+    """Takes the mean of the last losses as scale: what it knows is a list."""
+
+    def __init__(self):
+        super().__init__(1.0)
+        self.losses = []
+
+    def update(self, loss, increase):
+        self.losses = [*self.losses[-5:], loss]
+        self.scale = sum(self.losses) / len(self.losses)
+
+
+class RememberingRule(ek.scales.ScaleRule):
+    def first_scale(self):
+        return 1.0
+
+    def control(self, losses, steps, before=None):
+        return Remembering()
+
+    def __repr__(self):
+        return "remembering"
+
+
+def test_a_rule_of_ones_own_goes_on_with_all_that_it_knows(tmp_path):
+    case = {"scale": RememberingRule()}, {"epochs": 3}
+    expected, _ = two_tasks(*case, tmp_path / "one")
+    found, _ = two_tasks(*case, tmp_path / "other", 9)
+    require_same(found, expected)
+
+
+def test_models_that_a_callable_gives_go_on(tmp_path):
+    def run(stop):
+        seed_all(0)
+        first = net()
+
+        def make(task):
+            return nn.Sequential(*first[:4], nn.Linear(8, 3))
+
+        return two_tasks(
+            {"head": make, "layers": ["0"]},
+            {"epochs": 3},
+            tmp_path / "file",
+            stop,
+            make=lambda: first,
+        )[0]
+
+    require_same(run(9), run(None))
+
+
 # --- killed ---------------------------------------------------------------------------------------
 
 # EKFAC_KILLS=50 takes a minute.
@@ -308,6 +357,15 @@ def test_other_arguments_than_those_of_the_call_are_named_and_change_nothing(
         learner.fit(data(1), **arguments)
     require_same(learner.model.state_dict(), before)
     learner.fit(data(1), epochs=2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"optimizer": torch.optim.AdamW}, {"scheduler": None}], ids=str
+)
+def test_another_kind_of_optimiser_or_schedule_is_named(options, interrupted):
+    learner = ek.ContinualLearner.resume(interrupted, net(), **options)
+    with pytest.raises(IncompatibleError, match="optimizer, scheduler: expected .* SGD and Lambda"):
+        learner.fit(data(1), epochs=2)
 
 
 @pytest.mark.parametrize("change", ["other order", "fewer"])

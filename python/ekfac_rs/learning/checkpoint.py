@@ -2,7 +2,6 @@
 
 import os
 import random
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,10 +151,3 @@ def require_generators(states: Mapping[str, Any], generators: Sequence[torch.Gen
             f"generator: expected {len(states['generators'])} of learner and loader, got "
             f"{len(generators)}"
         )
-
-
-def fingerprint(targets: Tensor) -> int | None:
-    """Return a number that tells integer targets of a mini-batch; None of others."""
-    if targets.is_floating_point() or targets.is_complex():
-        return None
-    return zlib.crc32(targets.detach().cpu().contiguous().numpy().tobytes())

@@ -400,10 +400,11 @@ class ContinualLearner:
             where scales are tried, or of a state that a file cannot hold; other arguments than
             those of the training that `resume` goes on with.
         IncompatibleError
-            After `resume`: the loader does not yield the mini-batches that it did.
+            After `resume`: the loader does not yield the mini-batches that it did; another kind of
+            optimizer or scheduler.
         OSError
-            The checkpoint cannot be written; the one before stays. There is no such folder: before
-            training.
+            The checkpoint cannot be written; the one before stays. Where there is no directory for
+            it, before training.
         EmptyLoaderError, LabelError, ShapeError, DtypeError, UnsupportedLossError
             The loader has no examples, or a mini-batch does not fit.
         BatchNormError
@@ -938,7 +939,7 @@ class ContinualLearner:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, for `resume`; replaced only when complete.
 
-        Safetensors and JSON: reading it runs no code.
+        Safetensors and JSON: reading it runs no code. One process at a time may write a file.
 
         Parameters
         ----------

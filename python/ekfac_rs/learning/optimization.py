@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ekfac_rs._checks import require_choice
-from ekfac_rs.errors import OptionError
+from ekfac_rs.errors import IncompatibleError, OptionError
 
 # Called as ``optimizer(parameters, lr=lr)``, as torch's own classes can be.
 MakesOptimizer = Callable[..., Optimizer]
@@ -111,6 +111,7 @@ class Optimization:
     def state_dict(self) -> dict[str, Any]:
         """Return what goes on from step to step."""
         return {
+            "kinds": self._kinds(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "steps_done": self._steps_done,
@@ -118,7 +119,18 @@ class Optimization:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises
+        ------
+        IncompatibleError
+            It is that of another kind of optimiser or scheduler.
+        """
+        if state["kinds"] != self._kinds():
+            raise IncompatibleError(
+                f"optimizer, scheduler: expected those of the training that was interrupted, "
+                f"{' and '.join(state['kinds'])}, got {' and '.join(self._kinds())}"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
@@ -140,6 +152,9 @@ class Optimization:
         if self._scheduler is not None and self._steps_done <= self._steps:
             self._scheduler.step()
             self._note_lr()
+
+    def _kinds(self) -> list[str]:
+        return [type(self.optimizer).__name__, type(self._scheduler).__name__]
 
     def _note_lr(self) -> None:
         rates = [float(group["lr"]) for group in self.optimizer.param_groups if _has_lr(group)]

@@ -64,6 +64,8 @@ def page(
 
 
 def _of_accuracy(accuracy: AccuracyMatrix) -> Iterator[str]:
+    from matplotlib.figure import Figure
+
     yield "<h2>Accuracy</h2>"
     summary = [f"Average after the last task: <b>{_percent(accuracy.average())}</b>"]
     if accuracy.tasks > 1:
@@ -76,7 +78,7 @@ def _of_accuracy(accuracy: AccuracyMatrix) -> Iterator[str]:
         for i, row in enumerate(accuracy.values.tolist())
     )
     yield _table(("after", *(f"on task {j}" for j in columns)), rows)
-    figure = _figure()
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for j in range(accuracy.tasks):
         curve = accuracy.task_curve(j)
@@ -129,12 +131,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _percent(value: float) -> str:
     return f"{100.0 * value:.2f} %"
-
-
-def _figure() -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(7, 4), layout="constrained")
 
 
 def _svg(figure: "Figure") -> str:

@@ -1,7 +1,8 @@
 """One task's training: optimiser steps on loss and penalty, and what is told of them."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from ekfac_rs.batchnorm import device_of, frozen_batchnorms
 from ekfac_rs.curvature import Curvature
 from ekfac_rs.errors import IncompatibleError, NonFiniteError, NumericalError
-from ekfac_rs.learning.checkpoint import fingerprint, random_states, set_random_states
+from ekfac_rs.learning.checkpoint import random_states, set_random_states
 from ekfac_rs.learning.optimization import Optimization
 from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.likelihood import Likelihood
@@ -81,6 +82,10 @@ class Checkpoints:
 
     write: Callable[[dict[str, Any]], None]
     every: int
+
+    def is_due(self, steps_done: int) -> bool:
+        """Whether one is to be written after so many steps."""
+        return steps_done % self.every == 0
 
 
 class Training:
@@ -149,7 +154,7 @@ class Training:
         self._means = Means(device_of(model))
         self._batches_done = 0
         self._last_targets: Tensor | None = None
-        self._random_before: dict[str, Any] | None = None
+        self._random_before: Mapping[str, Any] = {}
         # Random states to go on with, once the mini-batches before are passed over.
         self._random_then: dict[str, Any] | None = None
 
@@ -194,12 +199,26 @@ class Training:
                     bar.update()
                     if callback is not None:
                         callback(self.steps_done)
-                    if checkpoints is not None and self.steps_done % checkpoints.every == 0:
-                        checkpoints.write(self.state_dict(generators))
+                    last = self.steps_done == self._plan.steps
+                    if checkpoints is not None and checkpoints.is_due(self.steps_done) and not last:
+                        self._write(checkpoints, generators)
                 self._end_pass()
             if checkpoints is not None:
-                checkpoints.write(self.state_dict(generators))
+                self._write(checkpoints, generators)
         return self._history
+
+    def _write(self, checkpoints: Checkpoints, generators: Sequence[torch.Generator]) -> None:
+        """Write a checkpoint, and go on as from it.
+
+        What only makes steps faster or is looked at anew from time to time begins anew, here as
+        where the file is read.
+        """
+        self._finite.finish()
+        if self._penalty is not None:
+            self._penalty.begin_anew()
+        if self._own is not None:
+            self._own.begin_anew()
+        checkpoints.write(self.state_dict(generators))
 
     @property
     def _is_over(self) -> bool:
@@ -216,7 +235,8 @@ class Training:
             self._random_then = None
         else:
             # A pass may draw its order as soon as it begins.
-            self._random_before = random_states(generators) if recorded else None
+            if recorded:
+                self._random_before = random_states(generators)
             batches = loader.batches()
         left = self._plan.steps - self.steps_done if self._plan.passes is None else None
         yield from islice(batches, left)
@@ -236,8 +256,7 @@ class Training:
         """
         found = random_states(generators)
         try:
-            if self._random_before is not None:
-                set_random_states(self._random_before, generators)
+            set_random_states(self._random_before, generators)
             batches = loader.batches()
             self._require_as_before(islice(batches, self._batches_done))
             set_random_states(random_then, generators)
@@ -246,13 +265,14 @@ class Training:
             set_random_states(found, generators)
             raise
 
-    def _require_as_before(self, batches: Iterator[Batch]) -> None:
-        targets = [batch.targets for batch in batches]
-        seen, now = self._last_targets, targets[-1] if targets else None
-        there = len(targets) == self._batches_done
-        if there and (seen is None or now is None or fingerprint(seen) == fingerprint(now)):
+    def _require_as_before(self, batches: Iterable[Batch]) -> None:
+        count, targets = 0, None
+        for batch in batches:
+            count, targets = count + 1, batch.targets
+        there = count == self._batches_done
+        if there and _fingerprint(targets) == _fingerprint(self._last_targets):
             return
-        got = "one with other targets" if there else f"{len(targets)}"
+        got = "one with other targets" if there else f"{count}"
         raise IncompatibleError(
             f"fit: expected the loader to yield mini-batch {self._batches_done} of the pass that "
             f"was interrupted again, got {got}: its order has to follow from random states"
@@ -269,16 +289,7 @@ class Training:
         self._last_targets = None
 
     def state_dict(self, generators: Sequence[torch.Generator]) -> dict[str, Any]:
-        """Return all that the steps to come depend on, but for weights and statistics.
-
-        What only makes steps faster or is about to be looked at anew, begins anew: here as in what
-        goes on from the state.
-        """
-        self._finite.finish()
-        if self._penalty is not None:
-            self._penalty.begin_anew()
-        if self._own is not None:
-            self._own.begin_anew()
+        """Return all that the steps to come depend on, but for weights and what begins anew."""
         still = set(self._still)
         return {
             "steps_done": self.steps_done,
@@ -303,11 +314,9 @@ class Training:
         self._means.examples, sums = state["means"]
         self._means.sums.copy_(sums)
         self._batches_done, self._last_targets = state["batches_done"], state["last_targets"]
-        self._random_before = state["random_before"]
-        # Between two passes there is nothing to pass over.
-        if self._batches_done == 0:
-            self._random_before = state["random"]
         self._random_then = state["random"]
+        # Between two passes there is nothing to pass over.
+        self._random_before = state["random_before" if self._batches_done else "random"]
         self._optimization.load_state_dict(state["optimization"])
         if self._penalty is not None:
             self._penalty.load_state_dict(state["penalty"])
@@ -369,6 +378,16 @@ class Training:
             if isinstance(module, _BatchNorm) and module.training:
                 module.eval()
                 self._so_far.froze_batchnorm = True
+
+
+def _fingerprint(targets: Tensor | None) -> int | None:
+    """Return a number that tells a mini-batch's integer targets; None of others.
+
+    Inputs may be changed at random each time that they are read, and so may other targets.
+    """
+    if targets is None or targets.is_floating_point() or targets.is_complex():
+        return None
+    return zlib.crc32(targets.detach().cpu().contiguous().numpy().tobytes())
 
 
 # --- modes ---------------------------------------------------------------------------------------
