@@ -10,6 +10,7 @@ import torch
 
 import ekfac_rs as ek
 from cases import APPROXIMATIONS, EMBEDDINGS, NETWORKS, estimate
+from headers import header_of, with_header, without_checksum
 
 DIFFERENCES = {
     "approximation": {"approximation": "kfac-expand"},
@@ -230,26 +231,14 @@ def saved(tmp_path_factory) -> bytes:
 
 
 def _header(content: bytes) -> tuple[dict, bytes]:
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8 : 8 + length]), content[8 + length :]
-
-
-def _with_header(header: dict, body: bytes) -> bytes:
-    """A file from before there were checksums: all else has to be found out without one."""
-    described = header.get("__metadata__", {})
-    described.pop("sha256", None)
-    if "ekfac_rs" in described and described["ekfac_rs"].endswith("}"):
-        metadata = json.loads(described["ekfac_rs"])
-        metadata.pop("checksum", None)
-        described["ekfac_rs"] = json.dumps(metadata)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
+    header, body = header_of(content)
+    return without_checksum(header), body
 
 
 def _without_metadata(content: bytes) -> bytes:
     header, body = _header(content)
     del header["__metadata__"]
-    return _with_header(header, body)
+    return with_header(header, body)
 
 
 def _without_one_tensor(content: bytes) -> bytes:
@@ -259,24 +248,24 @@ def _without_one_tensor(content: bytes) -> bytes:
         key=lambda name: header[name]["data_offsets"][1],
     )
     start, _ = header.pop(last)["data_offsets"]
-    return _with_header(header, body[:start])
+    return with_header(header, body[:start])
 
 
 def _with_other_metadata(content: bytes) -> bytes:
     header, body = _header(content)
     header["__metadata__"] = {"format": "pt"}
-    return _with_header(header, body)
+    return with_header(header, body)
 
 
 def _with_broken_json(content: bytes) -> bytes:
     header, body = _header(content)
     header["__metadata__"] = {key: value[:-5] for key, value in header["__metadata__"].items()}
-    return _with_header(header, body)
+    return with_header(header, body)
 
 
 def _with_nan(content: bytes) -> bytes:
     header, body = _header(content)
-    return _with_header(header, body[:-8] + struct.pack("<d", float("nan")))
+    return with_header(header, body[:-8] + struct.pack("<d", float("nan")))
 
 
 DAMAGES = {
@@ -323,7 +312,7 @@ def test_metadata_of_another_type_are_refused_and_not_left_for_later(
     metadata = json.loads(header["__metadata__"]["ekfac_rs"])
     metadata[key] = value
     header["__metadata__"]["ekfac_rs"] = json.dumps(metadata)
-    path.write_bytes(_with_header(header, body))
+    path.write_bytes(with_header(header, body))
     if (key, value, compressed) == ("max_terms", None, False):
         ek.Curvature.load(path)
         return
