@@ -65,8 +65,8 @@ def compare(
                 for name, worker in workers.items()
                 if name not in died and (operation == "factors" or _can(worker, operation))
             }
-            once = workload.rounds if operation == "factors" else workload.operation_rounds
-            taken = medians(able, once)
+            rounds = workload.rounds if operation == "factors" else workload.operation_rounds
+            taken = medians(able, rounds)
             for name, milliseconds in taken.items():
                 if name not in died:
                     rows[name][f"{operation}_ms"] = milliseconds

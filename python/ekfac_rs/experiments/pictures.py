@@ -32,6 +32,8 @@ _MARKERS = "ovs^DPX<>"
 # Inches.
 _ROW_HEIGHT = 0.25
 _LETTER_WIDTH = 0.09
+# That have room beside a panel anyway.
+_LETTERS = 25
 
 
 @dataclass(frozen=True)
@@ -269,7 +271,7 @@ def _figure(
     As high as so many rows of text need, and wide enough for so many letters beside each panel.
     """
     height = max(4.6, _ROW_HEIGHT * (rows + 3))
-    width = (6.0 + _LETTER_WIDTH * max(0, beside - 25)) * panels + 1.2
+    width = (6.0 + _LETTER_WIDTH * max(0, beside - _LETTERS)) * panels + 1.2
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)

@@ -19,9 +19,8 @@ use crate::view::{TensorView, TensorViewMut};
 ///
 /// Both are diagonal in a basis `P_G (x) P_A`: for one term of eigenvectors or, without damping, of
 /// the inverse Cholesky factors, and for two terms of the vectors that diagonalise `A_1` and `A_2`
-/// (and `G_1` and `G_2`) at once. Everything is kept
-/// and applied in double precision, whatever the dtype of the terms. Each group has an inverse of
-/// its own.
+/// (and `G_1` and `G_2`) at once. Everything is kept and applied in double precision, whatever the
+/// dtype of the terms. Each group has an inverse of its own.
 pub struct KroneckerInverse {
     /// (D, K).
     size: (usize, usize),
