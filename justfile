@@ -5,6 +5,10 @@ python := ".venv/bin/python"
 # Rust tests: dependencies as in a release, so that they are compiled once; our crate with assertions
 checked := "--release --locked --config rust/tests.toml"
 
+# Cargo with Clippy as the compiler of our crates, and a warning as an error: `cargo clippy` by itself
+# would check all dependencies once more
+clippy := "RUSTC_WORKSPACE_WRAPPER=clippy-driver CLIPPY_ARGS=-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__ cargo"
+
 # Python compiles what it imports, once: not everything at installation, not the same in each process
 export PYTHONDONTWRITEBYTECODE := ""
 
@@ -34,7 +38,7 @@ dev: setup
     @PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
 
 # Lint, then all tests: Rust, then Python
-test: fetch-and-compile lint test-rust test-python
+test: fetch-and-compile lint-and-test-rust test-python
 
 # Python's dependencies come over the network while the Rust tests compile
 [private]
@@ -43,12 +47,22 @@ fetch-and-compile:
     set -euo pipefail
     trap wait EXIT
     {{just_executable()}} setup & fetching=$!
-    cargo test {{checked}} --no-run --quiet
+    {{clippy}} test {{checked}} --no-run --quiet
     wait $fetching
+
+# Types and stubs are checked on one core
+[private]
+lint-and-test-rust: dev
+    #!/usr/bin/env bash
+    set -euo pipefail
+    trap wait EXIT
+    {{just_executable()}} lint & linting=$!
+    {{just_executable()}} test-rust
+    wait $linting
 
 # Tests of the Rust core; they need neither Python nor torch
 test-rust:
-    cargo test {{checked}}
+    {{clippy}} test {{checked}}
 
 # Tests of the Python package, files side by side; those that need data find it through EKFAC_DATA
 # or ../shared/data
@@ -63,20 +77,15 @@ test-gpu *args: dev
 sanitize-gpu *args: dev
     compute-sanitizer --report-api-errors no --error-exitcode 1 {{python}} -m pytest -m cuda tests/gpu {{args}}
 
-# Check formatting, lints, types and stubs: Rust and Python side by side
-lint: dev
-    #!/usr/bin/env bash
-    set -euo pipefail
-    trap wait EXIT
-    {{just_executable()}} lint-rust & rust=$!
-    {{just_executable()}} lint-python
-    wait $rust
+# Check formatting, lints, types and stubs
+lint: dev lint-rust lint-python
 
-# The profile is that of all else, so that macros and build scripts are compiled once
+# What the tests compile is looked at there; the module, here as a library that is linked to nothing
 [private]
 lint-rust:
     cargo fmt --all --check
-    cargo clippy --release --locked --workspace --all-targets --quiet -- -D warnings
+    {{clippy}} test {{checked}} --no-run --quiet
+    {{clippy}} rustc {{checked}} --quiet --package ekfac-python --crate-type rlib
 
 [private]
 lint-python:
