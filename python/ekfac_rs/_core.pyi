@@ -7,6 +7,7 @@ __all__ = [
     "KroneckerInverse",
     "KroneckerOperator",
     "KroneckerRoot",
+    "Note",
     "Tensor",
     "Term",
     "accumulate_gram",
@@ -41,6 +42,9 @@ Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int, 
 # (A [K, K], G [D, D]), both symmetric, in full storage; or stacks of them, (A [groups, K, K],
 # G [groups, D / groups, D / groups]): each group of consecutive rows of V, [D, K], has its own.
 Term: TypeAlias = tuple[Tensor, Tensor]
+# (a word of eight bytes on the device of the units, described as float64; the number that stands
+# for the mini-batch's first example).
+Note: TypeAlias = tuple[Tensor, int]
 
 def build_info() -> dict[str, str]:
     """Tell what the core of this build is.
@@ -109,6 +113,7 @@ def accumulate_gram(
     append_one: bool,
     scale: float,
     precision: str,
+    note: Note | None = None,
 ) -> list[int]:
     """Add ``scale * N * F_k`` of a mini-batch to the lower triangle of ``out[k]``, per stratum k.
 
@@ -118,7 +123,12 @@ def accumulate_gram(
     factor each: K' is then K / groups, or one more. The output of the stratum "mean", whose factor
     has rank one, may be a row ``[K']`` or ``[groups, K']``: its root is added then, the row whose
     square is ``scale * N * F_k``. ``precision`` of float32 products on a GPU is
-    "ieee" or "tf32". Returns the strata's degrees of freedom.
+    "ieee", "tf32" or "bf16". Returns the strata's degrees of freedom.
+
+    NaN or infinity in ``x`` is an error, before any output changes. With a ``note``, which is for
+    GPUs, nobody waits to hear of it: the number of the first such example, counted from the number
+    in the note, lowers the word there (eight bytes, to be all ones before), and the outputs are
+    good for nothing.
     """
 
 def accumulate_patch_gram(
@@ -132,6 +142,7 @@ def accumulate_patch_gram(
     append_one: bool,
     scale: float,
     precision: str,
+    note: Note | None = None,
 ) -> list[int]:
     """As `accumulate_gram` for the inputs of a convolution, without unfolding them.
 

@@ -39,6 +39,17 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
+def torch_precision(*, of_convolutions: bool) -> str:
+    """To what torch rounds float32 operands on a GPU, of its products or its convolutions."""
+    backends = torch.backends
+    backend = getattr(backends.cudnn, "conv", None) if of_convolutions else backends.cuda.matmul
+    chosen = getattr(backend, "fp32_precision", None)
+    if chosen is None:  # before torch 2.9
+        old = backends.cudnn if of_convolutions else backends.cuda.matmul
+        chosen = "tf32" if old.allow_tf32 else "ieee"
+    return "tf32" if chosen == "tf32" else "ieee"
+
+
 def bare_model(model: nn.Module) -> nn.Module:
     """Return the network that `torch.compile` may have wrapped.
 

@@ -86,6 +86,7 @@ fn compare(
             append_one: false,
             scale: 1e-3,
             precision: Precision::Ieee,
+            note: None,
         };
         let name = BenchmarkId::from_parameter(approximation.name());
         group.bench_function(name, |bencher| {

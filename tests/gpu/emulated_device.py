@@ -5,6 +5,7 @@ memory is host memory there, so a tensor on the CPU may be described to the core
 ``cuda:0``. What the allocator hands out is filled with NaN: reading it unwritten is seen.
 """
 
+import ctypes
 import importlib
 import os
 import pkgutil
@@ -18,22 +19,49 @@ from gpu.devices import CPU, EMULATED, EMULATED_CUDA
 
 _ALIGNMENT = 256
 _taken: dict[int, Tensor] = {}
+_bytes = {"now": 0, "most": 0}
 
 
 def _allocate(size: int, device: int, stream: int) -> int:
     memory = torch.full((size + _ALIGNMENT,), 0xFF, dtype=torch.uint8)
     address = -(-memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT
     _taken[address] = memory
+    _bytes["now"] += size
+    _bytes["most"] = max(_bytes["most"], _bytes["now"])
     return address
 
 
 def _release(address: int) -> None:
-    del _taken[address]
+    _bytes["now"] -= len(_taken.pop(address)) - _ALIGNMENT
 
 
 def allocated() -> int:
     """Number of pieces of device memory that were not given back."""
     return len(_taken)
+
+
+def calls(library: str, function: str) -> int:
+    """How often this process has called a function of an emulated library."""
+    counter = ctypes.CDLL(f"lib{library}.so").emulator_calls
+    counter.argtypes, counter.restype = [ctypes.c_char_p], ctypes.c_long
+    return counter(function.encode())
+
+
+def flops(rounded_to: str) -> float:
+    """Operations of this process's products whose operands are rounded to this type."""
+    counter = ctypes.CDLL("libcublas.so").emulator_flops
+    counter.argtypes, counter.restype = [ctypes.c_char_p], ctypes.c_double
+    return counter(rounded_to.encode())
+
+
+def most_allocated() -> int:
+    """The most bytes of device memory that were taken at a time, since `forget_the_most`."""
+    return _bytes["most"]
+
+
+def forget_the_most() -> None:
+    """Begin anew with `most_allocated`."""
+    _bytes["most"] = _bytes["now"]
 
 
 def use() -> None:

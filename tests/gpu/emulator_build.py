@@ -12,7 +12,9 @@ they then answer to the names under which the backend loads CUDA. More variables
   ``potrf.info``, ``syevd.info`` and ``syevBatched.info``.
 
 Each library also has ``long emulator_calls(const char *name)``: how often the process called one of
-its functions.
+its functions. ``double emulator_flops(const char *type)`` of libcublas: floating-point operations
+of the process's products whose operands are rounded to ``float16``, ``bfloat16``, ``tf32``,
+``float32`` or ``float64``.
 """
 
 import atexit
@@ -41,7 +43,7 @@ def build(directory: Path, without: Sequence[str] = ()) -> Path:
     version_script = directory / "exports.map"
     # A full name wins over a pattern.
     hidden = "".join(f"{name}; " for name in without)
-    version_script.write_text(f"{{ global: cu*; nvrtc*; emulator_calls; local: {hidden}*; }};\n")
+    version_script.write_text(f"{{ global: cu*; nvrtc*; emulator_*; local: {hidden}*; }};\n")
     _run_compiler(
         lambda library: [
             "-shared",

@@ -204,22 +204,32 @@ def test_single_precision_keeps_what_a_large_mean_leaves(both):
     assert errors(got[:1], expected[:1]) < 1e-5
 
 
-def test_tf32_is_for_a_gpu_and_rounds_no_more_than_it_says(both):
+@pytest.mark.parametrize(("precision", "bound"), [("tf32", 1e-3), ("bf16", 8e-3)])
+@pytest.mark.parametrize("approximation", STRATA)
+def test_tensor_cores_are_for_a_gpu_and_round_no_more_than_is_said(
+    both, approximation, precision, bound
+):
     cuda, cpu = both
-    x = numbers((200, 1, 24)).float()
-    out = {}
-    for precision in ("ieee", "tf32"):
-        A = cuda.put(torch.zeros(24, 24))
-        placed = cuda.put(x)
+    # Of one unit rounding is not averaged out.
+    for x in (numbers((50, 4, 24)).float(), numbers((2, 1, 24)).float()):
+        options = ("input", True, 1.0)
+        out = {}
+        for rounded in ("ieee", precision):
+            factors = [cuda.put(torch.zeros(25, 25)) for _ in STRATA[approximation]]
+            placed = cuda.put(x)
+            _core.accumulate_gram(
+                cuda.borrow(placed),
+                list(map(cuda.borrow, factors)),
+                approximation,
+                *options,
+                rounded,
+            )
+            out[rounded] = [A.cpu().tril() for A in factors]
+        pairs = [(got, A) for got, A in zip(out[precision], out["ieee"], strict=True) if A.any()]
+        assert all(float((got - A).norm() / A.norm()) < bound for got, A in pairs)
+    with pytest.raises(ValueError, match=f'expected "ieee" on the CPU, got "{precision}"'):
         _core.accumulate_gram(
-            cuda.borrow(placed), [cuda.borrow(A)], "kfac-expand", "input", False, 1.0, precision
-        )
-        out[precision] = A.cpu().tril()
-    assert errors([out["tf32"]], [out["ieee"]]) < 2e-3
-    A = torch.zeros(24, 24)
-    with pytest.raises(ValueError, match="tf32"):
-        _core.accumulate_gram(
-            cpu.borrow(x), [cpu.borrow(A)], "kfac-expand", "input", False, 1.0, "tf32"
+            cpu.borrow(x), list(map(cpu.borrow, factors)), approximation, *options, precision
         )
 
 

@@ -23,7 +23,8 @@ SUITES = {
     "exactness/test_convolutions.py core/test_kronecker_sum.py": 280,
     "exactness/test_channel_blocks.py exactness/test_definitions.py": 200,
     "exactness/test_known_answers.py exactness/test_invariances.py exactness/test_labels.py "
-    "exactness/test_side_effects.py gpu/test_agreement.py gpu/test_faults.py": 600,
+    "exactness/test_side_effects.py "
+    "gpu/test_agreement.py gpu/test_faults.py gpu/test_counts.py": 600,
     "penalty learner io layers/test_convolutions_in_use.py bn": 600,
 }
 # What says no more about a device than others: thousands of samples or steps, each computed by
@@ -132,7 +133,7 @@ def test_a_driver_that_is_too_old_is_named(emulator):
     ("library", "function"),
     [
         ("cuda", "cuStreamIsCapturing"),
-        ("cublas", "cublasSsyrk_v2_64"),
+        ("cublas", "cublasGemmStridedBatchedEx_64"),
         ("cusolver", "cusolverDnXsyevBatched"),
         ("nvrtc", "nvrtcGetCUBIN"),
     ],

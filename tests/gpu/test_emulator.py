@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gpu.emulator_build import CompilerMissingError, build
 
@@ -234,33 +235,61 @@ def test_batched_gemm_strides_may_be_zero_or_leave_gaps(
     assert call(n * m - 1) == INVALID_VALUE["cublas"]
 
 
-@both_types
-@both_widths
-@triangles
-@pytest.mark.parametrize("transposed", [False, True])
-def test_syrk(
-    emulator: Libraries, blas: c_void_p, dtype: type, suffix: str, fill: int, transposed: bool
+# Numbers of the types of operands and of what products compute in, as library_types.h and
+# cublas_api.h have them, and how operands are rounded.
+NARROW = {
+    "float16": (2, 68, torch.float16),
+    "bfloat16": (14, 68, torch.bfloat16),
+    "float32": (0, 68, None),
+    "tf32": (0, 77, None),
+}
+
+
+def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp((mantissa * 2**11).round(), exponent - 11).float()
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("transposed", [(False, False), (False, True), (True, False)])
+def test_products_of_narrow_types_have_sums_in_single_precision(
+    emulator: Libraries, blas: c_void_p, name: str, transposed: tuple[bool, bool]
 ) -> None:
-    size = sizes(suffix)
-    for seed in range(6):
-        operands = Operands(seed, dtype)
-        n, k = operands.size(), operands.size()
-        a, lda = operands.matrix(*((k, n) if transposed else (n, k)))
-        c, ldc = operands.matrix(n, n)
-        before = c.copy()
-        factor = operation(a, transposed).astype(float)
-        alpha, beta = (1.0, 0.0) if seed % 2 else (0.5, -2.0)
-        part = np.tril(np.ones((n, n), bool)) if fill == LOWER else np.triu(np.ones((n, n), bool))
-        expected = np.where(part, alpha * factor @ factor.T + beta * before, before)
-        if beta == 0:
-            c[part] = np.nan
-        emulator(
-            f"cublas{LETTERS[dtype]}syrk{suffix}",
-            *(blas, fill, int(transposed), size(n), size(k), scalar(alpha, dtype)),
-            *(data(a), size(lda), scalar(beta, dtype), data(c), size(ldc)),
+    kind, compute, dtype = NARROW[name]
+    generator = torch.Generator().manual_seed(0)
+    count, m, n, k, gap = 3, 5, 4, 37, 2
+    (rows_a, columns_a), (rows_b, columns_b) = (
+        (k, m) if transposed[0] else (m, k),
+        (n, k) if transposed[1] else (k, n),
+    )
+    # Column by column, each matrix followed by a column that belongs to none.
+    a = torch.randn(count, columns_a + 1, rows_a + gap, generator=generator).to(dtype)
+    b = torch.randn(columns_b, rows_b, generator=generator).to(dtype)
+    c = torch.randn(count, n, m, generator=generator)
+    left, right = a[:, :columns_a, :rows_a].mT.float(), b.T.float()
+    if name == "tf32":
+        left, right = rounded_to_tf32(left), rounded_to_tf32(right)
+    left, right = (x.mT if t else x for x, t in zip((left, right), transposed, strict=True))
+    expected = 0.5 * left.double() @ right.double() + 2.0 * c.mT.double()
+    flops = emulator.libraries["cublas"].emulator_flops
+    flops.restype = ctypes.c_double
+    before = flops(name.encode())
+
+    def call(kind_b: int) -> int:
+        return emulator.status(
+            "cublasGemmStridedBatchedEx_64",
+            *(blas, *map(int, transposed), *map(ctypes.c_int64, (m, n, k))),
+            *(scalar(0.5, np.float32), c_void_p(a.data_ptr()), kind),
+            *(ctypes.c_int64(rows_a + gap), ctypes.c_longlong(a.stride(0))),
+            *(c_void_p(b.data_ptr()), kind_b, ctypes.c_int64(rows_b), ctypes.c_longlong(0)),
+            *(scalar(2.0, np.float32), c_void_p(c.data_ptr()), 0),
+            *(ctypes.c_int64(m), ctypes.c_longlong(n * m), ctypes.c_int64(count), compute, -1),
         )
-        assert_close(c, expected, dtype)
-        np.testing.assert_array_equal(c[~part], before[~part])
+
+    assert call(kind) == 0
+    torch.testing.assert_close(c.mT.double(), expected, rtol=1e-5, atol=1e-5)
+    assert flops(name.encode()) - before == 2.0 * count * m * n * k
+    assert call(1) == INVALID_VALUE["cublas"]
 
 
 @both_types

@@ -1,5 +1,7 @@
 """One mini-batch into a layer's block."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,13 +10,71 @@ from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.curvature.block import Block, kept_strata
 from ekfac_rs.curvature.columnwise import sum_of_terms
 from ekfac_rs.curvature.diagonal import DiagonalBlock
-from ekfac_rs.curvature.settings import DIAGONAL, PassSettings
+from ekfac_rs.curvature.settings import AUTO, DIAGONAL, PassSettings
+from ekfac_rs.errors import NonFiniteError
 from ekfac_rs.layers import AffineLayer, Units
 
 # Roots of the mean's factor that are kept before they are squared together, and how many of them
 # there may be for each row of the factor: they are small beside it.
 _MOST_ROOTS = 32
 _ROWS_PER_ROOT = 16
+
+
+# Examples that a mini-batch may have; its number counts in multiples of this.
+_MOST_EXAMPLES = 2**32
+
+
+class Notes:
+    """Where a GPU notes which inputs and gradients are not finite, so that nobody waits for it.
+
+    They are read once, at the end of a pass, and until then nothing is made of its sums. On the
+    CPU what is not finite is an error at once, and there is nothing to note.
+
+    Parameters
+    ----------
+    layers : sequence of AffineLayer
+    """
+
+    def __init__(self, layers: Sequence[AffineLayer]) -> None:
+        self._sides = [(layer.name, side) for layer in layers for side in ("input", "gradient")]
+        like = layers[0].like
+        on_gpu = borrow(like)[4] != "cpu"
+        size = (len(self._sides), 1)
+        self._words = like.new_full(size, -1, dtype=torch.int64) if on_gpu else None
+        self._batch = -1
+
+    def begin_batch(self) -> None:
+        """Count mini-batches: examples are noted together with theirs."""
+        self._batch += 1
+
+    def of(self, name: str, side: str) -> "_core.Note | None":
+        """Return where to note examples of a layer's "input" or "gradient" in this mini-batch."""
+        if self._words is None:
+            return None
+        # The core knows no integers.
+        word = self._words[self._sides.index((name, side))].view(torch.float64)
+        return borrow(word), self._batch * _MOST_EXAMPLES
+
+    def require_none(self) -> None:
+        """Wait for the GPU, once.
+
+        Raises
+        ------
+        NonFiniteError
+            Something was noted; names the first of it.
+        """
+        if self._words is None:
+            return
+        noted = self._words.flatten().tolist()
+        found = [(number, *side) for number, side in zip(noted, self._sides, strict=True)]
+        first = min((entry for entry in found if entry[0] >= 0), default=None)
+        if first is not None:
+            number, name, side = first
+            batch, example = divmod(number, _MOST_EXAMPLES)
+            raise NonFiniteError(
+                f"layer {name!r}: {side}: expected finite numbers, got NaN or infinity in example "
+                f"{example} of mini-batch {batch}"
+            )
 
 
 class _Side:
@@ -24,7 +84,14 @@ class _Side:
     for it takes longer than working the row out, so rows are kept and squared together.
     """
 
-    def __init__(self, approximation: str, shape: tuple[int, ...], like: Tensor) -> None:
+    def __init__(
+        self,
+        approximation: str,
+        shape: tuple[int, ...],
+        like: Tensor,
+        note: "Callable[[], _core.Note | None]",
+    ) -> None:
+        self.note = note
         strata = _core.strata()[approximation]
         self.factors = [like.new_zeros(shape) for _ in strata]
         self._mean = strata.index("mean") if "mean" in strata else None
@@ -59,7 +126,7 @@ class _Side:
         rows = borrow(self._roots[: self._kept].flatten(1))
         # As sums of squares that are neither centred nor divided.
         options = ("kfac-expand", "gradient", False, 1.0, "ieee")
-        _core.accumulate_gram(rows, [borrow(self.factors[self._mean])], *options)
+        _core.accumulate_gram(rows, [borrow(self.factors[self._mean])], *options, self.note())
         self._roots.zero_()
         self._kept = 0
 
@@ -67,26 +134,28 @@ class _Side:
 class KroneckerAccumulator:
     """Sums of a layer's factors over mini-batches."""
 
-    def __init__(self, layer: AffineLayer, settings: PassSettings) -> None:
+    def __init__(self, layer: AffineLayer, settings: PassSettings, notes: Notes) -> None:
         dtype = accumulation_dtype(layer.like.dtype)
         like = torch.empty((), dtype=dtype, device=layer.like.device)
         terms = len(_core.strata()[settings.approximation])
         self.approximation = settings.approximation
         self.precision = settings.precision
+        if self.precision == AUTO:
+            self.precision = layer.torch_precision()
         self.append_one = layer.has_shift(settings.coordinates)
         self.examples = 0
         # A stratum without degrees of freedom in a mini-batch (one example, say) has no gradient
         # factor there, and the mini-batch is left out of that factor's mean.
         self.gradient_examples = [0] * terms
         shape_A, shape_G = layer.factor_shapes(settings.coordinates)
-        self.A = _Side(self.approximation, shape_A, like)
-        self.G = _Side(self.approximation, shape_G, like)
+        name = layer.name
+        self.A = _Side(self.approximation, shape_A, like, lambda: notes.of(name, "input"))
+        self.G = _Side(self.approximation, shape_G, like, lambda: notes.of(name, "gradient"))
 
     def add_inputs(self, units: Units) -> None:
         """Take a mini-batch's inputs."""
-        degrees_of_freedom = units.accumulate(
-            self.A.outputs(), self.approximation, self.append_one, self.precision
-        )
+        options = (self.approximation, self.append_one, self.precision, self.A.note())
+        degrees_of_freedom = units.accumulate(self.A.outputs(), *options)
         self.A.keep()
         self.examples += len(units)
         for k, dof in enumerate(degrees_of_freedom):
@@ -95,9 +164,8 @@ class KroneckerAccumulator:
     def add_gradients(self, g: Tensor, weight: float) -> None:
         """Take gradients of the mini-batch whose inputs came last."""
         out = [borrow(G) for G in self.G.outputs()]
-        _core.accumulate_gram(
-            borrow(g), out, self.approximation, "gradient", False, weight, self.precision
-        )
+        options = (self.approximation, "gradient", False, weight, self.precision, self.G.note())
+        _core.accumulate_gram(borrow(g), out, *options)
         self.G.keep()
 
     def end_batch(self) -> None:
@@ -165,8 +233,8 @@ class DiagonalAccumulator:
 Accumulator = KroneckerAccumulator | DiagonalAccumulator
 
 
-def accumulator(layer: AffineLayer, settings: PassSettings) -> Accumulator:
+def accumulator(layer: AffineLayer, settings: PassSettings, notes: Notes) -> Accumulator:
     """Return the accumulator that makes a layer's block under these settings."""
     if settings.approximation == DIAGONAL:
         return DiagonalAccumulator(layer, settings)
-    return KroneckerAccumulator(layer, settings)
+    return KroneckerAccumulator(layer, settings, notes)

@@ -21,12 +21,12 @@ from ekfac_rs.batchnorm.statistics import (
     frozen_batchnorms,
     use_batch_statistics,
 )
-from ekfac_rs.curvature.accumulators import Accumulator, accumulator
+from ekfac_rs.curvature.accumulators import Accumulator, Notes, accumulator
 from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.corrections import Correcting, passes_of, step_of
 from ekfac_rs.curvature.curvature import Curvature, signature_of
 from ekfac_rs.curvature.gradients import Gradients
-from ekfac_rs.curvature.settings import PassSettings
+from ekfac_rs.curvature.settings import AUTO, PassSettings
 from ekfac_rs.errors import (
     BatchNormError,
     EkfacError,
@@ -62,7 +62,7 @@ def estimate_curvature(
     input_fn: Callable[[Any], Any] | None = None,
     target_fn: Callable[[Any], Tensor] | None = None,
     output_fn: Callable[[Any], Tensor] | None = None,
-    precision: str = "ieee",
+    precision: str = "auto",
     correction: str | None = None,
     correction_batches: int = 64,
     progress: bool = False,
@@ -121,9 +121,12 @@ def estimate_curvature(
     output_fn : callable, optional
         From what the model returns to the outputs that the loss is taken of, where it is no
         single tensor, as in ``lambda outputs: outputs.logits``.
-    precision : {"ieee", "tf32"}
-        Of float32 factors on a GPU: "tf32" rounds inputs and gradients to a mantissa of ten bits
-        (a relative error of about 5e-4 in each) for the speed of tensor cores.
+    precision : {"auto", "ieee", "tf32", "bf16"}
+        To what inputs and gradients in float32 are rounded on a GPU, for the speed of tensor cores:
+        not at all, to a mantissa of ten bits, or of seven (a relative error of up to 5e-4 or 4e-3
+        in each). "auto" does as torch does: what it rounds the layer's own products or convolutions
+        to. Sums are in float32. Half-precision ones are multiplied as they are. On the CPU nothing
+        is rounded.
     correction : {None, "scale", "eigenvalues", "nearest"}
         Brings the blocks nearer to the exact ones (method: corrections), by the gradients of
         ``correction_batches`` mini-batches under labels drawn anew in every pass. The loader is
@@ -150,8 +153,8 @@ def estimate_curvature(
     Raises
     ------
     OptionError
-        An unknown option, draws or correction_batches below 1, "tf32" on the CPU, or an iterator as
-        loader where a correction needs to go through it again.
+        An unknown option, draws or correction_batches below 1, "tf32" or "bf16" on the CPU, or an
+        iterator as loader where a correction needs to go through it again.
     UnknownLayerError
         ``layers`` names what is no layer of the model.
     CudaError, OutOfMemoryError
@@ -187,6 +190,7 @@ def estimate_curvature(
     with _conditions(model, settings), _source_of_labels(model, generator) as drawn_from:
         found = find_layers(model, coordinates=coordinates, layers=layers, example=source.example())
         _refuse_exported(found, settings)
+        settings = _with_precision_of(found, settings)
         passes = _Passes(model, found, likelihood, settings, drawn_from, output_fn)
 
         def batches() -> Iterator[Batch]:
@@ -212,12 +216,24 @@ def _require_possible(
 ) -> None:
     """Refuse what can be refused before anything is run."""
     device = device_of(model).type
-    if settings.precision == "tf32" and device != "cuda":
-        raise OptionError(f"precision: expected 'ieee' for a model on the {device}, got 'tf32'")
+    if settings.precision not in (AUTO, "ieee") and device != "cuda":
+        raise OptionError(
+            f"precision: expected 'auto' or 'ieee' for a model on the {device}, got "
+            f"{settings.precision!r}"
+        )
     if max_examples is not None:
         require_count("max_examples", max_examples)
     require_count("correction_batches", correction_batches)
     require_finite_parameters(model)
+
+
+def _with_precision_of(layers: Collection[AffineLayer], settings: PassSettings) -> PassSettings:
+    """Say what "auto" comes to, where that is the same for all layers."""
+    if settings.precision != AUTO:
+        return settings
+    on_gpu = [layer for layer in layers if layer.like.is_cuda]
+    chosen = {layer.torch_precision() for layer in on_gpu} or {"ieee"}
+    return replace(settings, precision=chosen.pop()) if len(chosen) == 1 else settings
 
 
 @contextmanager
@@ -272,11 +288,18 @@ class _Passes:
 
     def curvature(self, batches: Iterable[Batch], *, uncovered: tuple[str, ...]) -> Curvature:
         """Mean over all examples; the sums it is made of go."""
-        accumulators = {layer.name: accumulator(layer, self._settings) for layer in self._layers}
-        examples, mini_batches, loss = 0, 0, 0.0
+        notes = Notes(list(self._layers))
+        accumulators = {
+            layer.name: accumulator(layer, self._settings, notes) for layer in self._layers
+        }
+        examples, mini_batches = 0, 0
+        # Stays where it is made: nobody waits for a GPU's to be told.
+        loss = torch.zeros((), dtype=torch.float64, device=device_of(self._model))
         for batch in batches:
-            loss += batch.examples * self._take(batch, accumulators)
+            notes.begin_batch()
+            loss = loss + batch.examples * self._take(batch, accumulators).double()
             examples, mini_batches = examples + batch.examples, mini_batches + 1
+        notes.require_none()
         counts = {name: a.gradient_examples for name, a in accumulators.items()}
         return Curvature(
             # Layer by layer, so that sums and means are not all there at once.
@@ -285,7 +308,7 @@ class _Passes:
             examples=examples,
             gradient_examples=counts,
             batches=mini_batches,
-            loss=loss / examples,
+            loss=float(loss) / examples,
             batchnorms={layer.name: layer.batchnorm_name for layer in self._layers},
             signatures={
                 layer.name: signature_of(layer, self._settings.coordinates)
@@ -316,7 +339,7 @@ class _Passes:
             for name, block in blocks.items()
         }
 
-    def _take(self, batch: Batch, accumulators: Accumulators) -> float:
+    def _take(self, batch: Batch, accumulators: Accumulators) -> Tensor:
         """Hand a mini-batch over: forward, then backward for every score; returns its loss."""
         try:
             with self._capture.watching():
@@ -326,7 +349,7 @@ class _Passes:
         finally:
             self._capture.clear()
 
-    def _accumulate(self, batch: Batch, outputs: Tensor, accumulators: Accumulators) -> float:
+    def _accumulate(self, batch: Batch, outputs: Tensor, accumulators: Accumulators) -> Tensor:
         rows = _Rows(batch.examples, len(outputs) if outputs.dim() else 0)
         outputs, targets = self._likelihood.arranged(outputs, batch.targets, batch.examples)
         self._likelihood.validate(outputs, targets)
@@ -341,7 +364,7 @@ class _Passes:
         )
         for (score, weight), last in _with_last(scores):
             self._capture.hand_over_gradients(accumulators, rows, outputs, score, weight, last=last)
-        return float(self._likelihood.loss(outputs.detach(), targets))
+        return self._likelihood.loss(outputs.detach(), targets)
 
 
 _Item = TypeVar("_Item")

@@ -11,7 +11,8 @@ from ekfac_rs.likelihood import LABELS, Likelihood
 DIAGONAL = "diagonal"
 APPROXIMATIONS = (*_core.strata(), DIAGONAL)
 STATISTICS = ("batch", "running")
-PRECISIONS = ("ieee", "tf32")
+AUTO = "auto"
+PRECISIONS = (AUTO, "ieee", "tf32", "bf16")
 CORRECTIONS = ("scale", "eigenvalues", "nearest")
 
 
@@ -25,8 +26,10 @@ class PassSettings:
     ----------
     likelihood : str
         The loss, with its reduction: the ``repr`` of a `Likelihood`.
-    approximation, coordinates, statistics, labels, draws, precision, correction
+    approximation, coordinates, statistics, labels, draws, correction
         As given to `estimate_curvature`.
+    precision : str
+        As given, or what "auto" came to: still "auto" where that differed between layers.
     frozen : tuple of str
         With batch statistics, the BatchNorms that used running ones all the same, because their
         user keeps them in eval mode.

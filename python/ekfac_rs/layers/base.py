@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ekfac_rs import _core
+from ekfac_rs._modes import torch_precision
 from ekfac_rs._tensors import borrow, is_supported
 from ekfac_rs.errors import BatchNormError
 
@@ -84,7 +85,12 @@ class Units:
         return replace(self, values=self.values.to(dtype))
 
     def accumulate(
-        self, out: Sequence[Tensor], approximation: str, append_one: bool, precision: str
+        self,
+        out: Sequence[Tensor],
+        approximation: str,
+        append_one: bool,
+        precision: str,
+        note: "_core.Note | None",
     ) -> list[int]:
         """Add N times the input factor of stratum k to the lower triangle of ``out[k]``.
 
@@ -94,9 +100,8 @@ class Units:
             The strata's degrees of freedom.
         """
         factors = [borrow(A) for A in out]
-        return _core.accumulate_gram(
-            borrow(self.values), factors, approximation, "input", append_one, 1.0, precision
-        )
+        options = (approximation, "input", append_one, 1.0, precision, note)
+        return _core.accumulate_gram(borrow(self.values), factors, *options)
 
 
 _KINDS: "list[type[AffineLayer]]" = []
@@ -211,6 +216,10 @@ class AffineLayer:
     def by_group(self, rows: Tensor) -> Tensor:
         """View something of each output as ``[groups, outputs of a group, ...]``."""
         return rows.reshape(self.groups, -1, *rows.shape[1:])
+
+    def torch_precision(self) -> str:
+        """To what torch rounds this layer's operands on a GPU: "ieee" or "tf32"."""
+        return torch_precision(of_convolutions=False)
 
     @property
     def like(self) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ekfac_rs import _core
+from ekfac_rs._modes import torch_precision
 from ekfac_rs._tensors import borrow
 from ekfac_rs.errors import ShapeError
 from ekfac_rs.layers.base import (
@@ -29,12 +30,16 @@ class Patches(Units):
     geometry: Geometry
 
     def accumulate(
-        self, out: Sequence[Tensor], approximation: str, append_one: bool, precision: str
+        self,
+        out: Sequence[Tensor],
+        approximation: str,
+        append_one: bool,
+        precision: str,
+        note: "_core.Note | None",
     ) -> list[int]:
         factors = [borrow(A) for A in out]
-        return _core.accumulate_patch_gram(
-            borrow(self.values), factors, approximation, *self.geometry, append_one, 1.0, precision
-        )
+        options = (approximation, *self.geometry, append_one, 1.0, precision, note)
+        return _core.accumulate_patch_gram(borrow(self.values), factors, *options)
 
 
 class _PatchLayer(AffineLayer):
@@ -50,6 +55,9 @@ class _PatchLayer(AffineLayer):
     @property
     def groups(self) -> int:
         return int(self.module.groups)
+
+    def torch_precision(self) -> str:
+        return torch_precision(of_convolutions=True)
 
     def channel_axis(self, dimensions: int) -> int | None:
         return 1 if dimensions == self.module.weight.dim() else None

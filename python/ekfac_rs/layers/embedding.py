@@ -28,7 +28,12 @@ class Tokens(Units):
         return self
 
     def accumulate(
-        self, out: Sequence[Tensor], approximation: str, append_one: bool, precision: str
+        self,
+        out: Sequence[Tensor],
+        approximation: str,
+        append_one: bool,
+        precision: str,
+        note: "_core.Note | None",
     ) -> list[int]:
         """Add N times the diagonal of the input factor of stratum k to ``out[k]``, by counting.
 

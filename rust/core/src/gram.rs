@@ -7,7 +7,7 @@ use crate::element::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::strata::{Approximation, Role, Stratum};
-use crate::units::{GramTask, Precision, StratumWeight, Units};
+use crate::units::{GramTask, Note, Precision, StratumWeight, Units};
 use crate::view::{TensorView, TensorViewMut};
 
 /// How [`accumulate`] and [`accumulate_patches`] read a mini-batch.
@@ -23,6 +23,9 @@ pub struct GramOptions {
     pub scale: f64,
     /// Of single-precision products, on a GPU; on the CPU only [`Precision::Ieee`].
     pub precision: Precision,
+    /// Where a GPU notes that `x` is not finite, instead of the host waiting to hear of it; the
+    /// outputs are then good for nothing. In the memory of the device of `x`. Not on the CPU.
+    pub note: Option<Note>,
 }
 
 /// Adds `scale * N * F_k` to the lower triangle of `out[k]` for each stratum k, where N is the
@@ -48,7 +51,7 @@ pub struct GramOptions {
 ///
 /// # Errors
 ///
-/// Nothing is written if `x` contains NaN or infinity, or if any shape, dtype or option does not
+/// Nothing is written if `x` contains NaN or infinity and no note was asked for, or if any shape, dtype or option does not
 /// fit. After [`Error::Interrupted`], or an error of a GPU at work, the outputs are partly written.
 pub fn accumulate(
     x: &TensorView<'_>,
@@ -147,6 +150,7 @@ impl MiniBatch<'_> {
             strata: weights(options, self.examples, self.locations, as_root),
             append_one: options.append_one,
             precision: options.precision,
+            note: options.note,
         };
         match out.first().map(TensorViewMut::dtype) {
             Some(Dtype::Float32) => self.run::<f32>(out, &task, cancel)?,
@@ -194,6 +198,9 @@ impl MiniBatch<'_> {
                  can be counted, got shape {:?}",
                 self.units.tensor().shape()
             )));
+        }
+        if let Some(note) = options.note {
+            note.device.expect(self.units.tensor().place().device)?;
         }
         if options.append_one && options.role == Role::Gradient {
             return Err(Error::Option(

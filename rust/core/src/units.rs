@@ -2,29 +2,76 @@
 
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
+use crate::place::Device;
 use crate::strata::Stratum;
-use crate::view::TensorView;
+use crate::view::{TensorView, TensorViewMut};
 
-/// How single-precision products are rounded on a GPU.
+/// To what the operands of single-precision products are rounded on a GPU; sums are in single
+/// precision always. Units of half precision that nothing is subtracted from are multiplied as they
+/// are, which is exact.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// As IEEE 754 has it.
+    /// Not at all.
     #[default]
     Ieee,
-    /// Factors with a mantissa of ten bits, on tensor cores.
+    /// A mantissa of ten bits, on tensor cores.
     Tf32,
+    /// A mantissa of seven bits: bfloat16, on tensor cores.
+    Bf16,
 }
 
 impl Precision {
-    /// `ieee` or `tf32`.
+    const ALL: [Self; 3] = [Self::Ieee, Self::Tf32, Self::Bf16];
+
+    /// `ieee`, `tf32` or `bf16`.
     pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "ieee" => Ok(Self::Ieee),
-            "tf32" => Ok(Self::Tf32),
-            other => Err(Error::Option(format!(
-                "unknown precision: expected ieee or tf32, got {other:?}"
-            ))),
+        let found = Self::ALL.into_iter().find(|one| one.name() == name);
+        found.ok_or_else(|| {
+            Error::Option(format!(
+                "unknown precision: expected ieee, tf32 or bf16, got {name:?}"
+            ))
+        })
+    }
+
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ieee => "ieee",
+            Self::Tf32 => "tf32",
+            Self::Bf16 => "bf16",
         }
+    }
+}
+
+/// Where a GPU notes, instead of waiting for it, that units are not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Note {
+    /// A word of eight bytes on the device of the units, for the smallest number noted.
+    pub(crate) address: usize,
+    pub(crate) device: Device,
+    /// The number that stands for the mini-batch's first example; others follow.
+    pub first_example: u64,
+}
+
+impl Note {
+    /// A note in a tensor of one element of eight bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Shape`] or [`Error::Dtype`] for any other tensor.
+    pub fn new(word: &mut TensorViewMut<'_>, first_example: u64) -> Result<Self> {
+        let layout = word.layout();
+        if layout.shape.iter().product::<usize>() != 1 || layout.dtype.size() != 8 {
+            return Err(Error::Shape(format!(
+                "a note must be one number of eight bytes, got {} of shape {:?}",
+                layout.dtype, layout.shape
+            )));
+        }
+        Ok(Self {
+            device: word.layout().device,
+            address: word.address(),
+            first_example,
+        })
     }
 }
 
@@ -37,6 +84,9 @@ pub struct GramTask {
     pub append_one: bool,
     /// Of single-precision products.
     pub precision: Precision,
+    /// Where units that are not finite are noted; without it they are an error at once, before any
+    /// output changes.
+    pub note: Option<Note>,
 }
 
 /// A stratum and the number its sum of squares and products is multiplied by.

@@ -6,7 +6,7 @@ use ekfac_core::Result;
 use ekfac_core::geometry::Geometry;
 use ekfac_core::gram::{self, GramOptions};
 use ekfac_core::strata::{Approximation, Role, Stratum};
-use ekfac_core::units::Precision;
+use ekfac_core::units::{Note, Precision};
 use ekfac_core::view::TensorViewMut;
 use pyo3::prelude::*;
 
@@ -29,6 +29,7 @@ pub fn strata() -> BTreeMap<&'static str, Vec<&'static str>> {
 /// Adds `scale * N * F_k` of this mini-batch to the lower triangle of each output; returns the
 /// degrees of freedom of the strata.
 #[pyfunction]
+#[pyo3(signature = (x, out, approximation, role, append_one, scale, precision, note=None))]
 #[expect(clippy::too_many_arguments, reason = "the signature of the contract")]
 pub fn accumulate_gram(
     py: Python<'_>,
@@ -39,6 +40,7 @@ pub fn accumulate_gram(
     append_one: bool,
     scale: f64,
     precision: &str,
+    note: Option<RawNote>,
 ) -> PyResult<Vec<usize>> {
     run(py, |cancel| {
         let options = GramOptions {
@@ -47,6 +49,7 @@ pub fn accumulate_gram(
             append_one,
             scale,
             precision: Precision::from_name(precision)?,
+            note: noted(note, &x)?,
         };
         gram::accumulate(&x.view()?, &mut views(&mut out, &x)?, options, cancel)
     })
@@ -54,6 +57,9 @@ pub fn accumulate_gram(
 
 /// As `accumulate_gram` for the patches that a convolution sees.
 #[pyfunction]
+#[pyo3(signature = (
+    x, out, approximation, kernel, stride, dilation, padding, append_one, scale, precision, note=None
+))]
 #[expect(clippy::too_many_arguments, reason = "the signature of the contract")]
 pub fn accumulate_patch_gram(
     py: Python<'_>,
@@ -67,6 +73,7 @@ pub fn accumulate_patch_gram(
     append_one: bool,
     scale: f64,
     precision: &str,
+    note: Option<RawNote>,
 ) -> PyResult<Vec<usize>> {
     let geometry = Geometry {
         kernel,
@@ -81,6 +88,7 @@ pub fn accumulate_patch_gram(
             append_one,
             scale,
             precision: Precision::from_name(precision)?,
+            note: noted(note, &x)?,
         };
         let x_view = x.view()?;
         gram::accumulate_patches(
@@ -91,6 +99,17 @@ pub fn accumulate_patch_gram(
             cancel,
         )
     })
+}
+
+/// A word on the device of the units, and the number of the mini-batch's first example.
+type RawNote = (RawTensor, u64);
+
+fn noted(note: Option<RawNote>, x: &RawTensor) -> Result<Option<Note>> {
+    let Some((mut word, first_example)) = note else {
+        return Ok(None);
+    };
+    check_disjoint(&[&word], [x])?;
+    Ok(Some(Note::new(&mut word.view_mut()?, first_example)?))
 }
 
 /// The outputs, to be written to, none of which shares memory with `x`.

@@ -24,6 +24,7 @@ mod _core {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         ekfac_core::backend::cpu::note_process();
         module.add("Tensor", module.py().get_type::<PyTuple>())?;
+        module.add("Note", module.py().get_type::<PyTuple>())?;
         module.add("Term", module.py().get_type::<PyTuple>())
     }
 

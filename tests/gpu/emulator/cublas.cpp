@@ -1,6 +1,7 @@
 // cuBLAS, emulated: column-major products and triangular solves, in the type of their operands.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <set>
@@ -174,29 +175,80 @@ int gemm(Handle* handle, int operation_a, int operation_b, std::int64_t m, std::
     return CUBLAS_STATUS_SUCCESS;
 }
 
-template <typename Real>
-int syrk(Handle* handle, int fill, int operation, std::int64_t n, std::int64_t k,
-         const Real* alpha, const Real* a, std::int64_t lda, const Real* beta, Real* c,
-         std::int64_t ldc) {
-    RETURN_FAILURE(check_handle(handle));
-    REQUIRE(is_fill_mode(fill) && is_operation(operation));
-    REQUIRE(n >= 0 && k >= 0);
-    REQUIRE(is_leading(lda, operation == CUBLAS_OP_N ? n : k));
-    REQUIRE(is_leading(ldc, n));
-    if (n == 0) return CUBLAS_STATUS_SUCCESS;
-    REQUIRE(alpha != nullptr && beta != nullptr && c != nullptr);
-    if (*alpha == Real(0)) k = 0;
-    REQUIRE(k == 0 || a != nullptr);
-    scribble(handle);
-    const int transposed = operation == CUBLAS_OP_N ? CUBLAS_OP_T : CUBLAS_OP_N;
-    const Columns<Real> left(a, lda, operation, n, k);
-    const Columns<Real> right(a, lda, transposed, k, n);
-    for (std::int64_t column = 0; column < n; ++column) {
-        const std::int64_t first = fill == CUBLAS_FILL_MODE_LOWER ? column : 0;
-        const std::int64_t last = fill == CUBLAS_FILL_MODE_LOWER ? n : column + 1;
-        product_column(left, right.column(column), k, *alpha, *beta, c + column * ldc, first, last);
+// Types by their numbers in library_types.h.
+enum : int { CUDA_R_32F = 0, CUDA_R_64F = 1, CUDA_R_16F = 2, CUDA_R_16BF = 14 };
+enum : int { CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_64F = 70, CUBLAS_COMPUTE_32F_FAST_TF32 = 77 };
+enum : int { CUBLAS_GEMM_DEFAULT = -1 };
+
+float from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+float from_bfloat16(std::uint16_t bits) { return from_bits(std::uint32_t(bits) << 16); }
+
+float from_half(std::uint16_t bits) {
+    const int exponent = bits >> 10 & 31;
+    const int fraction = bits & 1023;
+    float value;
+    if (exponent == 31) {
+        value = from_bits(0x7f800000u | std::uint32_t(fraction) << 13);
+    } else if (exponent == 0) {
+        value = std::ldexp(float(fraction), -24);
+    } else {
+        value = std::ldexp(float(fraction + 1024), exponent - 25);
     }
-    return CUBLAS_STATUS_SUCCESS;
+    return bits & 0x8000 ? -value : value;
+}
+
+// Rounds to a mantissa of ten bits, to the nearest and then to even, as tensor cores are given it.
+float to_tf32(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0xfffu + (bits >> 13 & 1u);
+    return from_bits(bits & ~0x1fffu);
+}
+
+// The columns of an operand in single precision, as a product with sums in single precision reads
+// them.
+std::vector<float> widened(const void* source, int type, bool tf32, std::int64_t leading,
+                           std::int64_t rows, std::int64_t columns) {
+    const std::int64_t length = columns == 0 ? 0 : leading * (columns - 1) + rows;
+    std::vector<float> values(static_cast<std::size_t>(length));
+    // What lies between columns may be anything: it is not read.
+    for (std::int64_t column = 0; column < columns; ++column) {
+        for (std::int64_t row = 0; row < rows; ++row) {
+            const std::int64_t index = row + column * leading;
+            float value;
+            if (type == CUDA_R_32F) {
+                value = static_cast<const float*>(source)[index];
+            } else {
+                const std::uint16_t bits = static_cast<const std::uint16_t*>(source)[index];
+                value = type == CUDA_R_16F ? from_half(bits) : from_bfloat16(bits);
+            }
+            values[index] = tf32 ? to_tf32(value) : value;
+        }
+    }
+    return values;
+}
+
+std::int64_t size_of(int type) {
+    return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2;
+}
+
+// Floating-point operations of products, by what their operands are rounded to.
+std::mutex flops_mutex;
+std::map<std::string, double> flops;
+
+void count_flops(int type, int compute, double number) {
+    const char* name = compute == CUBLAS_COMPUTE_64F             ? "float64"
+                       : type == CUDA_R_16F                      ? "float16"
+                       : type == CUDA_R_16BF                     ? "bfloat16"
+                       : compute == CUBLAS_COMPUTE_32F_FAST_TF32 ? "tf32"
+                                                                 : "float32";
+    std::lock_guard<std::mutex> lock(flops_mutex);
+    flops[name] += number;
 }
 
 // target -= factor * source
@@ -301,14 +353,6 @@ EMULATOR_API int cublasSetWorkspace_v2(Handle* handle, void* workspace, std::siz
     return CUBLAS_STATUS_SUCCESS;
 }
 
-EMULATOR_API int cublasSetMathMode(Handle* handle, int mode) {
-    RETURN_INJECTED_FAULT();
-    RETURN_FAILURE(check_handle(handle));
-    // The low bits are the mode, 16 disallows reductions in lower precision.
-    REQUIRE(mode >= 0 && mode < 32);
-    return CUBLAS_STATUS_SUCCESS;
-}
-
 EMULATOR_API int cublasGetVersion_v2(Handle*, int* version) {
     RETURN_INJECTED_FAULT();
     REQUIRE(version != nullptr);
@@ -337,6 +381,8 @@ EMULATOR_API const char* cublasGetStatusString(int status) {
         const Real* alpha, const Real* a, Integer lda, const Real* b, Integer ldb,                 \
         const Real* beta, Real* c, Integer ldc) {                                                  \
         RETURN_INJECTED_FAULT();                                                                   \
+        count_flops(CUDA_R_32F, sizeof(Real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,      \
+                    2.0 * m * n * k);                                                             \
         return gemm<Real>(handle, operation_a, operation_b, m, n, k, alpha, a, lda, 0, b, ldb, 0,  \
                           beta, c, ldc, 0, 1);                                                     \
     }                                                                                              \
@@ -346,16 +392,11 @@ EMULATOR_API const char* cublasGetStatusString(int status) {
         Integer ldb, long long stride_b, const Real* beta, Real* c, Integer ldc,                   \
         long long stride_c, Integer count) {                                                       \
         RETURN_INJECTED_FAULT();                                                                   \
+        count_flops(CUDA_R_32F, sizeof(Real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,      \
+                    2.0 * count * m * n * k);                                                     \
         return gemm<Real>(handle, operation_a, operation_b, m, n, k, alpha, a, lda, stride_a, b,   \
                           ldb, stride_b, beta, c, ldc, stride_c, count);                           \
     }                                                                                              \
-    EMULATOR_API int cublas##letter##syrk##suffix(Handle* handle, int fill, int operation,         \
-                                                  Integer n, Integer k, const Real* alpha,         \
-                                                  const Real* a, Integer lda, const Real* beta,    \
-                                                  Real* c, Integer ldc) {                          \
-        RETURN_INJECTED_FAULT();                                                                   \
-        return syrk<Real>(handle, fill, operation, n, k, alpha, a, lda, beta, c, ldc);           \
-    }                                                                                            \
     EMULATOR_API int cublas##letter##trsm##suffix(                                               \
         Handle* handle, int side, int fill, int operation, int diagonal, Integer m, Integer n,   \
         const Real* alpha, const Real* a, Integer lda, Real* b, Integer ldb) {                   \
@@ -367,3 +408,52 @@ EMULATE_ROUTINES(S, float, _v2, , int)
 EMULATE_ROUTINES(D, double, _v2, , int)
 EMULATE_ROUTINES(S, float, _v2_64, _64, std::int64_t)
 EMULATE_ROUTINES(D, double, _v2_64, _64, std::int64_t)
+
+EMULATOR_API int cublasGemmStridedBatchedEx_64(
+    Handle* handle, int operation_a, int operation_b, std::int64_t m, std::int64_t n,
+    std::int64_t k, const void* alpha, const void* a, int type_a, std::int64_t lda,
+    long long stride_a, const void* b, int type_b, std::int64_t ldb, long long stride_b,
+    const void* beta, void* c, int type_c, std::int64_t ldc, long long stride_c,
+    std::int64_t count, int compute, int algorithm) {
+    RETURN_INJECTED_FAULT();
+    // The combinations that are documented, of the types that are used here.
+    REQUIRE(algorithm == CUBLAS_GEMM_DEFAULT && type_a == type_b);
+    count_flops(type_a, compute, 2.0 * count * m * n * k);
+    if (compute == CUBLAS_COMPUTE_64F) {
+        REQUIRE(type_a == CUDA_R_64F && type_c == CUDA_R_64F);
+        return gemm<double>(handle, operation_a, operation_b, m, n, k,
+                            static_cast<const double*>(alpha), static_cast<const double*>(a), lda,
+                            stride_a, static_cast<const double*>(b), ldb, stride_b,
+                            static_cast<const double*>(beta), static_cast<double*>(c), ldc,
+                            stride_c, count);
+    }
+    const bool tf32 = compute == CUBLAS_COMPUTE_32F_FAST_TF32;
+    REQUIRE(tf32 || compute == CUBLAS_COMPUTE_32F);
+    REQUIRE(type_a == CUDA_R_32F || (!tf32 && (type_a == CUDA_R_16F || type_a == CUDA_R_16BF)));
+    REQUIRE(type_c == CUDA_R_32F && is_operation(operation_a) && is_operation(operation_b));
+    REQUIRE(m >= 0 && n >= 0 && k >= 0 && count >= 0);
+    const bool plain_a = operation_a == CUBLAS_OP_N, plain_b = operation_b == CUBLAS_OP_N;
+    REQUIRE(is_leading(lda, plain_a ? m : k) && is_leading(ldb, plain_b ? k : n));
+    // Results of one batch must not overlap: the real library writes them at the same time.
+    REQUIRE(count == 1 || std::abs(stride_c) >= ldc * (n - 1) + m);
+    for (std::int64_t index = 0; index < count; ++index) {
+        const char* const own_a = static_cast<const char*>(a) + index * stride_a * size_of(type_a);
+        const char* const own_b = static_cast<const char*>(b) + index * stride_b * size_of(type_b);
+        const std::vector<float> wide_a =
+            widened(own_a, type_a, tf32, lda, plain_a ? m : k, plain_a ? k : m);
+        const std::vector<float> wide_b =
+            widened(own_b, type_b, tf32, ldb, plain_b ? k : n, plain_b ? n : k);
+        RETURN_FAILURE(gemm<float>(handle, operation_a, operation_b, m, n, k,
+                                   static_cast<const float*>(alpha), wide_a.data(), lda, 0,
+                                   wide_b.data(), ldb, 0, static_cast<const float*>(beta),
+                                   static_cast<float*>(c) + index * stride_c, ldc, 0, 1));
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+// Floating-point operations of this process's products whose operands are rounded to this type.
+EMULATOR_API double emulator_flops(const char* type) {
+    std::lock_guard<std::mutex> lock(flops_mutex);
+    const auto found = flops.find(type);
+    return found == flops.end() ? 0.0 : found->second;
+}

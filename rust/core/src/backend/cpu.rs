@@ -95,9 +95,14 @@ impl Backend for Cpu {
         cancel: &Cancel,
     ) -> Result<()> {
         if task.precision != Precision::Ieee {
+            return Err(Error::Option(format!(
+                "precision: expected \"ieee\" on the CPU, got {:?}, which is for GPUs",
+                task.precision.name()
+            )));
+        }
+        if task.note.is_some() {
             return Err(Error::Option(
-                "precision: expected \"ieee\" on the CPU, got \"tf32\", which is for GPUs"
-                    .to_owned(),
+                "a note is for GPUs: on the CPU, what is not finite is an error at once".to_owned(),
             ));
         }
         let out = out.into_iter().map(host::write_all);

@@ -109,13 +109,7 @@ impl Backend for Cuda {
         task: &GramTask,
         cancel: &Cancel,
     ) -> Result<()> {
-        gram::accumulate(
-            &self.with_precision(task.precision),
-            units,
-            out,
-            task,
-            cancel,
-        )
+        gram::accumulate(self, units, out, task, cancel)
     }
 
     fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>, divisor: f64) -> Result<()> {

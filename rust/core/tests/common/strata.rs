@@ -18,6 +18,7 @@ pub fn options(
         append_one,
         scale,
         precision: Precision::Ieee,
+        note: None,
     }
 }
 

@@ -4,14 +4,18 @@
 //! that lies column by column, so every call here is turned into one on such transposes, and
 //! nothing is copied unless a matrix lies in neither way.
 
+use std::ffi::c_void;
+
 use super::calls::failed;
 use super::queue::Cuda;
 use crate::backend::Triangle;
 use crate::element::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, MatrixMut, Storage};
+use crate::units::Precision;
 use cudarc::cublas::sys::{
-    self, cublasDiagType_t, cublasFillMode_t, cublasOperation_t, cublasSideMode_t,
+    self, cublasDiagType_t, cublasFillMode_t, cublasGemmAlgo_t, cublasOperation_t,
+    cublasSideMode_t, cudaDataType_t,
 };
 
 /// A matrix as cuBLAS sees it: read column by column, either the matrix itself or its transpose.
@@ -54,10 +58,9 @@ impl Lying {
     }
 }
 
-/// Size of a Gram matrix from which cuBLAS is asked for one triangle only. For narrow and tall x
-/// its general product cuts the long sum between multiprocessors, which makes up for the other
-/// triangle. (Not measured yet: see docs/benchmarks.md.)
-const SYRK_FROM: usize = 1024;
+/// Rows of a Gram matrix at a time: enough for products to run at full speed, and few enough that
+/// little is computed above the diagonal. cuBLAS' own routine for one triangle uses no tensor cores.
+const BLOCK: usize = 512;
 
 /// Whether a matrix lies row by row or column by column.
 pub(super) fn lies_well<T>(x: Matrix<'_, T>) -> bool {
@@ -73,10 +76,42 @@ pub(super) struct Strided {
     pub(super) strides: [usize; 3],
 }
 
-const ONE: Strided = Strided {
-    count: 1,
-    strides: [0; 3],
-};
+impl Strided {
+    /// A product alone.
+    pub(super) const ONE: Self = Self {
+        count: 1,
+        strides: [0; 3],
+    };
+}
+
+/// Rows in device memory, in the type in which they are multiplied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows {
+    pub(super) address: u64,
+    pub(super) dtype: Dtype,
+    pub(super) count: usize,
+    /// Elements from each row to the next one.
+    pub(super) step: usize,
+}
+
+impl Rows {
+    /// The rows without their first elements.
+    pub(super) fn starting_at(self, first: usize) -> Self {
+        Self {
+            address: self.address + (first * self.dtype.size()) as u64,
+            ..self
+        }
+    }
+
+    fn data_type(self) -> cudaDataType_t {
+        match self.dtype {
+            Dtype::Float16 => cudaDataType_t::CUDA_R_16F,
+            Dtype::BFloat16 => cudaDataType_t::CUDA_R_16BF,
+            Dtype::Float32 => cudaDataType_t::CUDA_R_32F,
+            Dtype::Float64 => cudaDataType_t::CUDA_R_64F,
+        }
+    }
+}
 
 impl Cuda {
     /// `out = keep * out + alpha * a * b` for matrices of any strides.
@@ -103,7 +138,7 @@ impl Cuda {
         if !lies_well(b) {
             return self.multiply(out, keep, a, self.copied(b)?.view(), alpha);
         }
-        self.multiply_stack(out, keep, a, b, alpha, ONE)
+        self.multiply_stack(out, keep, a, b, alpha, Strided::ONE)
     }
 
     /// As [`Self::multiply`] for stacks of which these are the first matrices; each lies row by
@@ -214,62 +249,113 @@ impl Cuda {
             .map_err(|error| failed("cublas gemm", error.0))
     }
 
-    /// Adds `weight * x^T x` to the lower triangle of `out`, for x row by row; what is above is
-    /// left undefined.
+    /// Adds `weight * x^T x` to the lower triangle of `out`; what is above is left undefined. For a
+    /// stack of which these are the first matrices, each result lies row by row or column by column.
     pub(super) fn add_squares<T: Real>(
         &self,
         mut out: MatrixMut<'_, T>,
-        x: Matrix<'_, T>,
+        x: Rows,
         weight: f64,
+        precision: Precision,
+        batch: Strided,
     ) -> Result<()> {
         let size = out.rows();
-        if size < SYRK_FROM {
-            return self.multiply(out, true, x.transpose(), x, weight);
+        if !lies_well(out.as_ref()) {
+            let mut squares = self.zeroed::<T>(size, size)?;
+            self.add_squares(squares.view_mut(), x, weight, precision, batch)?;
+            return self.add_multiple(1.0, squares.view(), out);
         }
-        let Some(units) = Lying::of(x) else {
-            return self.add_squares(out, self.copied(x)?.view(), weight);
+        let blocks = size.div_ceil(BLOCK);
+        for block in 0..blocks {
+            let (start, end) = (size * block / blocks, size * (block + 1) / blocks);
+            let part = out.as_mut().subrows(start, end - start);
+            let (part, left) = (part.subcolumns(0, end), x.starting_at(start));
+            self.add_product_of_rows(part, left, x, weight, precision, batch)?;
+        }
+        Ok(())
+    }
+
+    /// `out += weight * left^T right` for rows of one type, as many of them as `out` has rows and
+    /// columns.
+    fn add_product_of_rows<T: Real>(
+        &self,
+        out: MatrixMut<'_, T>,
+        left: Rows,
+        right: Rows,
+        weight: f64,
+        precision: Precision,
+        batch: Strided,
+    ) -> Result<()> {
+        use sys::cublasComputeType_t::{
+            CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_COMPUTE_64F,
         };
         let Some(target) = Lying::of(out.as_ref()) else {
-            let mut squares = self.zeroed::<T>(size, size)?;
-            self.add_squares(squares.view_mut(), x, weight)?;
-            return self.add_multiple(1.0, squares.view(), out.as_mut());
+            return Err(Error::Internal(
+                "a product of rows needs a matrix by rows or by columns".to_owned(),
+            ));
         };
-        let triangle = if target.transposed {
-            cublasFillMode_t::CUBLAS_FILL_MODE_UPPER
+        // Rows are the columns of what cuBLAS sees; what lies row by row is seen as its transpose,
+        // right^T left.
+        let (m, n) = (out.rows() as i64, out.columns() as i64);
+        let (m, n, a, b) = if target.transposed {
+            (n, m, right, left)
         } else {
-            cublasFillMode_t::CUBLAS_FILL_MODE_LOWER
+            (m, n, left, right)
         };
-        let (n, k) = (size as i64, x.rows() as i64);
-        let (x, c) = (self.address(x)?, self.address(out.as_ref())?);
+        let (k, steps) = (left.count as i64, batch.strides.map(|step| step as i64));
+        let wide = T::DTYPE == Dtype::Float64;
+        let compute = match (left.dtype, precision) {
+            (Dtype::Float64, _) => CUBLAS_COMPUTE_64F,
+            (Dtype::Float32, Precision::Tf32 | Precision::Bf16) => CUBLAS_COMPUTE_32F_FAST_TF32,
+            _ => CUBLAS_COMPUTE_32F,
+        };
+        let of_target = if wide {
+            cudaDataType_t::CUDA_R_64F
+        } else {
+            cudaDataType_t::CUDA_R_32F
+        };
+        // Factors are of the type that is computed in.
+        let (narrow, in_double) = ([weight as f32, 1.0], [weight, 1.0]);
+        let [alpha, beta]: [*const c_void; 2] = if wide {
+            [&raw const in_double[0], &raw const in_double[1]].map(<*const f64>::cast)
+        } else {
+            [&raw const narrow[0], &raw const narrow[1]].map(<*const f32>::cast)
+        };
+        let c = self.address(out.as_ref())? as *mut c_void;
         let handles = self.handles()?;
-        macro_rules! call {
-            ($type:ty, $function:path) => {{
-                let (alpha, beta) = (weight as $type, 1.0);
-                // SAFETY: as in `multiply_stack`.
-                unsafe {
-                    $function(
-                        handles.cublas,
-                        triangle,
-                        units.transposing(),
-                        n,
-                        k,
-                        &alpha,
-                        x as *const $type,
-                        units.leading,
-                        &beta,
-                        c as *mut $type,
-                        target.leading,
-                    )
-                }
-            }};
-        }
-        let status = match T::DTYPE {
-            Dtype::Float32 => call!(f32, sys::cublasSsyrk_v2_64),
-            _ => call!(f64, sys::cublasDsyrk_v2_64),
+        // SAFETY: extents, steps and leading dimensions are those of rows and matrices on this
+        // device that outlive the queued work (see memory.rs); the factors live until the call,
+        // which reads them, returns.
+        let status = unsafe {
+            sys::cublasGemmStridedBatchedEx_64(
+                handles.cublas,
+                cublasOperation_t::CUBLAS_OP_N,
+                cublasOperation_t::CUBLAS_OP_T,
+                m,
+                n,
+                k,
+                alpha,
+                a.address as *const c_void,
+                a.data_type(),
+                a.step as i64,
+                steps[0],
+                b.address as *const c_void,
+                b.data_type(),
+                b.step as i64,
+                steps[1],
+                beta,
+                c,
+                of_target,
+                target.leading,
+                steps[2],
+                batch.count as i64,
+                compute,
+                cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
         };
         status
             .result()
-            .map_err(|error| failed("cublas syrk", error.0))
+            .map_err(|error| failed("cublas gemm", error.0))
     }
 
     /// Overwrites `x` with the solution of a triangular system.

@@ -14,7 +14,6 @@ use super::memory::Buffer;
 use crate::element::Dtype;
 use crate::error::{Error, Result};
 use crate::place::{Device, Place};
-use crate::units::Precision;
 
 /// A device and everything made for it once; never given back, as torch keeps its context as long.
 pub(super) struct Gpu {
@@ -91,11 +90,10 @@ impl Gpu {
         Ok(loaded)
     }
 
-    /// The library handles, set to this stream and this precision for as long as they are held.
+    /// The library handles, set to this stream for as long as they are held.
     pub(super) fn handles(
         &self,
         stream: usize,
-        precision: Precision,
         capturing: bool,
     ) -> Result<MutexGuard<'_, Handles>> {
         if self.handles.get().is_none() {
@@ -110,7 +108,7 @@ impl Gpu {
             device: Device::Cuda(self.ordinal),
             stream,
         };
-        handles.turn_to(place, precision, capturing)?;
+        handles.turn_to(place, capturing)?;
         Ok(handles)
     }
 }
@@ -133,7 +131,6 @@ pub(super) struct Handles {
     pub(super) cusolver: cusolver::sys::cusolverDnHandle_t,
     pub(super) parameters: cusolver::sys::cusolverDnParams_t,
     stream: Option<usize>,
-    precision: Option<Precision>,
     /// What cuBLAS works in, for each stream: its own pool would allocate in the middle of a graph
     /// that is being captured.
     workspaces: HashMap<usize, Buffer>,
@@ -169,13 +166,12 @@ impl Handles {
             cusolver,
             parameters,
             stream: None,
-            precision: None,
             workspaces: HashMap::new(),
             of_graph: None,
         })
     }
 
-    fn turn_to(&mut self, place: Place, precision: Precision, capturing: bool) -> Result<()> {
+    fn turn_to(&mut self, place: Place, capturing: bool) -> Result<()> {
         let stream = place.stream;
         if self.stream != Some(stream) || capturing {
             self.stream = None;
@@ -203,17 +199,6 @@ impl Handles {
             }
             // A graph's workspace is for one call; whoever comes next sets another.
             self.stream = (!capturing).then_some(stream);
-        }
-        if self.precision != Some(precision) {
-            let mode = match precision {
-                Precision::Ieee => cublas::sys::cublasMath_t::CUBLAS_DEFAULT_MATH,
-                Precision::Tf32 => cublas::sys::cublasMath_t::CUBLAS_TF32_TENSOR_OP_MATH,
-            };
-            // SAFETY: the handle lives.
-            unsafe { cublas::sys::cublasSetMathMode(self.cublas, mode) }
-                .result()
-                .map_err(|e| failed("cublasSetMathMode", e.0))?;
-            self.precision = Some(precision);
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 // Kernels of the CUDA backend; compiled by NVRTC at run time, once for each pair of ELEMENT (the
-// type that is read) and REAL (the type that is computed in).
+// type that is read) and REAL (the type that is computed in). Tiles of packed units, which only the
+// products read, may be of half precision.
 //
 // Every kernel works on a table: its columns are spread over threads along x, and each block goes
 // through a run of consecutive rows, so that lines of memory fetched for one row are still in the
@@ -30,6 +31,39 @@ __device__ inline float number(Half x) {
         ? __uint_as_float(magnitude | 0x7f800000u)
         : __uint_as_float(magnitude) * 5.192296858534828e+33f;
     return __uint_as_float(__float_as_uint(value) | sign);
+}
+
+// Writing, rounded to the nearest number of the target's type.
+__device__ inline void put(double& to, double value) { to = value; }
+__device__ inline void put(float& to, double value) { to = (float)value; }
+
+__device__ inline void put(BFloat16& to, double value) {
+    unsigned bits = __float_as_uint((float)value);
+    bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    to.bits = (unsigned short)(is_nan ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+__device__ inline void put(Half& to, double value) {
+    unsigned bits = __float_as_uint((float)value), magnitude = bits & 0x7fffffffu, half;
+    if (magnitude >= 0x477ff000u) {
+        // NaN, or what rounds to infinity.
+        half = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    } else if (magnitude < 0x38800000u) {
+        // Subnormal numbers lie as far apart as numbers do just above this one.
+        half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+    } else {
+        half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+    }
+    to.bits = (unsigned short)(half | bits >> 16 & 0x8000u);
+}
+
+// Only NaN and infinity differ from themselves after this.
+__device__ inline bool is_finite(double value) { return value - value == 0.0; }
+
+// Lowers the number of the first example that is not finite; a null pointer stands for nobody who
+// wants to know.
+__device__ inline void note(u64* noted, u64 example) {
+    if (noted) atomicMin(noted, example);
 }
 
 #define COLUMN(columns) \
@@ -134,7 +168,8 @@ struct PatchReader {
 // Row `row` of `out` is the sum of this share of all units, feature by feature.
 template <class Reader, class Source>
 __device__ inline void sum_units(
-    const S* x, const Source& source, u64 locations, u64 units, u64 runs, u64 features, double* out)
+    const S* x, const Source& source, u64 locations, u64* noted, u64 first_example, u64 units,
+    u64 runs, u64 features, double* out)
 {
     COLUMN(features)
     Reader reader(x, source, locations, column);
@@ -142,30 +177,37 @@ __device__ inline void sum_units(
     FOR_ROWS(runs) {
         u64 unit = units * row / runs, end = units * (row + 1) / runs;
         double sum = 0.0;
-        for (reader.seek(unit); unit < end; ++unit, reader.next()) sum += number(reader.at(zero));
+        for (reader.seek(unit); unit < end; ++unit, reader.next()) {
+            double value = number(reader.at(zero));
+            if (!is_finite(value)) note(noted, first_example + reader.n);
+            sum += value;
+        }
         out[row * features + column] = sum;
     }
 }
 
 extern "C" __global__ void sum_dense(
-    const S* x, Dense source, u64 locations, u64 units, u64 runs, u64 features, double* out)
+    const S* x, Dense source, u64 locations, u64* noted, u64 first_example, u64 units, u64 runs,
+    u64 features, double* out)
 {
-    sum_units<DenseReader>(x, source, locations, units, runs, features, out);
+    sum_units<DenseReader>(x, source, locations, noted, first_example, units, runs, features, out);
 }
 
 extern "C" __global__ void sum_patches(
-    const S* x, Patches source, u64 locations, u64 units, u64 runs, u64 features, double* out)
+    const S* x, Patches source, u64 locations, u64* noted, u64 first_example, u64 units, u64 runs,
+    u64 features, double* out)
 {
-    sum_units<PatchReader>(x, source, locations, units, runs, features, out);
+    sum_units<PatchReader>(x, source, locations, noted, first_example, units, runs, features, out);
 }
 
 // Rows of `out` are consecutive units minus `mean_factor * means`. Each group of `size` features
 // is followed by `appended` columns (0 or 1) of a constant. Means are of all units (mean_stride 0)
 // or of each example; a null pointer stands for zeros.
-template <class Reader, class Source>
+template <class Reader, class Source, class Tile>
 __device__ inline void pack_units(
-    const S* x, const Source& source, u64 locations, u64 first, u64 rows, u64 size, u64 appended,
-    double constant, const double* means, u64 mean_stride, double mean_factor, u64 columns, T* out)
+    const S* x, const Source& source, u64 locations, u64* noted, u64 first_example, u64 first,
+    u64 rows, u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
+    double mean_factor, u64 columns, Tile* out)
 {
     COLUMN(columns)
     u64 width = size + appended;
@@ -178,26 +220,65 @@ __device__ inline void pack_units(
         double value = constant;
         if (!is_constant) {
             value = number(reader.at(zero));
+            if (!is_finite(value)) note(noted, first_example + reader.n);
             if (means) value -= means[reader.n * mean_stride + feature] * mean_factor;
         }
-        out[row * columns + column] = (T)value;
+        put(out[row * columns + column], value);
     }
 }
 
 extern "C" __global__ void pack_dense(
-    const S* x, Dense source, u64 locations, u64 first, u64 rows, u64 size, u64 appended,
-    double constant, const double* means, u64 mean_stride, double mean_factor, u64 columns, T* out)
+    const S* x, Dense source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
+    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
+    double mean_factor, u64 columns, T* out)
 {
-    pack_units<DenseReader>(x, source, locations, first, rows, size, appended, constant, means,
-                            mean_stride, mean_factor, columns, out);
+    pack_units<DenseReader>(x, source, locations, noted, first_example, first, rows, size,
+                               appended, constant, means, mean_stride, mean_factor, columns, out);
+}
+
+extern "C" __global__ void pack_dense_half(
+    const S* x, Dense source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
+    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
+    double mean_factor, u64 columns, Half* out)
+{
+    pack_units<DenseReader>(x, source, locations, noted, first_example, first, rows, size,
+                               appended, constant, means, mean_stride, mean_factor, columns, out);
+}
+
+extern "C" __global__ void pack_dense_bfloat16(
+    const S* x, Dense source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
+    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
+    double mean_factor, u64 columns, BFloat16* out)
+{
+    pack_units<DenseReader>(x, source, locations, noted, first_example, first, rows, size,
+                               appended, constant, means, mean_stride, mean_factor, columns, out);
 }
 
 extern "C" __global__ void pack_patches(
-    const S* x, Patches source, u64 locations, u64 first, u64 rows, u64 size, u64 appended,
-    double constant, const double* means, u64 mean_stride, double mean_factor, u64 columns, T* out)
+    const S* x, Patches source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
+    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
+    double mean_factor, u64 columns, T* out)
 {
-    pack_units<PatchReader>(x, source, locations, first, rows, size, appended, constant, means,
-                            mean_stride, mean_factor, columns, out);
+    pack_units<PatchReader>(x, source, locations, noted, first_example, first, rows, size,
+                               appended, constant, means, mean_stride, mean_factor, columns, out);
+}
+
+extern "C" __global__ void pack_patches_half(
+    const S* x, Patches source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
+    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
+    double mean_factor, u64 columns, Half* out)
+{
+    pack_units<PatchReader>(x, source, locations, noted, first_example, first, rows, size,
+                               appended, constant, means, mean_stride, mean_factor, columns, out);
+}
+
+extern "C" __global__ void pack_patches_bfloat16(
+    const S* x, Patches source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
+    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
+    double mean_factor, u64 columns, BFloat16* out)
+{
+    pack_units<PatchReader>(x, source, locations, noted, first_example, first, rows, size,
+                               appended, constant, means, mean_stride, mean_factor, columns, out);
 }
 
 // --- sums ---------------------------------------------------------------------------------------
@@ -345,8 +426,6 @@ extern "C" __global__ void first_non_finite(
             place += rest % extents.extent[d] * extents.stride[d];
             rest /= extents.extent[d];
         }
-        // Only NaN and infinity differ from themselves after this.
-        double value = number(x[place]);
-        if (value - value != 0.0) atomicMin(first, row * columns + column);
+        if (!is_finite(number(x[place]))) atomicMin(first, row * columns + column);
     }
 }

@@ -13,7 +13,6 @@ use crate::element::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix};
 use crate::place::{Device, Place};
-use crate::units::Precision;
 
 /// Threads of a block, spread over the columns of what a kernel works on.
 pub(super) const THREADS: usize = 128;
@@ -26,8 +25,6 @@ const MOST_BLOCKS: usize = 65_535;
 pub struct Cuda {
     pub(super) gpu: &'static Gpu,
     pub(super) stream: usize,
-    /// Of single-precision products.
-    precision: Precision,
     /// Whether a CUDA graph is being captured on the stream.
     pub(super) capturing: bool,
 }
@@ -102,14 +99,8 @@ impl Cuda {
         Ok(Self {
             gpu: Gpu::of(ordinal)?,
             stream: place.stream,
-            precision: Precision::Ieee,
             capturing: false,
         })
-    }
-
-    /// The same device and stream with another precision.
-    pub(super) fn with_precision(&self, precision: Precision) -> Self {
-        Self { precision, ..*self }
     }
 
     /// The stream, as the driver takes it.
@@ -148,8 +139,7 @@ impl Cuda {
 
     /// The library handles, set to the stream.
     pub(super) fn handles(&self) -> Result<MutexGuard<'_, Handles>> {
-        self.gpu
-            .handles(self.stream, self.precision, self.capturing)
+        self.gpu.handles(self.stream, self.capturing)
     }
 
     /// A piece of memory with arbitrary contents.

@@ -1,0 +1,207 @@
+"""What the CUDA backend asks of a GPU: waits, launches, products by type, memory.
+
+Counted over emulated libraries (see test_emulated.py): properties of the code, not of a machine.
+"""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ekfac_rs as ek
+from ekfac_rs import _core
+from gpu import emulated_device
+from gpu.devices import CPU, EMULATED, EMULATED_CUDA
+from gpu.emulated_device import calls, flops
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get(EMULATED), reason="runs over emulated CUDA libraries only"
+)
+
+borrow = EMULATED_CUDA.borrow
+TYPES = ("float16", "bfloat16", "tf32", "float32", "float64")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4)),
+    )
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(5, 3, 8, 8, generator=generator), torch.arange(5) % 4) for _ in range(count)
+    ]
+
+
+def counted(work: Callable[[], object], *functions: tuple[str, str]) -> list[int]:
+    """How often work calls functions of the libraries."""
+    before = [calls(*function) for function in functions]
+    work()
+    return [calls(*function) - old for function, old in zip(functions, before, strict=True)]
+
+
+WAIT, LAUNCH = ("cuda", "cuStreamSynchronize"), ("cuda", "cuLaunchKernel")
+PRODUCTS = ("cublas", "cublasGemmStridedBatchedEx_64")
+
+
+@pytest.mark.parametrize("approximation", ek.curvature.settings.APPROXIMATIONS)
+def test_a_pass_never_waits_for_the_device(approximation):
+    data = batches(3)
+
+    def estimate() -> None:
+        ek.estimate_curvature(network(), data, approximation=approximation)
+
+    assert counted(estimate, WAIT) == [0]
+
+
+@pytest.mark.parametrize(
+    ("approximation", "launches", "products"),
+    [
+        # Units are read once, and packed as they are read.
+        ("kfac-expand", 1, 1),
+        # Sums in two steps, then what is centred, and the mean's root.
+        ("xkfac", None, 1),
+    ],
+)
+def test_launches_of_a_factor(approximation, launches, products):
+    x = torch.randn(40, 3, 16)
+    strata = len(_core.strata()[approximation])
+    out = [torch.zeros(16, 16) for _ in range(strata)]
+    if approximation == "xkfac":
+        out[-1] = torch.zeros(16)
+    note = torch.full((1,), -1, dtype=torch.int64)
+
+    def accumulate() -> None:
+        word = borrow(note.view(torch.float64))
+        options = (approximation, "gradient", False, 1.0, "ieee", (word, 0))
+        _core.accumulate_gram(borrow(x), [borrow(A) for A in out], *options)
+
+    waited, launched, multiplied = counted(accumulate, WAIT, LAUNCH, PRODUCTS)
+    assert (waited, multiplied) == (0, products)
+    assert launched == launches if launches else launched <= 6
+    assert int(note) == -1
+
+
+def flops_by_type(work: Callable[[], object]) -> dict[str, float]:
+    before = {name: flops(name) for name in TYPES}
+    work()
+    return {name: flops(name) - before[name] for name in TYPES if flops(name) > before[name]}
+
+
+@pytest.mark.parametrize("size", [64, 600, 1100])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "rounded_to"),
+    [
+        (torch.float32, "ieee", "float32"),
+        (torch.float32, "tf32", "tf32"),
+        (torch.float32, "bf16", "bfloat16"),
+        (torch.float16, "ieee", "float16"),
+        (torch.bfloat16, "ieee", "bfloat16"),
+        (torch.bfloat16, "tf32", "bfloat16"),
+        (torch.float64, "bf16", "float64"),
+    ],
+)
+def test_products_are_in_the_type_asked_for_and_of_one_triangle(size, dtype, precision, rounded_to):
+    x = torch.randn(12, size, dtype=torch.float64).to(dtype)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.zeros(size, size, dtype=real)
+    options = ("kfac-expand", "input", False, 1.0, precision)
+    done = flops_by_type(lambda: _core.accumulate_gram(borrow(x), [borrow(out)], *options))
+    whole = 2.0 * 12 * size * size
+    # Blocks of at most 512 rows: the more of them, the less above the diagonal.
+    share = {64: 1.0, 600: 0.75, 1100: 0.67}[size]
+    assert set(done) == {rounded_to}
+    assert 0.5 * whole < done[rounded_to] <= share * whole * 1.01
+
+
+def test_what_is_centred_of_half_precision_is_multiplied_in_single():
+    x = torch.randn(12, 3, 8).half()
+    out = [torch.zeros(8, 8) for _ in _core.strata()["xkfac"]]
+    options = ("xkfac", "input", False, 1.0, "ieee")
+    done = flops_by_type(
+        lambda: _core.accumulate_gram(borrow(x), [borrow(A) for A in out], *options)
+    )
+    assert set(done) == {"float32"}
+
+
+def test_sums_of_examples_are_not_rounded():
+    x = torch.randn(12, 3, 8)
+    out = [torch.zeros(8, 8) for _ in _core.strata()["xkfac-nested"]]
+    options = ("xkfac-nested", "input", False, 1.0, "bf16")
+    done = flops_by_type(
+        lambda: _core.accumulate_gram(borrow(x), [borrow(A) for A in out], *options)
+    )
+    # Within examples 36 rows; between them 12, and the mean.
+    assert done == {"bfloat16": 2.0 * 36 * 64, "float32": 2.0 * 13 * 64}
+
+
+def test_a_pass_needs_no_more_than_a_tile_beside_its_factors():
+    x = torch.randn(70_000, 256)
+    out = torch.zeros(256, 256)
+    options = ("kfac-expand", "input", False, 1.0, "ieee")
+    _core.accumulate_gram(borrow(x[:8]), [borrow(out)], *options)
+    emulated_device.forget_the_most()
+    before = emulated_device.most_allocated()
+    _core.accumulate_gram(borrow(x), [borrow(out)], *options)
+    # The units are 70 MB, a tile of them half of that.
+    assert 30 * 2**20 < emulated_device.most_allocated() - before < 34 * 2**20
+
+
+@pytest.mark.parametrize("approximation", ["kfac-expand", "kfac-reduce", "xkfac", "xkfac-nested"])
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_found_at_the_end_of_the_pass(approximation, batch, value):
+    data = batches(3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), Masked(), nn.Flatten(), nn.Linear(16, 2))
+    data[batch][0][3, 1, 0, 0] = value
+    with pytest.raises(
+        ek.errors.NonFiniteError,
+        match=rf"layer '0': input: .* NaN or infinity in example 3 of mini-batch {batch}",
+    ):
+        ek.estimate_curvature(
+            model, [(x, y % 2) for x, y in data], approximation=approximation, statistics="running"
+        )
+
+
+class Masked(nn.Module):
+    """Lets nothing through that is not finite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.isfinite(), x, torch.zeros_like(x))
+
+
+def test_gradients_that_are_not_finite_are_found_at_the_end_of_the_pass():
+    model = nn.Sequential(nn.Linear(3, 4), Roots(), nn.Linear(4, 2))
+    x = torch.ones(6, 3)
+    model[0].weight.data.zero_()
+    model[0].bias.data.copy_(torch.tensor([1.0, 2.0, 0.0, 3.0]))
+    with pytest.raises(
+        ek.errors.NonFiniteError, match=r"layer '0': gradient: .* in example 0 of mini-batch 0"
+    ):
+        ek.estimate_curvature(model, [(x, torch.zeros(6, dtype=torch.long))])
+
+
+class Roots(nn.Module):
+    """Square roots: at zero their slope is infinite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sqrt()
+
+
+def test_a_note_is_one_number_on_the_device_of_the_units():
+    x, out = torch.ones(4, 3), torch.zeros(3, 3)
+    options = ("kfac-expand", "input", False, 1.0, "ieee")
+    for word, error in [
+        (borrow(torch.zeros(2, dtype=torch.float64)), ek.errors.ShapeError),
+        (borrow(torch.zeros(1)), ek.errors.ShapeError),
+        (CPU.borrow(torch.zeros(1, dtype=torch.float64)), ek.errors.DeviceError),
+    ]:
+        with pytest.raises(error):
+            _core.accumulate_gram(borrow(x), [borrow(out)], *options, (word, 0))
+    assert not out.any()
