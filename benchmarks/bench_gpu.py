@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from bench import mlp
-from timing import Work, captured, medians
+from timing import Work, captured, medians, torch_precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,12 +77,6 @@ class Setting:
         return resnet50().to(self.device)
 
 
-def set_torch_precision(precision: str) -> None:
-    """How torch multiplies float32 matrices, and convolves."""
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.fp32_precision = precision
-
-
 def header(*cells: str) -> str:
     """First column to the left, the others to the right."""
     return f"\n| {' | '.join(cells)} |\n|---|{'---:|' * (len(cells) - 1)}"
@@ -107,12 +101,12 @@ def bench_gram(setting: Setting) -> Iterator[str]:
     kinds += [(dtype, "") for dtype in (torch.float64, torch.float16, torch.bfloat16)]
     for shape in setting.pick([(512, 1025), (8192, 1153), (200704, 576)], [(32, 9)]):
         for dtype, precision in kinds:
-            set_torch_precision(precision or "ieee")
             x = setting.randn(*shape, dtype=dtype)
             out = x.new_zeros(shape[1], shape[1], dtype=accumulation_dtype(dtype))
             options = "kfac-expand", "gradient", False, 1.0, precision or "ieee"
             ours = partial(_core.accumulate_gram, borrow(x), [borrow(out)], *options)
-            *found, ratio = setting.compare(ours, partial(torch.mm, x.T, x))
+            with torch_precision(precision or "ieee"):
+                *found, ratio = setting.compare(ours, partial(torch.mm, x.T, x))
             yield row(by(*shape), str(dtype)[len("torch.") :], precision, *found, ratio, 2 * ratio)
 
 
@@ -140,13 +134,13 @@ def bench_patches(setting: Setting) -> Iterator[str]:
         out = x.new_zeros(len(patches), len(patches))
         geometry = [kernel] * 2, [stride] * 2, [1, 1], [(padding, padding)] * 2
         for precision in setting.precisions:
-            set_torch_precision(precision)
             arguments = borrow(x), [borrow(out)], "kfac-expand", *geometry, False, 1.0, precision
-            found = setting.medians(
-                ("ours", partial(_core.accumulate_patch_gram, *arguments)),
-                ("unfolded", lambda x=x, g=(kernel, stride, padding): square(unfold(x, *g))),
-                ("product", partial(square, patches)),
-            )
+            with torch_precision(precision):
+                found = setting.medians(
+                    ("ours", partial(_core.accumulate_patch_gram, *arguments)),
+                    ("unfolded", lambda x=x, g=(kernel, stride, padding): square(unfold(x, *g))),
+                    ("product", partial(square, patches)),
+                )
             ratios = found["ours"] / found["unfolded"], 2 * found["ours"] / found["product"]
             yield row(by(*shape), kernel, stride, precision, *found.values(), *ratios)
 
@@ -174,19 +168,19 @@ def bench_pass(setting: Setting) -> Iterator[str]:
     )
     yield header("", "precision", "ms", "ratio", "peak memory, GB")
     for precision in setting.precisions:
-        set_torch_precision(precision)
         works: dict[str, Work] = {"bare forward + backward": bare}
         for name in ("xkfac", "xkfac-nested", "kfac-expand"):
             options = {"approximation": name, "precision": precision}
             works[name] = partial(ek.estimate_curvature, model, loader, **options)
-        found = setting.medians(*works.items())
-        for name, work in works.items():
+        with torch_precision(precision):
+            found = setting.medians(*works.items())
+            peaks = {name: peak_memory(setting, work) for name, work in works.items()}
+        for name, peak in peaks.items():
             ratio = found[name] / found["bare forward + backward"]
-            yield row(name, precision, found[name], ratio, peak_memory(setting, work))
+            yield row(name, precision, found[name], ratio, peak)
 
 
 def bench_eigh(setting: Setting) -> Iterator[str]:
-    set_torch_precision("ieee")
     yield (
         "Two matrices, or two stacks, of each size that a factor of "
         f"{setting.pick('ResNet-50', 'a tiny net')} has, then of a depthwise net; float32."
@@ -210,7 +204,6 @@ def penalty_shares(
     capture: bool,
 ) -> Iterator[str]:
     """Steps without a penalty, and with that of one task: approximation to its examples."""
-    set_torch_precision("ieee")
     anchor = ek.merged_weights(model)
     penalties: dict[str, ek.QuadraticPenalty | None] = {"without penalty": None}
     for name, loader in tasks.items():
@@ -232,10 +225,10 @@ def penalty_shares(
     if capture:
         ways["CUDA graph"] = captured
     for precision in setting.precisions:
-        set_torch_precision(precision)
         for way, wrap in ways.items():
-            steps = [(name, wrap(partial(step, penalty))) for name, penalty in penalties.items()]
-            found = setting.medians(*steps)
+            with torch_precision(precision):
+                steps = [(name, wrap(partial(step, of))) for name, of in penalties.items()]
+                found = setting.medians(*steps)
             for name, time in found.items():
                 ratio = time / found["without penalty"]
                 yield row(name, way, precision, time, ratio, f"{100 * (1 - 1 / ratio):.1f} %")
@@ -264,7 +257,6 @@ def torch_product(terms: list[tuple[Tensor, Tensor]], V: Tensor) -> Tensor:
 
 
 def bench_product(setting: Setting) -> Iterator[str]:
-    set_torch_precision("ieee")
     yield "`sum_k G_k V A_k` with factors of full rank, packed beforehand; float32."
     yield header("V", "terms", "ekfac_rs, ms", "torch, ms", "ratio")
     for D, K in setting.pick([(1024, 1025), (256, 2305), (2048, 513), (512, 4609)], [(4, 10)]):
@@ -310,7 +302,9 @@ def write_report(setting: Setting, names: Iterable[str]) -> Iterator[str]:
         title, bench = SECTIONS[name]
         yield f"\n## {title}\n"
         try:
-            yield from bench(setting)
+            # Sections ask for another precision where they compare with it.
+            with torch_precision("ieee"):
+                yield from bench(setting)
         except (ek.EkfacError, RuntimeError) as error:
             yield f"{FAILED} {type(error).__name__}: {error}"
 

@@ -1,8 +1,9 @@
-"""Times of several candidates in one run, taken in turns."""
+"""Times of several candidates in one run, taken in turns, at a precision that is asked for."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 
 import torch
@@ -67,3 +68,23 @@ def captured(step: Work) -> Work:
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         step()
     return graph.replay
+
+
+@contextmanager
+def torch_precision(precision: str) -> Iterator[None]:
+    """Have torch multiply and convolve float32 in "ieee" or "tf32" on a GPU; then as before.
+
+    Convolutions are named by themselves: they are in TF32 unless told otherwise, and what is said
+    to all of cuDNN (``torch.backends.cudnn.fp32_precision``) does not reach them in torch 2.11.
+    None of the older flags (``allow_tf32``, ``set_float32_matmul_precision``) is read or written:
+    torch refuses to answer for a mixture of both kinds.
+    """
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for kind, old in zip(kinds, before, strict=True):
+            kind.fp32_precision = old

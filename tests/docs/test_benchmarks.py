@@ -4,7 +4,11 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+import pytest
+import torch
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_gpu.py"
 SECTIONS = (
@@ -45,3 +49,59 @@ def test_every_section_of_the_gpu_benchmark_prints_a_table(tmp_path):
 def test_one_section_can_be_run_alone():
     done = dry_run("--device", "cpu", "--only", "product")
     assert re.findall(r"^## (.*)$", done.stdout, re.MULTILINE) == ["Product of the penalty"]
+
+
+def precisions() -> tuple[str, str]:
+    """Of torch's products and of its convolutions."""
+    return (
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,
+    )
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_a_precision_holds_for_products_and_convolutions_until_the_end(precision):
+    torch_precision = import_module("timing").torch_precision
+    before = precisions()
+    with torch_precision(precision):
+        assert precisions() == (precision, precision)
+        with torch_precision("ieee"):
+            assert precisions() == ("ieee", "ieee")
+        assert precisions() == (precision, precision)
+    assert precisions() == before
+    with pytest.raises(RuntimeError, match="within"), torch_precision(precision):
+        raise RuntimeError("within")
+    assert precisions() == before
+    # The older flags still answer: nothing is left of a mixture.
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_every_section_asks_torch_for_the_precision_that_it_names(monkeypatch):
+    bench_gpu = import_module("bench_gpu")
+    section, seen = "", {}
+
+    def medians(self, *candidates):
+        seen.setdefault(section, []).append(precisions())
+        return {name: 1.0 for name, _ in candidates}
+
+    monkeypatch.setattr(bench_gpu.Setting, "medians", medians)
+    monkeypatch.setattr(bench_gpu.Setting, "precisions", ("ieee", "tf32"))
+    before = precisions()
+    setting = bench_gpu.Setting(torch.device("cpu"), quick=True)
+    for section in bench_gpu.SECTIONS:
+        lines = list(bench_gpu.write_report(setting, [section]))
+        assert not any(line.startswith(bench_gpu.FAILED) for line in lines), lines
+    assert precisions() == before
+    exact, rounded = ("ieee", "ieee"), ("tf32", "tf32")
+    assert set(seen) == set(bench_gpu.SECTIONS)
+    for name, found in seen.items():
+        one_alone = name in ("eigh", "product")
+        assert set(found) == ({exact} if one_alone else {exact, rounded}), name
