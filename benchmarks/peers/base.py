@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,7 @@ class Peer(ABC):
     model : torch.nn.Module
         The candidate's own: it may be changed, as some libraries do.
     batches : sequence of (x, y)
+        On the model's device.
     """
 
     distribution: ClassVar[str]
@@ -39,6 +41,7 @@ class Peer(ABC):
     def __init__(self, model: nn.Module, batches: Batches) -> None:
         self.model = model.train(self.mode == "train")
         self.batches = batches
+        self.device = batches[0][0].device
 
     @classmethod
     def version(cls) -> str:
@@ -70,6 +73,22 @@ class Bare(Peer):
         for x, y in self.batches:
             F.cross_entropy(self.model(x), y).backward()
             self.model.zero_grad()
+        return {}
+
+
+class Floor(Peer):
+    """What no candidate goes without: the forward pass, and gradients of the layers' outputs."""
+
+    distribution = "torch"
+
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
+        super().__init__(model, batches)
+        model.requires_grad_(False)
+
+    def factors(self) -> Factors:
+        for x, y in self.batches:
+            x = x.detach().requires_grad_()
+            torch.autograd.grad(F.cross_entropy(self.model(x), y), x)
         return {}
 
 

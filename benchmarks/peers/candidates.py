@@ -5,10 +5,12 @@ from importlib import import_module
 from peers.base import Peer
 
 BARE = "bare forward + backward"
+FLOOR = "forward and input gradients"
 OURS = "ekfac_rs, K-FAC"
 
 _PLACES = {
     BARE: ("base", "Bare"),
+    FLOOR: ("base", "Floor"),
     "torch, written by hand": ("with_torch", "WithTorch"),
     OURS: ("with_ekfac_rs", "WithEkfacRs"),
     "ekfac_rs, XK-FAC": ("with_ekfac_rs", "WithStrata"),

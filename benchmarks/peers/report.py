@@ -12,10 +12,14 @@ Results = dict[str, Any]
 def table(results: Results) -> str:
     """Return all results in Markdown."""
     machine = results["machine"]
+    gpu = ""
+    if "gpu" in machine:
+        gpu = f"{machine['gpu']}, CUDA {machine['cuda']}, torch in {machine['torch_precision']}; "
     lines = [
         "# Beside other libraries",
         "",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['torch_threads']} threads; "
+        f"{gpu}{machine['processor']}, {machine['cores']} cores, "
+        f"{machine['torch_threads']} threads; "
         f"Python {machine['python']}, torch {machine['torch']}, ekfac_rs {machine['ekfac_rs']}. "
         "Medians; ratios are within the run.",
     ]

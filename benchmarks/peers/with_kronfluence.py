@@ -39,7 +39,7 @@ class WithKronfluence(Peer):
     def __init__(self, model: nn.Module, batches: Batches) -> None:
         self.task = Classification()
         super().__init__(prepare_model(model, self.task), batches)
-        self.state = State(cpu=True)
+        self.state = State(cpu=self.device.type == "cpu")
         self.arguments = FactorArguments(strategy="ekfac")
         self.made: Any = None
 

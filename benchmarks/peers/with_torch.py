@@ -81,5 +81,5 @@ def _units(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _inverse(factor: Tensor) -> Tensor:
-    damped = factor + DAMPING**0.5 * torch.eye(factor.shape[-1])
+    damped = factor + DAMPING**0.5 * torch.eye(factor.shape[-1], device=factor.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))

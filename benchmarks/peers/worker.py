@@ -4,19 +4,22 @@ import copy
 import gc
 import multiprocessing
 import os
+import time
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+from timing import torch_precision
 from torch import Tensor, nn
 
 from peers.base import Batches, Factors, Peer, layers_of
 from peers.candidates import candidate
-from peers.workloads import CHECKS, QUICK, WORKLOADS, Workload
+from peers.workloads import CHECKS, ON_GPU, QUICK, WORKLOADS, Workload
 
-_SETS = {"full": WORKLOADS, "quick": QUICK, "checks": CHECKS}
+_SETS = {"full": WORKLOADS, "gpu": ON_GPU, "quick": QUICK, "checks": CHECKS}
 
 
 class CandidateError(Exception):
@@ -26,17 +29,35 @@ class CandidateError(Exception):
 class Worker:
     """A candidate's process, which does one thing at a time when asked to.
 
+    Parameters
+    ----------
+    name, workloads, workload
+        Which candidate, on which workload of which set.
+    device
+        Where the model and the mini-batches are.
+    precision
+        Of torch's float32 products and convolutions on a GPU, "ieee" or "tf32".
+
     Raises
     ------
     CandidateError
         From every call: the candidate refuses the workload, or its process died.
     """
 
-    def __init__(self, name: str, workloads: str, workload: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        workloads: str,
+        workload: str,
+        device: str = "cpu",
+        precision: str = "ieee",
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, there = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(there, name, workloads, workload), daemon=True
+            target=_serve,
+            args=(there, name, workloads, workload, device, precision),
+            daemon=True,
         )
         self._process.start()
         there.close()
@@ -58,9 +79,15 @@ class Worker:
         self._process.join()
 
 
-def _serve(connection: Connection, name: str, workloads: str, workload: str) -> None:
+def _serve(
+    connection: Connection, name: str, workloads: str, workload: str, device: str, precision: str
+) -> None:
     warnings.simplefilter("ignore")
-    answers = _Answers(name, _SETS[workloads][workload])
+    with torch_precision(precision):
+        _answer(connection, _Answers(name, _SETS[workloads][workload], torch.device(device)))
+
+
+def _answer(connection: Connection, answers: "_Answers") -> None:
     while True:
         try:
             what = connection.recv()
@@ -80,15 +107,17 @@ def _in_words(error: Exception) -> str:
 class _Answers:
     """What a worker can be asked for."""
 
-    def __init__(self, name: str, workload: Workload) -> None:
-        self._name, self._workload = name, workload
+    def __init__(self, name: str, workload: Workload, device: torch.device) -> None:
+        self._name, self._workload, self._device = name, workload, device
         self._made: Peer | None = None
 
     @property
     def _peer(self) -> Peer:
         if self._made is None:
             kind = candidate(self._name)
-            self._made = kind(*self._workload.make())
+            model, batches = self._workload.make()
+            there = [(x.to(self._device), y.to(self._device)) for x, y in batches]
+            self._made = kind(model.to(self._device), there)
         return self._made
 
     def version(self) -> str:
@@ -104,21 +133,21 @@ class _Answers:
         """
         peer = self._peer
         made: list[Factors] = []
-        peak = _peak_above(lambda: made.append(peer.factors()))
+        peak = self._peak_above(lambda: made.append(peer.factors()))
         expected = dict(layers_of(self._workload.make()[0]))
         return {"peak_bytes": peak, "differences": _differences(expected, made[0])}
 
-    def factors(self) -> None:
-        self._peer.factors()
+    def factors(self) -> float:
+        return self._milliseconds(self._peer.factors)
 
-    def inverse(self) -> None:
-        self._peer.inverse()
+    def inverse(self) -> float:
+        return self._milliseconds(self._peer.inverse)
 
-    def eigh(self) -> None:
-        self._peer.eigh()
+    def eigh(self) -> float:
+        return self._milliseconds(self._peer.eigh)
 
-    def product(self) -> None:
-        self._peer.product()
+    def product(self) -> float:
+        return self._milliseconds(self._peer.product)
 
     def check(self) -> dict[str, tuple[float, float, float]]:
         """Compare with our exact factors: for each layer the cosines of A and G, and the scale."""
@@ -128,6 +157,33 @@ class _Answers:
         return {
             name: _compared(found[name], pair) for name, pair in reference.items() if name in found
         }
+
+    def _milliseconds(self, work: Callable[[], object]) -> float:
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            # All workers share its memory: none keeps what only its last call needed, and fetching
+            # that again is not what is measured.
+            work()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        taken = 1e3 * (time.perf_counter() - start)
+        if on_gpu:
+            torch.cuda.empty_cache()
+        return taken
+
+    def _peak_above(self, work: Callable[[], object]) -> int:
+        if self._device.type != "cuda":
+            return _peak_on_cpu(work)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        peak = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        return peak
 
 
 def _reference(model: nn.Module, batches: Batches, mode: str) -> Factors:
@@ -184,7 +240,7 @@ def _differences(expected: dict[str, Any], factors: Factors) -> list[str]:
     return told
 
 
-def _peak_above(work: Callable[[], object]) -> int:
+def _peak_on_cpu(work: Callable[[], object]) -> int:
     gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

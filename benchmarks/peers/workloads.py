@@ -113,6 +113,30 @@ WORKLOADS = {
     ),
 }
 
+# As large as a GPU is used at; passes and memory alone.
+ON_GPU = {
+    "resnet50": replace(
+        WORKLOADS["resnet50"],
+        title="ResNet-50, 224 px, 2 mini-batches of 64",
+        batch_size=64,
+        batches=2,
+        operations=(),
+    ),
+    "resnet18": replace(
+        WORKLOADS["resnet18"],
+        title="ResNet-18 (CIFAR stem), 32 px, 4 mini-batches of 128",
+        batches=4,
+        operations=(),
+    ),
+    "mlp": replace(
+        WORKLOADS["mlp"],
+        title="MLP 784-1024x3-10 with BN, 16 mini-batches of 512",
+        batches=16,
+        operations=(),
+        rounds=5,
+    ),
+}
+
 QUICK = {
     "mlp": replace(
         WORKLOADS["mlp"],
