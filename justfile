@@ -116,6 +116,10 @@ bench *args: dev
 bench-gpu *args: dev
     {{python}} benchmarks/bench_gpu.py {{args}}
 
+# Make target/gpu-bundle, for a machine with a GPU and neither network nor Rust: there scripts/gpu.sh OUT
+gpu-bundle *args: setup
+    {{python}} scripts/gpu_bundle.py {{args}}
+
 # Compare with other libraries in one run, into docs/results/speed; --quick for a try, --check for
 # whether all compute the same factors
 bench-peers *args: dev (environment ".venv-peers" "benchmarks/peers.lock")

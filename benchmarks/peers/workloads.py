@@ -121,6 +121,7 @@ ON_GPU = {
         batch_size=64,
         batches=2,
         operations=(),
+        rounds=3,
     ),
     "resnet18": replace(
         WORKLOADS["resnet18"],

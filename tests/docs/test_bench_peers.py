@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,20 @@ def test_by_hand_is_what_we_compute(tmp_path):
     for row in compared:
         assert float(row[2]) > 0.9999  # A does not depend on labels
         assert float(row[3]) > 0.9  # G does, which are drawn
+
+
+def test_candidates_tell_their_times_in_turns_after_a_warm_up(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    asked = []
+    times = {"ours": iter([900.0, 3.0, 1.0, 2.0]), "theirs": iter([800.0, 6.0, 5.0, 4.0])}
+
+    def told_by(name):
+        def ask():
+            asked.append(name)
+            return next(times[name])
+
+        return ask
+
+    able = {name: told_by(name) for name in times}
+    assert import_module("bench_peers").medians_told(able, 3) == {"ours": 2.0, "theirs": 5.0}
+    assert asked == ["ours", "theirs"] * 4

@@ -105,3 +105,26 @@ def test_every_section_asks_torch_for_the_precision_that_it_names(monkeypatch):
     for name, found in seen.items():
         one_alone = name in ("eigh", "product")
         assert set(found) == ({exact} if one_alone else {exact, rounded}), name
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_profile_tells_where_the_time_went():
+    setting = import_module("bench_gpu").Setting(torch.device("cpu"), quick=True)
+    text = "\n".join(import_module("profile_gpu").profiled(setting, "kfac-expand", "ieee"))
+    assert len(re.findall(TABLE, text + "\n", re.MULTILINE)) == 2  # waits, operations
+    assert len(re.findall(r"^\| `aten::", text, re.MULTILINE)) > 10, text
+    shares = [float(share) for share in re.findall(r"([\d.]+) % \|$", text, re.MULTILINE)]
+    assert sorted(shares, reverse=True) == shares
+    assert 50.0 < sum(shares) < 101.0
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_learner_tells_accuracy_and_seconds_on_each_device():
+    learn_gpu = import_module("learn_gpu")
+    experiment = learn_gpu.PermutedMnist.read(learn_gpu.TRIAL, None)
+    lines = list(learn_gpu.report(experiment, ["fine-tuning", "xkfac"], ["cpu"]))
+    cells = [line.split(" | ") for line in lines if line.startswith(("| fine", "| xkfac"))]
+    assert [row[:2] for row in cells] == [["| fine-tuning", "cpu"], ["| xkfac", "cpu"]]
+    for row in cells:
+        assert 10.0 < float(row[2]) <= 100.0
+        assert float(row[3]) > 0.0
