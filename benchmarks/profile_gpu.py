@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 import ekfac_rs as ek
 
 SHOWN = 25
-# What of the host's calls is a wait for the device.
-WAITS = ("Synchronize", "cudaMemcpy", "aten::item")
+# Of the host's calls those that wait for the device, beside all that are named Synchronize.
+WAITS = ("cudaMemcpy", "cuMemcpyDtoH_v2", "cuMemcpyHtoD_v2", "aten::item")
 
 
 def profiled(setting: Setting, approximation: str, precision: str) -> Iterator[str]:
@@ -56,7 +56,8 @@ def tables(events: Sequence[Any], milliseconds: float, on_gpu: bool) -> Iterator
     yield f"Without the profiler {milliseconds:.1f} ms; {what} {busy:.1f} ms in {calls} calls."
     yield header("waits of the host", "calls")
     for event in events:
-        if event.device_type == DeviceType.CPU and any(name in event.key for name in WAITS):
+        waits = event.key in WAITS or "Synchronize" in event.key
+        if waits and event.device_type == DeviceType.CPU:
             yield row(f"`{event.key}`", event.count)
     yield header("kernel" if on_gpu else "operation", "ms", "calls", "share")
     longest = sorted(spent.items(), key=lambda item: -item[1][0])[:SHOWN]

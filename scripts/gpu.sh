@@ -36,7 +36,7 @@ DEVICE=${DEVICE:-$([ -n "$dry" ] && echo cpu || echo cuda:0)}
 # dry run, and a CPU may have other work.
 TOTAL=530
 slower=1
-[ -n "$dry" ] && slower=3
+[ -n "$dry" ] && slower=4
 # But for OpenMP's setting, which nproc looks at.
 cores=$(env -u OMP_NUM_THREADS nproc)
 work=$(mktemp -d) || exit 2
