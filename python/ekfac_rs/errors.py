@@ -16,6 +16,7 @@ __all__ = [
     "IncompatibleError",
     "InternalError",
     "LabelError",
+    "MissingPackageError",
     "ModelChangedError",
     "NonFiniteError",
     "NumericalError",
@@ -100,6 +101,10 @@ class ModelChangedError(EkfacError, RuntimeError):
 
 class IncompatibleError(EkfacError, ValueError):
     """Two objects that were to be combined describe different things."""
+
+
+class MissingPackageError(EkfacError, ImportError):
+    """Another library is not installed that this part of ekfac_rs works with."""
 
 
 class FileFormatError(EkfacError, OSError):

@@ -73,6 +73,7 @@ from ekfac_rs.learning.training import (
     ScaledPenalty,
     SoFar,
     Training,
+    control_of,
     modes_of,
     put_in_train_mode,
     set_modes,
@@ -285,6 +286,7 @@ class ContinualLearner:
         if layers is not None:
             require_names(layers, model)
         self._heads = heads_of(model, head, output_layer, layers)
+        self.head = head
         self.likelihood = resolve(loss)
         self.approximation = approximation
         self.coordinates = coordinates
@@ -546,8 +548,8 @@ class ContinualLearner:
         if rule is not None and self._is_penalised:
             if unfinished is not None:
                 selection = self.selection[-1]
-            earlier = [x for x in self.selection if x is not selection and x.rule == repr(rule)]
-            control = rule.control(self.losses, plan.steps, earlier[-1] if earlier else None)
+            earlier = [x for x in self.selection if x is not selection]
+            control = control_of(rule, self.losses, plan.steps, earlier)
             if selection is None:
                 selection = Selection(repr(rule), self.task)
                 self.selection.append(selection)
@@ -830,6 +832,28 @@ class ContinualLearner:
                 result.add(loss, torch.zeros_like(loss), batch.examples, correct, counted)
         means = result.result()
         return means["accuracy"] if self.likelihood.has_classes else -means["loss"]
+
+    @own_modes()
+    def reparameterize(self, loader: Source) -> None:
+        """Take a new task's statistics into the BatchNorms that earlier tasks hold on to.
+
+        `fit` does so by itself. A training loop of one's own does it before its first step under
+        `penalty`. The eval-mode function stays (see `reparameterize` of the package); where
+        nothing is held on to in merged coordinates, and in a network without BatchNorm, nothing
+        happens.
+
+        Parameters
+        ----------
+        loader : iterable of (x, y), or a function that returns one
+            The new task's training data, as in `estimate_curvature`.
+
+        Raises
+        ------
+        EkfacError
+            As `reparameterize`. A failed call changes nothing.
+        """
+        if self.anchor is not None and self.coordinates == "merged":
+            self._reparameterize_if_any(self._loader(loader))
 
     def penalty(self) -> QuadraticPenalty | None:
         """Penalty that holds the consolidated tasks, or None before the first or without any."""

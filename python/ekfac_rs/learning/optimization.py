@@ -92,13 +92,7 @@ class Optimization:
         OptionError
             A group has none.
         """
-        for number, group in enumerate(self.optimizer.param_groups):
-            if not _has_lr(group):
-                raise OptionError(
-                    f"optimizer: expected a number as 'lr' of every group, got "
-                    f"{group.get('lr')!r} in group {number} of {type(self.optimizer).__name__}; "
-                    "step='explicit' does without"
-                )
+        highest_rate(self.optimizer)
         return self._highest_lr
 
     def sgd(self) -> tuple[float, float] | None:
@@ -161,6 +155,23 @@ class Optimization:
         self._highest_lr = max([self._highest_lr, *rates])
 
 
+def highest_rate(optimizer: Optimizer) -> float:
+    """Return the highest learning rate of an optimiser's groups.
+
+    Raises
+    ------
+    OptionError
+        A group has none.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        if not _has_lr(group):
+            raise OptionError(
+                f"optimizer: expected a number as 'lr' of every group, got {group.get('lr')!r} in "
+                f"group {number} of {type(optimizer).__name__}; step='explicit' does without"
+            )
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
 def half_cosine(share: float) -> float:
     """Part of the highest learning rate when this share of the steps is made, from 1 to 0."""
     return 0.5 * (1.0 + math.cos(math.pi * share))
@@ -175,7 +186,7 @@ def _checked_optimizer(made: object, parameters: Sequence[nn.Parameter]) -> Opti
         raise OptionError(
             f"optimizer: expected one that returns a torch.optim.Optimizer, got {_named(made)}"
         )
-    _require_plain_step("optimizer", made)
+    require_plain_step("optimizer", made)
     theirs = {id(p) for group in made.param_groups for p in group["params"]}
     if theirs.isdisjoint(map(id, parameters)):
         raise OptionError(
@@ -191,12 +202,18 @@ def _checked_scheduler(made: object) -> LRScheduler:
             "scheduler: expected one that returns a torch.optim.lr_scheduler.LRScheduler "
             f"(scheduler=None leaves the learning rate alone), got {_named(made)}"
         )
-    _require_plain_step("scheduler", made)
+    require_plain_step("scheduler", made)
     return made
 
 
-def _require_plain_step(argument: str, made: Optimizer | LRScheduler) -> None:
-    """Refuse what wants a closure, as LBFGS does, or a metric, as ReduceLROnPlateau."""
+def require_plain_step(argument: str, made: Optimizer | LRScheduler) -> None:
+    """Refuse what wants a closure, as LBFGS does, or a metric, as ReduceLROnPlateau.
+
+    Raises
+    ------
+    OptionError
+        Its ``step`` needs an argument.
+    """
     for name, parameter in inspect.signature(made.step).parameters.items():
         variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.default is parameter.empty and not variable:

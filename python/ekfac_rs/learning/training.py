@@ -22,7 +22,7 @@ from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.likelihood import Likelihood
 from ekfac_rs.loading import Batch, Inputs, Loader
 from ekfac_rs.penalty import QuadraticPenalty
-from ekfac_rs.scales import Control, Selection
+from ekfac_rs.scales import Control, ScaleRule, Selection
 
 # Steps between two predictions of what earlier tasks lose: another product with the curvatures
 # while BatchNorms use the statistics of mini-batches.
@@ -433,6 +433,17 @@ class _Copied:
         if self._copied is not None:
             self._copied.synchronize()
         return self._values
+
+
+def control_of(
+    rule: ScaleRule,
+    losses: Sequence[float | None],
+    steps: int,
+    earlier: Sequence[Selection],
+) -> Control:
+    """Begin a task with a rule, going on from what it did last among earlier selections."""
+    its_own = [selection for selection in earlier if selection.rule == repr(rule)]
+    return rule.control(losses, steps, its_own[-1] if its_own else None)
 
 
 class ScaledPenalty:
