@@ -69,6 +69,13 @@ test-rust:
 test-python *args: dev
     {{python}} -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder {{args}}
 
+# Tests that need Avalanche and Lightning, and their page, in an environment of their own
+test-integrations *args: dev (environment ".venv-integrations" "tests/integrations/requirements.lock")
+    PYTHONPATH=python .venv-integrations/bin/python -m pytest tests/integrations \
+        "tests/docs/test_pages.py::test_the_python_of_a_page_runs_from_its_top_to_its_end[docs/integrations.md]" {{args}}
+
+alias test-avalanche := test-integrations
+
 # Tests of the Python package that need an NVIDIA GPU
 test-gpu *args: dev
     {{python}} -m pytest -m cuda {{args}}
@@ -125,6 +132,11 @@ gpu-bundle *args: setup
 bench-peers *args: dev (environment ".venv-peers" "benchmarks/peers.lock")
     PYTHONPATH=python .venv-peers/bin/python benchmarks/bench_peers.py {{args}}
 
+# Run Avalanche's Permuted and Split MNIST with its strategies and with ours, into
+# results/avalanche; about ten minutes
+avalanche *args: dev (environment ".venv-integrations" "tests/integrations/requirements.lock")
+    OMP_NUM_THREADS=1 PYTHONPATH=python .venv-integrations/bin/python benchmarks/bench_avalanche.py {{args}}
+
 # Benchmarks of the Rust core alone
 bench-rust:
     cargo bench --locked -p ekfac-benches
@@ -137,3 +149,7 @@ lock: setup
 # Pin the libraries of bench-peers anew, beside the same torch
 lock-peers: setup
     {{python}} -m uv pip compile --quiet --universal --extra experiments --constraints requirements.lock --no-emit-index-url --no-emit-package ekfac-rs --no-header --no-annotate --output-file benchmarks/peers.lock pyproject.toml benchmarks/peers.in
+
+# Pin what test-integrations needs anew, beside the same torch
+lock-integrations: setup
+    {{python}} -m uv pip compile --quiet --universal --extra test --extra avalanche --extra lightning --constraints requirements.lock --no-emit-index-url --no-emit-package ekfac-rs --no-header --no-annotate --output-file tests/integrations/requirements.lock pyproject.toml

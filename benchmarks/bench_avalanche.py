@@ -237,7 +237,8 @@ def run(
         learnt, seconds, metrics = [], 0.0, {}
         for number, experience in enumerate(data.train_stream):
             begun = time.perf_counter()
-            strategy.train(experience)
+            # The last mini-batch may be of one, which is none for a BatchNorm.
+            strategy.train(experience, drop_last=True)
             seconds += time.perf_counter() - begun
             metrics = strategy.eval(data.test_stream)
             learnt.append(_only(metrics, "Top1_Acc_Exp/", f"Exp{number:03}"))
@@ -343,7 +344,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--output", type=Path, default=Path("docs/results/avalanche"))
+    parser.add_argument("--output", type=Path, default=Path("results/avalanche"))
     arguments = parser.parse_args()
     names = arguments.names or list(BENCHMARKS)
     if unknown := set(names) - set(BENCHMARKS):

@@ -27,6 +27,7 @@ FLOORS = {
     "on top": ("penalty", "stability", "metrics", "description", "scales", "info"),
     "learner": ("learning",),
     "library": ("",),
+    "guests": ("integrations",),
     "laboratory": ("experiments",),
 }
 PUBLIC = {"", "errors", "info", "metrics", "likelihood", "scales"}

@@ -1,11 +1,16 @@
 """The pages' Python runs as it stands, and every link leads somewhere."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from extras import importing
 from pages import DOCS, EVERYWHERE, PAGES, ROOT, anchors_of, blocks_of, links_of, name_of
+
+# Pages that need libraries that are not there as a rule.
+NEEDS = {"docs/integrations.md": ("avalanche", "lightning")}
 
 # Text and commands; nothing else, so that no code is left out by how its language is spelt.
 LANGUAGES = {"python", "sh", "toml", "text"}
@@ -19,7 +24,8 @@ LANGUAGES = {"python", "sh", "toml", "text"}
 def test_the_python_of_a_page_runs_from_its_top_to_its_end(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    with torch.random.fork_rng():
+    needed = NEEDS.get(name_of(page), ())
+    with torch.random.fork_rng(), importing(*needed) if needed else nullcontext():
         for block in blocks_of(page):
             if block.language == "python":
                 # Lines are those of the page, for tracebacks.
@@ -37,7 +43,15 @@ def test_the_readme_and_every_guide_have_examples():
     with_python = {
         name_of(p) for p in EVERYWHERE if any(b.language == "python" for b in blocks_of(p))
     }
-    guides = ("first-run", "merged-weights", "approximations", "scale", "heads", "cuda")
+    guides = (
+        "first-run",
+        "merged-weights",
+        "approximations",
+        "scale",
+        "heads",
+        "cuda",
+        "integrations",
+    )
     assert with_python >= {"README.md", *(f"docs/{guide}.md" for guide in guides)}
 
 

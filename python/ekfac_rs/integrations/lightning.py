@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -127,8 +128,8 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
         penalty = self._part.penalty()
         if penalty is None:
             return
-        # In double precision: many small parts.
-        mean = loss.detach().double()
+        # A copy: what is added below is not part of it.
+        mean = loss.detach().to(torch.float64, copy=True)
         self._loss = mean if self._loss is None else self._loss + mean
         self._mini_batches += 1
         loss.add_(penalty / trainer.accumulate_grad_batches)
