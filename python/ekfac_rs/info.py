@@ -13,6 +13,8 @@ __all__ = ["describe_installation"]
 
 _REQUIRED = ("numpy", "safetensors", "tqdm")
 _OPTIONAL = {
+    "avalanche-lib": "ekfac_rs.integrations.avalanche",
+    "lightning": "ekfac_rs.integrations.lightning",
     "matplotlib": "pictures and experiments",
     "torchvision": "experiments with ResNet-50",
     "pillow": "experiments with images of one's own",

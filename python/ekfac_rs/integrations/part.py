@@ -84,8 +84,8 @@ class LearnersPart:
     def begin(self, loader: Source, steps: int | None, optimizers: Sequence[Optimizer]) -> None:
         """Begin a task: take its statistics, and make the penalty where there is one.
 
-        Nothing of that happens where a task goes on that a state found amid its training, but
-        that its penalty is made.
+        After `load_state_dict` with a state from amid a task's training, that task goes on: its
+        statistics were taken before.
 
         Parameters
         ----------
