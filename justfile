@@ -132,8 +132,7 @@ gpu-bundle *args: setup
 bench-peers *args: dev (environment ".venv-peers" "benchmarks/peers.lock")
     PYTHONPATH=python .venv-peers/bin/python benchmarks/bench_peers.py {{args}}
 
-# Run Avalanche's Permuted and Split MNIST with its strategies and with ours, into
-# results/avalanche; about ten minutes
+# Run Avalanche's benchmarks with its strategies and with ours, into results/avalanche: ten minutes
 avalanche *args: dev (environment ".venv-integrations" "tests/integrations/requirements.lock")
     OMP_NUM_THREADS=1 PYTHONPATH=python .venv-integrations/bin/python benchmarks/bench_avalanche.py {{args}}
 

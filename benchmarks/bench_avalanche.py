@@ -307,9 +307,9 @@ def _run_or_fail(*arguments: Any) -> Result:
 def table(results: dict[str, Any]) -> str:
     preset = Preset(**results["preset"])
     lines = [
-        f"{preset.train} training and {preset.test} test images of MNIST, {preset.epochs} epochs "
-        f"an experience, mini-batches of {preset.mini_batch}; MLP 784-100-100 with BatchNorm; SGD "
-        f"with momentum 0.9. Mean and standard deviation over seeds, in per cent.",
+        f"{preset.train} training and {preset.test} test images of MNIST, epochs of an "
+        f"experience: {preset.epochs}, mini-batches of {preset.mini_batch}; MLP 784-100-100 with "
+        "BatchNorm; SGD with momentum 0.9. Mean and standard deviation over seeds, in per cent.",
     ]
     for key, found in results["benchmarks"].items():
         lines += ["", f"**{BENCHMARKS[key].title}**", ""]
