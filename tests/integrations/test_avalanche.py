@@ -21,7 +21,7 @@ from pages import PAGES, entries_of
 with importing("avalanche"):
     from avalanche.benchmarks import nc_benchmark
     from avalanche.benchmarks.classic import SplitMNIST
-    from avalanche.models import MTSimpleMLP
+    from avalanche.models import IncrementalClassifier, MTSimpleMLP
     from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
     from avalanche.training.supervised import Naive
 
@@ -199,6 +199,33 @@ def test_shared_layers_of_a_multi_task_module_are_held_and_heads_are_free(mnist)
     assert learner.task == 3
     assert learner.selection[-1].increase[-1] > 0.0
     strategy.eval(benchmark.test_stream)
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(784, 12), nn.BatchNorm1d(12))
+        self.classifier = IncrementalClassifier(12, 2)
+
+    def forward(self, x):
+        return self.classifier(torch.relu(self.features(x)))
+
+
+def test_an_output_layer_that_grows_is_left_out_by_name_and_refused_otherwise(mnist):
+    benchmark = SplitMNIST(5, seed=0, dataset_root=mnist)
+    first, second, *_ = benchmark.train_stream
+    model = Growing()
+    plugin = CurvaturePlugin(learner_of(model, layers=["features.1"]))
+    strategy = naive(model, plugin, epochs=3)
+    strategy.train([first, second], drop_last=True)
+    assert plugin.learner.task == 2
+    assert plugin.learner.selection[-1].increase[-1] > 0.0
+
+    model = Growing()
+    strategy = naive(model, CurvaturePlugin(learner_of(model)))
+    strategy.train(first, drop_last=True)
+    with pytest.raises(ModelChangedError, match="expected a curvature of shape"):
+        strategy.train(second, drop_last=True)
 
 
 def test_a_learner_that_was_saved_goes_on_in_another_strategy(tmp_path):
