@@ -366,7 +366,7 @@ def main() -> None:
             )
             # After each, so that a run that is cut short leaves what it has.
             text = json.dumps(results, indent=1)
-            (arguments.output / "results.json").write_text(text + "\n")
+            (arguments.output / "avalanche.json").write_text(text + "\n")
             (arguments.output / "table.md").write_text(table(results))
     print(table(results))
 

@@ -398,7 +398,7 @@ def test_the_gram_of_units_is_autograds_for_any_geometry(case):
     units = layer.units(AffineCall(conv, F.conv_transpose1d, arguments))
     shape_A, _ = layer.factor_shapes("raw")
     gram = torch.zeros(shape_A, dtype=torch.float64)
-    units.accumulate([gram], "kfac-expand", conv.bias is not None, "ieee")
+    units.accumulate([gram], "kfac-expand", conv.bias is not None, "ieee", None)
     gram = gram.reshape(conv.groups, *gram.shape[-2:])
     a = units_by_autograd(conv, x)
     expected = torch.einsum("ugk,ugl->gkl", a, a) * len(x) / len(a)
