@@ -18,21 +18,13 @@ class WithEkfacRs(Peer):
     def __init__(self, model: nn.Module, batches: Batches) -> None:
         super().__init__(model, batches)
         self.blocks: dict[str, KroneckerSum] = {}
-        # On a GPU as the others', which multiply by torch.
-        on_gpu = self.device.type == "cuda"
-        self.precision = torch.backends.cuda.matmul.fp32_precision if on_gpu else "ieee"
 
     @classmethod
     def version(cls) -> str:
         return ek.__version__
 
     def factors(self) -> Factors:
-        found = ek.estimate_curvature(
-            self.model,
-            self.batches,
-            approximation=self.approximation,
-            precision=self.precision,
-        )
+        found = ek.estimate_curvature(self.model, self.batches, approximation=self.approximation)
         self.blocks = {
             name: block for name, block in found.items() if isinstance(block, KroneckerSum)
         }

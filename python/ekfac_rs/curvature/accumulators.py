@@ -47,7 +47,7 @@ class Notes:
         """Count mini-batches: examples are noted together with theirs."""
         self._batch += 1
 
-    def of(self, name: str, side: str) -> "_core.Note | None":
+    def of(self, name: str, side: str) -> _core.Note | None:
         """Return where to note examples of a layer's "input" or "gradient" in this mini-batch."""
         if self._words is None:
             return None
@@ -89,7 +89,7 @@ class _Side:
         approximation: str,
         shape: tuple[int, ...],
         like: Tensor,
-        note: "Callable[[], _core.Note | None]",
+        note: Callable[[], _core.Note | None],
     ) -> None:
         self.note = note
         strata = _core.strata()[approximation]

@@ -90,7 +90,7 @@ class Units:
         approximation: str,
         append_one: bool,
         precision: str,
-        note: "_core.Note | None",
+        note: _core.Note | None,
     ) -> list[int]:
         """Add N times the input factor of stratum k to the lower triangle of ``out[k]``.
 

@@ -35,7 +35,7 @@ class Patches(Units):
         approximation: str,
         append_one: bool,
         precision: str,
-        note: "_core.Note | None",
+        note: _core.Note | None,
     ) -> list[int]:
         factors = [borrow(A) for A in out]
         options = (approximation, *self.geometry, append_one, 1.0, precision, note)

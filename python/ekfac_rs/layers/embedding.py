@@ -33,7 +33,7 @@ class Tokens(Units):
         approximation: str,
         append_one: bool,
         precision: str,
-        note: "_core.Note | None",
+        note: _core.Note | None,
     ) -> list[int]:
         """Add N times the diagonal of the input factor of stratum k to ``out[k]``, by counting.
 
