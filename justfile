@@ -38,7 +38,7 @@ dev: setup
     @PIP_QUIET=1 VIRTUAL_ENV="$PWD/.venv" .venv/bin/maturin develop --release --locked --quiet
 
 # Lint, then all tests: Rust, then Python
-test: fetch-and-compile lint-and-test-rust test-python
+test: fetch-and-compile build-and-check-types lint-and-test-rust test-python
 
 # Python's dependencies come over the network while the Rust tests compile
 [private]
@@ -50,13 +50,23 @@ fetch-and-compile:
     {{clippy}} test {{checked}} --no-run --quiet
     wait $fetching
 
-# Types and stubs are checked on one core
+# Types are checked on one core, and most of the core's compilation is on one, too
+[private]
+build-and-check-types: setup
+    #!/usr/bin/env bash
+    set -euo pipefail
+    trap wait EXIT
+    {{just_executable()}} check-types & checking=$!
+    {{just_executable()}} dev
+    wait $checking
+
+# Stubs are compared on one core
 [private]
 lint-and-test-rust: dev
     #!/usr/bin/env bash
     set -euo pipefail
     trap wait EXIT
-    {{just_executable()}} lint & linting=$!
+    {{just_executable()}} lint-rust lint-python & linting=$!
     {{just_executable()}} test-rust
     wait $linting
 
@@ -85,7 +95,7 @@ sanitize-gpu *args: dev
     compute-sanitizer --report-api-errors no --error-exitcode 1 {{python}} -m pytest -m cuda tests/gpu {{args}}
 
 # Check formatting, lints, types and stubs
-lint: dev lint-rust lint-python
+lint: dev lint-rust lint-python check-types
 
 # What the tests compile is looked at there; the module, here as a library that is linked to nothing
 [private]
@@ -98,8 +108,11 @@ lint-rust:
 lint-python:
     {{python}} -m ruff format --check python tests benchmarks scripts
     {{python}} -m ruff check python tests benchmarks scripts
-    {{python}} -m mypy
     {{python}} -m mypy.stubtest ekfac_rs._core
+
+[private]
+check-types: setup
+    {{python}} -m mypy
 
 # Format everything
 fmt: setup

@@ -39,8 +39,13 @@ ELSEWHERE = (
     *("large_factor", "bce-"),
     # The order of examples and of memory, where other layers' were shuffled on the device.
     "merging_and_memory_layout",
-    # Files and pages; of what is written down to go on with, one is enough.
+    # Rules over predicted increases, and optimisers around steps; both are taken of penalties.
+    *("a_report_goes_with", "was_not_enough", "a_budget_is_reached", "highest_rate_so_far"),
+    *("stays_finite_at_strengths", "in_a_group_of_its_own", "round_trip_changes_a_deep_net"),
+    *("nearly_as_all_terms_do", "memory_does_not_grow", "splitting_a_batch", "more_draws"),
+    # Files and pages; of what is written down to go on with, one of each is enough.
     *("test_files", "test_report", "(test_checkpoints and not all_that_it_draws)"),
+    *("(test_many_tasks and goes_on_as)", "(test_heads and goes_on_as)", "does_not_fit"),
     # Of coordinates and statistics two of four combinations: both of each.
     *("modes1", "modes2"),
 )
