@@ -13,7 +13,7 @@ LIBRARY = ROOT / "python/ekfac_rs"
 # stands on all of them, and the laboratory on that.
 FLOORS = {
     "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_files", "_lanczos", "_modes"),
-    "loaders": ("loading",),
+    "loaders": ("loading", "_checkpoints"),
     "layers": ("layers",),
     "losses": ("likelihood",),
     "BatchNorm": ("batchnorm",),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.learning import checkpoint
+from ekfac_rs import _checkpoints
 from ekfac_rs.loading import Inputs
 from headers import header_of, with_header
 from processes import in_child
@@ -206,15 +206,15 @@ def equal(a, b):
 @given(content=st.dictionaries(st.text(max_size=4), values, max_size=4))
 def test_nested_states_come_back_as_they_were(content, tmp_path_factory):
     path = tmp_path_factory.mktemp("nested") / "state"
-    checkpoint.write_checkpoint(path, content)
-    assert equal(checkpoint.read_checkpoint(path), content)
+    _checkpoints.write_checkpoint(path, content)
+    assert equal(_checkpoints.read_checkpoint(path, "cpu", "a state"), content)
 
 
 def test_tensors_that_share_memory_or_have_gaps_come_back(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     content = {"whole": whole, "part": whole[1:], "column": whole[:, 1], "turned": whole.T}
-    checkpoint.write_checkpoint(tmp_path / "state", content)
-    assert equal(checkpoint.read_checkpoint(tmp_path / "state"), content)
+    _checkpoints.write_checkpoint(tmp_path / "state", content)
+    assert equal(_checkpoints.read_checkpoint(tmp_path / "state", "cpu", "a state"), content)
 
 
 @pytest.mark.parametrize(
@@ -222,5 +222,5 @@ def test_tensors_that_share_memory_or_have_gaps_come_back(tmp_path):
 )
 def test_what_a_file_cannot_hold_is_refused_with_its_place(value, tmp_path):
     with pytest.raises(ek.errors.OptionError, match=r"checkpoint\['a'\]\[1\]: expected tensors"):
-        checkpoint.write_checkpoint(tmp_path / "state", {"a": [0, value]})
+        _checkpoints.write_checkpoint(tmp_path / "state", {"a": [0, value]})
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ekfac_rs._checkpoints import (
+    random_states,
+    read_checkpoint,
+    require_generators,
+    set_random_states,
+    write_checkpoint,
+)
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative, require_share
 from ekfac_rs._files import require_folder
 from ekfac_rs._modes import bare_model, own_modes
@@ -48,13 +55,6 @@ from ekfac_rs.errors import (
     UnsupportedLayerError,
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers, require_names
-from ekfac_rs.learning.checkpoint import (
-    random_states,
-    read_checkpoint,
-    require_generators,
-    set_random_states,
-    write_checkpoint,
-)
 from ekfac_rs.learning.heads import MakesModel, heads_of, require_same_tensors
 from ekfac_rs.learning.optimization import (
     MakesOptimizer,
@@ -1013,7 +1013,7 @@ class ContinualLearner:
             It is of another kind of model or head, or its training began with other options.
         """
         learner = cls(model, **options)
-        content = read_checkpoint(path, device_of(learner.model))
+        content = read_checkpoint(path, device_of(learner.model), "a learner's checkpoint")
         try:
             state, training, theirs, random = (
                 content[key] for key in ("learner", "training", "options", "random")
