@@ -23,7 +23,7 @@ FLOORS = {
         *("curvature.eigenbasis", "curvature.corrections", "curvature.conjugate"),
         *("curvature.thin", "curvature.bounding"),
     ),
-    "passes": ("curvature.passes", "curvature"),
+    "passes": ("curvature.recovery", "curvature.passes", "curvature"),
     "on top": ("penalty", "stability", "metrics", "description", "scales", "info"),
     "learner": ("learning",),
     "library": ("",),

@@ -160,7 +160,7 @@ def require_generators(states: Mapping[str, Any], generators: Sequence[torch.Gen
     """Raise `IncompatibleError` unless there are as many generators as when states were taken."""
     if len(states["generators"]) != len(generators):
         raise IncompatibleError(
-            f"generator: expected {len(states['generators'])} of learner and loader, got "
+            f"generator: expected {len(states['generators'])}, given and of the loader, got "
             f"{len(generators)}"
         )
 
