@@ -154,9 +154,9 @@ def estimate_curvature(
         same arguments, and a loader that yields the same mini-batches again, which torch's do where
         their order is drawn from torch's random state or from their generator. Each file takes the
         place of the one before when it is whole. When the passes are over it holds the curvature,
-        which the same call returns at once (of the loader only the first mini-batch is looked at
-        then, and the number of them where it tells), and any other call begins anew in its place:
-        what is to be kept, `Curvature.save` keeps. Passes of another call that are not over are
+        which the same call returns at once (all that it looks at of the loader then is its length
+        and its first mini-batch); a call of other weights or arguments begins anew in its place.
+        What is to be kept, `Curvature.save` keeps. Passes of another call that are not over are
         never overwritten. A file holds all sums: mind the time that takes.
     every : int
         Mini-batches between two checkpoints; others are written when a pass is over.
@@ -184,8 +184,8 @@ def estimate_curvature(
         The loader is empty; a mini-batch or its targets do not fit; a layer cannot work with the
         inputs' dtype; NaN or infinity in weights, inputs, targets or gradients.
     IncompatibleError
-        The checkpoint is of passes that are not over and were taken of other weights (the message
-        names the layer), with other arguments or of other mini-batches. Nothing is changed then.
+        The checkpoint is of passes that are not over and have other weights (the message names the
+        layer) or arguments, or of other mini-batches. Nothing is changed then.
     FileFormatError
         It is truncated, corrupted, of a newer format or no such checkpoint.
     OSError

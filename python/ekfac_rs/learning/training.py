@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -87,6 +87,10 @@ class Checkpoints:
 
     write: Callable[[dict[str, Any]], None]
     every: int
+
+    def also(self, more: Mapping[str, Any]) -> "Checkpoints":
+        """Return checkpoints that hold something more."""
+        return replace(self, write=lambda state: self.write({**state, **more}))
 
     def is_due(self, steps_done: int) -> bool:
         """Whether one is to be written after so many steps."""
