@@ -68,8 +68,8 @@ def interrupted(tmp_path):
     return tmp_path / "file"
 
 
-# A pass has 7 mini-batches, one of a correction 4: amid the first, between two, at the beginning and
-# amid a correction's.
+# A pass has 7 mini-batches, one of a correction 4: amid the first, between two, at the beginning
+# and amid a correction's.
 STOPS = {None: (4, 7), "scale": (8, 11), "eigenvalues": (5, 8, 9, 11), "nearest": (8, 9, 13, 18)}
 
 
