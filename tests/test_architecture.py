@@ -13,7 +13,7 @@ LIBRARY = ROOT / "python/ekfac_rs"
 # stands on all of them, and the laboratory on that.
 FLOORS = {
     "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_files", "_lanczos", "_modes"),
-    "loaders": ("loading",),
+    "loaders": ("loading", "_checkpoints"),
     "layers": ("layers",),
     "losses": ("likelihood",),
     "BatchNorm": ("batchnorm",),
@@ -23,7 +23,7 @@ FLOORS = {
         *("curvature.eigenbasis", "curvature.corrections", "curvature.conjugate"),
         *("curvature.thin", "curvature.bounding"),
     ),
-    "passes": ("curvature.passes", "curvature"),
+    "passes": ("curvature.recovery", "curvature.passes", "curvature"),
     "on top": ("penalty", "stability", "metrics", "description", "scales", "info"),
     "learner": ("learning",),
     "library": ("",),

@@ -51,7 +51,7 @@ def write(
     apart = _apart(tensors)
     # That there is a checksum is said where it counts, for it not to be lost unnoticed.
     text = json.dumps({"format": format_version, "checksum": _CHECKSUM, **metadata})
-    header = {_KEY: text, _CHECKSUM: _checksum(text, apart)}
+    header = {_KEY: text, _CHECKSUM: fingerprint(apart, text)}
     try:
         save_file(apart, partial, metadata=header)
         _reach_the_disk(partial)
@@ -115,7 +115,7 @@ def read(
         )
     # Files from before there were checksums have none.
     has_checksum = checked is not None or _CHECKSUM in header
-    if has_checksum and header.get(_CHECKSUM) != _checksum(header[_KEY], tensors):
+    if has_checksum and header.get(_CHECKSUM) != fingerprint(tensors, header[_KEY]):
         raise FileFormatError(f"{path}: expected {what}, got values that are not those written")
     return tensors, metadata
 
@@ -132,10 +132,11 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return the SHA-256 of tensors under their names, and of a text."""
     digest = hashlib.sha256(text.encode())
     for key in sorted(tensors):
-        tensor = tensors[key]
+        tensor = tensors[key].detach()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

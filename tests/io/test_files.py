@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.learning import checkpoint
+from ekfac_rs import _checkpoints, _files
 from ekfac_rs.loading import Inputs
 from headers import header_of, with_header
 from processes import in_child
@@ -43,11 +44,17 @@ def files(tmp_path_factory):
     def resume(path):
         return ek.ContinualLearner.resume(path, learner().model, generator=torch.Generator())
 
+    def go_on(path):
+        return ek.estimate_curvature(learner().model, batches(), checkpoint=path)
+
+    torch.manual_seed(0)
+    go_on(folder / "passes")
     readers = {"training": resume, "learner": resume, "curvature": ek.Curvature.load}
+    readers["passes"] = go_on
     return {name: ((folder / name).read_bytes(), read) for name, read in readers.items()}
 
 
-KINDS = ["training", "learner", "curvature"]
+KINDS = ["training", "learner", "curvature", "passes"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,11 +122,27 @@ def test_a_file_of_a_newer_format_says_so(kind, files, tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("kind", ["training", "learner"])
+def test_a_learners_file_of_the_format_before_is_read(kind, files, tmp_path):
+    content, read = files[kind]
+    header, body = header_of(content)
+    metadata = json.loads(header["__metadata__"]["ekfac_rs"])
+    assert metadata["format"] == 2
+    # Nothing else was different.
+    text = json.dumps({**metadata, "format": 1})
+    path = tmp_path / "before"
+    path.write_bytes(content)
+    tensors = load_file(path)
+    header["__metadata__"] = {"ekfac_rs": text, "sha256": _files.fingerprint(tensors, text)}
+    path.write_bytes(with_header(header, body))
+    assert read(path).task == (kind == "learner")
+
+
 def test_one_kind_of_file_is_not_another(files, tmp_path):
     path = tmp_path / "other"
     for kind, (_, read) in files.items():
         for other, (content, _) in files.items():
-            if "curvature" in (kind, other) and kind != other:
+            if kind != other and {kind, other} != {"training", "learner"}:
                 path.write_bytes(content)
                 with pytest.raises(ek.errors.FileFormatError, match="other"):
                     read(path)
@@ -140,6 +163,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(files, tmp_path):
             lambda: one.save(path),
             lambda: one.curvatures[0].save(path),
             lambda: learner().fit(batches(), checkpoint=path, every=1),
+            lambda: ek.estimate_curvature(one.model, batches(), checkpoint=path.with_name("new")),
         ):
             try:
                 write()
@@ -206,15 +230,15 @@ def equal(a, b):
 @given(content=st.dictionaries(st.text(max_size=4), values, max_size=4))
 def test_nested_states_come_back_as_they_were(content, tmp_path_factory):
     path = tmp_path_factory.mktemp("nested") / "state"
-    checkpoint.write_checkpoint(path, content)
-    assert equal(checkpoint.read_checkpoint(path), content)
+    _checkpoints.write_checkpoint(path, content)
+    assert equal(_checkpoints.read_checkpoint(path, "cpu", "a state"), content)
 
 
 def test_tensors_that_share_memory_or_have_gaps_come_back(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
     content = {"whole": whole, "part": whole[1:], "column": whole[:, 1], "turned": whole.T}
-    checkpoint.write_checkpoint(tmp_path / "state", content)
-    assert equal(checkpoint.read_checkpoint(tmp_path / "state"), content)
+    _checkpoints.write_checkpoint(tmp_path / "state", content)
+    assert equal(_checkpoints.read_checkpoint(tmp_path / "state", "cpu", "a state"), content)
 
 
 @pytest.mark.parametrize(
@@ -222,5 +246,5 @@ def test_tensors_that_share_memory_or_have_gaps_come_back(tmp_path):
 )
 def test_what_a_file_cannot_hold_is_refused_with_its_place(value, tmp_path):
     with pytest.raises(ek.errors.OptionError, match=r"checkpoint\['a'\]\[1\]: expected tensors"):
-        checkpoint.write_checkpoint(tmp_path / "state", {"a": [0, value]})
+        _checkpoints.write_checkpoint(tmp_path / "state", {"a": [0, value]})
     assert list(tmp_path.iterdir()) == []

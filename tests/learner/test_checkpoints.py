@@ -260,33 +260,213 @@ def test_models_that_a_callable_gives_go_on(tmp_path):
     require_same(run(9), run(None))
 
 
+# --- scales that are tried ------------------------------------------------------------------------
+
+# Only the reference itself would be enough: three tries of 14 steps, after the one without penalty.
+TRIED = ek.scales.Halving(start=100.0, tolerance=0.0, tries=3)
+
+
+class Stopping:
+    """A loader that may stop before a mini-batch."""
+
+    def __init__(self, loader, is_time):
+        self.loader, self.is_time, self.generator = loader, is_time, loader.generator
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if self.is_time():
+                raise Stop
+            yield batch
+
+
+def by_halving(path, stop=None, broken=None):
+    """Learn a second task by halving, stopped at (tries before, step), and going on elsewhere.
+
+    At ``broken`` weights become infinite.
+    """
+    seed_all(0)
+    learner, at = ek.ContinualLearner(net(), scale=TRIED), None
+    learner.fit(data(0))
+    learner.consolidate(data(0))
+
+    def note(step, learner):
+        nonlocal at
+        at = len(learner.selection[-1].tries), step
+        if at == broken:
+            with torch.no_grad():
+                learner.model[0].weight.fill_(torch.inf)
+
+    def fit(seed, stop=None):
+        loaders = [data(task, torch.Generator().manual_seed(seed)) for task in (1, 2)]
+        loader = Stopping(loaders[0], lambda: stop is not None and at == stop)
+        arguments = {"epochs": 2, "checkpoint": path, "every": 3, "callback": note}
+        return learner.fit(loader, validation=loaders[1], **arguments)
+
+    if stop is None:
+        history = fit(1)
+    else:
+        before = {name: x.clone() for name, x in learner.model.state_dict().items()}
+        with pytest.raises(Stop):
+            fit(1, stop)
+        # All is taken back, but for what is in the file.
+        require_same(learner.model.state_dict(), before)
+        assert learner.selection == []
+        seed_all(99)
+        learner = ek.ContinualLearner.resume(path, net(), scale=TRIED)
+        history = fit(8)
+    learner.consolidate(data(1))
+    return {**all_of(learner), "history": history}
+
+
+def test_tries_go_on_where_they_were(tmp_path):
+    expected = by_halving(tmp_path / "one")
+    assert len(expected["selection"][0]["tries"]) == 4
+    # Between two passes without penalty; at the beginning of a try and amid the last.
+    for stop in ((0, 7), (1, 1), (3, 10)):
+        require_same(by_halving(tmp_path / "other", stop), expected)
+
+
+@pytest.mark.parametrize("step", [6, 14])
+def test_a_try_that_diverges_at_the_step_after_or_at_its_last_has_failed(step, tmp_path):
+    expected = by_halving(tmp_path / "one", broken=(1, step))
+    (selection,) = expected["selection"]
+    _, (_, failed), *others = selection["tries"]
+    assert failed is None
+    assert others
+    stop = (1, 6) if step == 6 else (2, 1)
+    require_same(by_halving(tmp_path / "other", stop, broken=(1, step)), expected)
+
+
+def test_a_last_try_that_ends_in_infinite_weights_is_an_error_and_taken_back(tmp_path):
+    with pytest.raises(ek.errors.NumericalError, match="the last try diverged"):
+        by_halving(tmp_path / "one", broken=(3, 14))
+
+
+def test_tries_that_are_refused_stay_as_they_were_and_once_begun_are_taken_back(tmp_path):
+    learner = ek.ContinualLearner(net(), scale=TRIED)
+    learner.fit(data(0))
+    learner.consolidate(data(0))
+    begun = {name: x.clone() for name, x in learner.model.state_dict().items()}
+    loader, seen = data(1), []
+
+    def interrupt(step, _):
+        seen.append(step)
+        if len(seen) == 20:
+            raise Stop
+
+    fit = {"checkpoint": tmp_path / "file", "every": 4, "epochs": 2}
+    with pytest.raises(Stop):
+        learner.fit(loader, callback=interrupt, **fit)
+    learner = ek.ContinualLearner.resume(tmp_path / "file", net(), scale=TRIED)
+    before = {name: x.clone() for name, x in learner.model.state_dict().items()}
+    with pytest.raises(OptionError, match="expected to go on with the training"):
+        learner.fit(loader, epochs=1)
+    with pytest.raises(IncompatibleError, match="expected the loader to yield"):
+        learner.fit(list(loader), epochs=2)
+    learner.scale = 3.0
+    with pytest.raises(OptionError, match="scale: expected the rule"):
+        learner.fit(loader, epochs=2)
+    learner.scale = TRIED
+    require_same(learner.model.state_dict(), before)
+    assert len(learner.selection) == 1
+    seen[:] = range(18)
+    with pytest.raises(Stop):
+        learner.fit(loader, epochs=2, callback=interrupt)
+    require_same(learner.model.state_dict(), begun)
+    assert learner.selection == []
+
+
+# --- consolidation --------------------------------------------------------------------------------
+
+
+def test_consolidation_goes_on_where_it_was(tmp_path):
+    options = {"correction": "eigenvalues", "correction_batches": 4, "freeze_bn_after": 0.5}
+
+    def run(stops=()):
+        seed_all(0)
+        learner, read = ek.ContinualLearner(net(), **options), 0
+        stops = list(stops)
+
+        def is_time():
+            nonlocal read
+            read += 1
+            return bool(stops) and read == stops[0]
+
+        while learner.task < 2:
+            loader = Stopping(data(learner.task, torch.Generator().manual_seed(3)), is_time)
+            learner.fit(loader.loader, checkpoint=tmp_path / "file", every=4)
+            try:
+                learner.consolidate(loader, checkpoint=tmp_path / "curvature", every=2)
+            except Stop:
+                stops, read = stops[1:], 0
+                seed_all(99)
+                learner = ek.ContinualLearner.resume(tmp_path / "file", net(), **options)
+                continue
+            learner.save(tmp_path / "file")
+        return all_of(learner)
+
+    expected = run()
+    # In the first task's pass and correction, and in what a frozen BatchNorm adds to the second's.
+    require_same(run([5, 10]), expected)
+    require_same(run([24]), expected)
+
+
 # --- killed ---------------------------------------------------------------------------------------
 
-# EKFAC_KILLS=50 takes a minute.
-KILLS = int(os.environ.get("EKFAC_KILLS", "8"))
+# EKFAC_KILLS=50 takes some minutes.
+KILLS = int(os.environ.get("EKFAC_KILLS", "4"))
 
 
 def _learn(path, result) -> None:
     """Learn three tasks, going on from the file if there is one."""
-    options = {"scale": 3.0, "generator": torch.Generator().manual_seed(2)}
+    _learn_with(path, result, tasks=3, epochs=4, scale=3.0)
+
+
+def _learn_by_halving(path, result) -> None:
+    """Learn two tasks, the second in tries, and go on amid consolidation, too."""
+    corrected = {"correction": "scale", "correction_batches": 5}
+    _learn_with(path, result, tasks=2, epochs=2, scale=TRIED, **corrected)
+
+
+def _learn_with(path, result, tasks, epochs, **options) -> None:
+    options |= {"generator": torch.Generator().manual_seed(2)}
     torch.manual_seed(0)
     if path.exists():
         learner = ek.ContinualLearner.resume(path, net(), **options)
     else:
         learner = ek.ContinualLearner(net(), **options)
-    while learner.task < 3:
+    passes = path.with_suffix(".passes")
+    while learner.task < tasks:
         loader = data(learner.task, torch.Generator().manual_seed(learner.task))
-        learner.fit(loader, epochs=4, checkpoint=path, every=3)
-        learner.consolidate(DataLoader(loader.dataset, batch_size=20))
+        learner.fit(loader, epochs=epochs, checkpoint=path, every=3)
+        learner.consolidate(DataLoader(loader.dataset, batch_size=5), checkpoint=passes, every=1)
         learner.save(path)
-    torch.save(learner.state_dict()["model"], result.with_suffix(".new"))
+    state = learner.state_dict()
+    tensors = {f"{k} {n}": t for k, (c, _) in enumerate(state["curvatures"]) for n, t in c.items()}
+    _hand_over({**state["model"], **tensors}, result)
+
+
+def _accumulate(path, result) -> None:
+    """Take a curvature with a correction of four passes, going on from the file."""
+    loader = DataLoader(data(0).dataset, batch_size=4, shuffle=True)
+    model = net()
+    torch.manual_seed(0)
+    options = {"correction": "nearest", "checkpoint": path, "every": 1}
+    _hand_over(ek.estimate_curvature(model, loader, **options).tensors(), result)
+
+
+def _hand_over(tensors, result) -> None:
+    torch.save(tensors, result.with_suffix(".new"))
     result.with_suffix(".new").rename(result)
 
 
-def killed_at(seconds, path, result):
-    """Learn in a child that is killed after a while; return whether it was."""
+def killed_at(seconds, work, path, result):
+    """Work in a child that is killed after a while; return whether it was."""
     with forks_allowed():
-        child = multiprocessing.get_context("fork").Process(target=_learn, args=(path, result))
+        child = multiprocessing.get_context("fork").Process(target=work, args=(path, result))
         child.start()
     child.join(seconds)
     killed = child.is_alive()
@@ -297,16 +477,17 @@ def killed_at(seconds, path, result):
     return killed
 
 
-def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path):
+@pytest.mark.parametrize("work", [_learn, _learn_by_halving, _accumulate])
+def test_killed_at_any_moment_it_ends_in_the_same_weights(work, tmp_path):
     begun = time.perf_counter()
-    assert not killed_at(100, tmp_path / "whole", tmp_path / "expected")
+    assert not killed_at(100, work, tmp_path / "whole", tmp_path / "expected")
     whole = time.perf_counter() - begun
     expected = torch.load(tmp_path / "expected")
     chance, kills = random.Random(0), 0
     path, result = tmp_path / "file", tmp_path / "result"
     # Many more than are needed where the machine is slower at times than at others.
     for _ in range(10 * KILLS):
-        kills += killed_at(chance.uniform(0.0, 0.5) * whole, path, result)
+        kills += killed_at(chance.uniform(0.0, 0.5) * whole, work, path, result)
         if result.exists():
             require_same(torch.load(result), expected)
             result.unlink()
@@ -314,7 +495,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path):
         if kills == KILLS:
             break
     assert kills == KILLS
-    assert not killed_at(100, path, result)
+    assert not killed_at(100, work, path, result)
     require_same(torch.load(result), expected)
     assert not [x for x in tmp_path.iterdir() if x.suffix == ".partial"]
 
@@ -392,10 +573,7 @@ def test_another_network_is_refused(interrupted):
         ek.ContinualLearner.resume(interrupted, net(outputs=4))
 
 
-def test_scales_that_are_tried_have_no_checkpoints(tmp_path):
-    learner = ek.ContinualLearner(net(), scale="halving")
-    with pytest.raises(OptionError, match="checkpoint: expected none with"):
-        learner.fit(data(0), checkpoint=tmp_path / "file")
+def test_a_checkpoint_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ek.ContinualLearner(net()).fit(data(0), checkpoint=tmp_path / "nowhere" / "file")
     with pytest.raises(OptionError, match="every: expected"):

@@ -1,11 +1,13 @@
 """One mini-batch into a layer's block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ekfac_rs import _core
+from ekfac_rs._checks import require_finite
 from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.curvature.block import Block, kept_strata
 from ekfac_rs.curvature.columnwise import sum_of_terms
@@ -46,6 +48,10 @@ class Notes:
     def begin_batch(self) -> None:
         """Count mini-batches: examples are noted together with theirs."""
         self._batch += 1
+
+    def go_on_after(self, batches: int) -> None:
+        """Count on from so many mini-batches, in which nothing was noted."""
+        self._batch = batches - 1
 
     def of(self, name: str, side: str) -> _core.Note | None:
         """Return where to note examples of a layer's "input" or "gradient" in this mini-batch."""
@@ -120,6 +126,18 @@ class _Side:
         self._square_roots()
         return self.factors
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums as they are, with the rows that are not squared yet: no copies."""
+        return {"factors": self.factors, "roots": self._roots, "kept": self._kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for factor, saved in zip(self.factors, state["factors"], strict=True):
+            factor.copy_(saved)
+        if self._roots is not None:
+            self._roots.copy_(state["roots"])
+        self._kept = state["kept"]
+
     def _square_roots(self) -> None:
         if self._roots is None or self._mean is None or not self._kept:
             return
@@ -170,6 +188,22 @@ class KroneckerAccumulator:
 
     def end_batch(self) -> None:
         """Close the mini-batch, of which nothing is kept."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums between two mini-batches: no copies."""
+        return {
+            "examples": self.examples,
+            "gradient_examples": list(self.gradient_examples),
+            "A": self.A.state_dict(),
+            "G": self.G.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.examples = state["examples"]
+        self.gradient_examples = list(state["gradient_examples"])
+        self.A.load_state_dict(state["A"])
+        self.G.load_state_dict(state["G"])
 
     def block(self) -> Block:
         """Mean over examples; a stratum that never had a degree of freedom is no term.
@@ -224,6 +258,17 @@ class DiagonalAccumulator:
     def end_batch(self) -> None:
         """Let go of the mini-batch's inputs: all its gradients have come."""
         self.units = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sum between two mini-batches: no copy."""
+        # Nothing notes what is not finite here.
+        require_finite(f"layer {self.layer.name!r}: gradient", self.values)
+        return {"values": self.values, "gradient_examples": list(self.gradient_examples)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.values.copy_(state["values"])
+        self.gradient_examples = list(state["gradient_examples"])
 
     def block(self) -> DiagonalBlock:
         """Mean over examples."""

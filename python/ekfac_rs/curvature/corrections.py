@@ -7,7 +7,8 @@ what it has.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Mean:
         self._sums = [torch.zeros_like(x) for x in shapes]
         zero = torch.zeros((), dtype=torch.float64, device=shapes[0].device)
         self._squares, self._of_batch = zero, zero
-        self._examples = 0
+        self._examples, self._batch = 0, 0
         self._weights_squared = 0.0
         self._scores, self._shares_squared = 0.0, 0.0
 
@@ -76,6 +77,23 @@ class Mean:
             return means, float("inf")
         spread = float(self._squares) / self._examples - _square(means)
         return means, max(spread, 0.0) * share / (1.0 - share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums: no copies."""
+        return {
+            "sums": self._sums,
+            "squares": (self._squares, self._of_batch),
+            "examples": (self._examples, self._batch),
+            "weights": (self._weights_squared, self._scores, self._shares_squared),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for total, saved in zip(self._sums, state["sums"], strict=True):
+            total.copy_(saved)
+        self._squares, self._of_batch = (saved.to(self._squares) for saved in state["squares"])
+        self._examples, self._batch = state["examples"]
+        self._weights_squared, self._scores, self._shares_squared = state["weights"]
 
     def _end(self) -> None:
         """Close a mini-batch: only now is known how many scores its labels have."""
@@ -122,6 +140,15 @@ class Estimate:
             )
             self._factor.add([torch.as_tensor(along) / self._size], weight, examples)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums: no copies."""
+        return {"mean": self._mean.state_dict(), "factor": self._factor.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._mean.load_state_dict(state["mean"])
+        self._factor.load_state_dict(state["factor"])
+
     def result(self) -> list[Tensor]:
         """Return the estimate."""
         means, variance = self._mean.result()
@@ -149,7 +176,15 @@ def _square(tensors: Sequence[Tensor]) -> float:
 
 
 class Step(ABC):
-    """What a pass looks at, and the better block that it makes of it."""
+    """What a pass looks at, and the better block that it makes of it.
+
+    Attributes
+    ----------
+    block : Block
+        What it begins with. A step made of that is the same one.
+    """
+
+    block: Block
 
     @property
     @abstractmethod
@@ -169,29 +204,29 @@ class BestScale(Step):
     """The block times its best scalar, ``<H, H_X> / <H_X, H_X>``."""
 
     def __init__(self, block: Block) -> None:
-        self._block, self._square = block, block.norm() ** 2
+        self.block, self._square = block, block.norm() ** 2
 
     @property
     def expected(self) -> list[Tensor]:
-        return [torch.ones((), dtype=torch.float64, device=self._block.device)]
+        return [torch.ones((), dtype=torch.float64, device=self.block.device)]
 
     def of(self, W: Tensor) -> list[Tensor]:
-        share = self._block.quadratic(W) / self._square if self._square else 0.0
+        share = self.block.quadratic(W) / self._square if self._square else 0.0
         return [torch.full_like(self.expected[0], share)]
 
     def corrected(self, values: list[Tensor]) -> Block:
-        return self._block * float(values[0])
+        return self.block * float(values[0])
 
 
 class Diagonal(Step):
     """The diagonal of the exact block: the nearest diagonal one."""
 
     def __init__(self, block: DiagonalBlock) -> None:
-        self._block = block
+        self.block: DiagonalBlock = block
 
     @property
     def expected(self) -> list[Tensor]:
-        return [self._block.values]
+        return [self.block.values]
 
     def of(self, W: Tensor) -> list[Tensor]:
         return [W.square()]
@@ -203,18 +238,19 @@ class Diagonal(Step):
 class Eigenvalues(Step):
     """The diagonal of the exact block in the eigenbasis of the summed factors."""
 
-    def __init__(self, block: KroneckerSum | ColumnwiseSum) -> None:
-        self._block = EigenbasisSum.near(block)
+    def __init__(self, block: KroneckerSum | ColumnwiseSum | EigenbasisSum) -> None:
+        near = block if isinstance(block, EigenbasisSum) else EigenbasisSum.near(block)
+        self.block: EigenbasisSum = near
 
     @property
     def expected(self) -> list[Tensor]:
-        return [self._block.terms[0].values]
+        return [self.block.terms[0].values]
 
     def of(self, W: Tensor) -> list[Tensor]:
-        return [self._block.terms[0].inside(W).square()]
+        return [self.block.terms[0].inside(W).square()]
 
     def corrected(self, values: list[Tensor]) -> Block:
-        return self._block.with_values(*values)
+        return self.block.with_values(*values)
 
 
 class NearestFactors(Step):
@@ -227,6 +263,7 @@ class NearestFactors(Step):
     """
 
     def __init__(self, block: KroneckerSum | ColumnwiseSum) -> None:
+        self.block = block
         self._diagonal = isinstance(block, ColumnwiseSum)
         self._terms = block.terms
 
@@ -337,18 +374,14 @@ def _positive_part(factor: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0.0)[..., None, :]) @ vectors.mT
 
 
-Sum = KroneckerSum | ColumnwiseSum
-_STEPS: dict[str, tuple[Callable[[Sum], Step], ...]] = {
-    "scale": (BestScale,),
-    "eigenvalues": (Eigenvalues,),
-    # Both sides twice: the error is then within a tenth of that of the nearest.
-    "nearest": (NearestG, NearestA, NearestG, NearestA),
-}
+# Both sides twice: the error is then within a tenth of that of the nearest.
+_NEAREST = (NearestG, NearestA, NearestG, NearestA)
+_PASSES = {"scale": 1, "eigenvalues": 1, "nearest": len(_NEAREST)}
 
 
 def passes_of(correction: str | None) -> int:
     """Return how many passes a correction takes at most."""
-    return 0 if correction is None else len(_STEPS[correction])
+    return 0 if correction is None else _PASSES[correction]
 
 
 def step_of(correction: str, block: Block, index: int) -> Step | None:
@@ -357,8 +390,11 @@ def step_of(correction: str, block: Block, index: int) -> Step | None:
         return BestScale(block) if index == 0 else None
     if isinstance(block, DiagonalBlock):
         return Diagonal(block) if index == 0 else None
+    if correction == "eigenvalues":
+        assert isinstance(block, KroneckerSum | ColumnwiseSum | EigenbasisSum)
+        return Eigenvalues(block)
     assert isinstance(block, KroneckerSum | ColumnwiseSum)
-    return _STEPS[correction][index](block)
+    return _NEAREST[index](block)
 
 
 class Correcting:
@@ -403,6 +439,14 @@ class Correcting:
     def end_batch(self) -> None:
         """Let go of the mini-batch's inputs: all its gradients have come."""
         self._units = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums between two mini-batches: no copies."""
+        return self._estimate.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._estimate.load_state_dict(state)
 
     def block(self) -> Block:
         """Return the corrected block."""

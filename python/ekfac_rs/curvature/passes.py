@@ -1,5 +1,6 @@
 """Passes over a loader that accumulate curvature."""
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -12,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ekfac_rs import _core
-from ekfac_rs._checks import require_count
+from ekfac_rs._checkpoints import rewound_on_failure
+from ekfac_rs._checks import require_count, require_finite
 from ekfac_rs._modes import bare_model, own_modes, without_autocast
 from ekfac_rs.batchnorm.merging import is_exported
 from ekfac_rs.batchnorm.statistics import (
@@ -22,10 +24,10 @@ from ekfac_rs.batchnorm.statistics import (
     use_batch_statistics,
 )
 from ekfac_rs.curvature.accumulators import Accumulator, Notes, accumulator
-from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.corrections import Correcting, passes_of, step_of
 from ekfac_rs.curvature.curvature import Curvature, signature_of
 from ekfac_rs.curvature.gradients import Gradients
+from ekfac_rs.curvature.recovery import Recovery, call_of
 from ekfac_rs.curvature.settings import AUTO, PassSettings
 from ekfac_rs.errors import (
     BatchNormError,
@@ -65,6 +67,8 @@ def estimate_curvature(
     precision: str = "auto",
     correction: str | None = None,
     correction_batches: int = 64,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 1000,
     progress: bool = False,
 ) -> Curvature:
     """Accumulate the curvature of the mean loss over a loader, one block for each layer.
@@ -143,6 +147,19 @@ def estimate_curvature(
         Mini-batches in each pass of a correction, at most all. 64 bring errors within a few per
         cent of what 256 do. Under batch statistics a mini-batch and label draw is one sample;
         where examples do not depend on each other it is four, made of its parts.
+    checkpoint : str or os.PathLike, optional
+        File to write the passes' sums to, for the case that they are interrupted or the process is
+        killed: the same call then goes on from there, and its curvature is the same, bit for bit,
+        as that of a call without interruption or checkpoints. "The same" is: equal weights, the
+        same arguments, and a loader that yields the same mini-batches again, which torch's do where
+        their order is drawn from torch's random state or from their generator. Each file takes the
+        place of the one before when it is whole. When the passes are over it holds the curvature,
+        which the same call returns at once (all that it looks at of the loader then is its length
+        and its first mini-batch); a call of other weights or arguments begins anew in its place.
+        What is to be kept, `Curvature.save` keeps. Passes of another call that are not over are
+        never overwritten. A file holds all sums: mind the time that takes.
+    every : int
+        Mini-batches between two checkpoints; others are written when a pass is over.
     progress : bool
         Show a tqdm bar.
 
@@ -153,8 +170,8 @@ def estimate_curvature(
     Raises
     ------
     OptionError
-        An unknown option, draws or correction_batches below 1, "tf32" or "bf16" on the CPU, or an
-        iterator as loader where a correction needs to go through it again.
+        An unknown option, draws, correction_batches or every below 1, "tf32" or "bf16" on the CPU,
+        or an iterator as loader where a correction needs to go through it again.
     UnknownLayerError
         ``layers`` names what is no layer of the model.
     CudaError, OutOfMemoryError
@@ -166,6 +183,13 @@ def estimate_curvature(
     EmptyLoaderError, LabelError, ShapeError, DtypeError, NonFiniteError
         The loader is empty; a mini-batch or its targets do not fit; a layer cannot work with the
         inputs' dtype; NaN or infinity in weights, inputs, targets or gradients.
+    IncompatibleError
+        The checkpoint is of passes that are not over and have other weights (the message names the
+        layer) or arguments, or of other mini-batches. Nothing is changed then.
+    FileFormatError
+        It is truncated, corrupted, of a newer format or no such checkpoint.
+    OSError
+        It cannot be written; the one before stays.
 
     References
     ----------
@@ -187,7 +211,29 @@ def estimate_curvature(
     _require_possible(model, settings, max_examples, correction_batches)
     source = Loader(loader, device_of(model), input_fn=input_fn, target_fn=target_fn)
     source.require_passes(1 + passes_of(correction), f"correction={correction!r}")
-    with _conditions(model, settings), _source_of_labels(model, generator) as drawn_from:
+    with (
+        _conditions(model, settings),
+        _source_of_labels(model, generator) as drawn_from,
+        ExitStack() as cleanup,
+    ):
+        generators = [drawn_from, *source.generators()]
+        recovery = Recovery(
+            checkpoint,
+            every,
+            lambda: call_of(
+                model,
+                settings,
+                source,
+                layers=None if layers is None else sorted(layers),
+                max_examples=max_examples,
+                correction_batches=correction_batches,
+            ),
+            generators,
+            device_of(model),
+        )
+        if checkpoint is not None:
+            cleanup.enter_context(rewound_on_failure(generators))
+        recovery.prepare()
         found = find_layers(model, coordinates=coordinates, layers=layers, example=source.example())
         _refuse_exported(found, settings)
         settings = _with_precision_of(found, settings)
@@ -200,15 +246,12 @@ def estimate_curvature(
                     yield batch
                     bar.update(batch.examples)
 
-        curvature = passes.curvature(
-            batches(), uncovered=() if layers else uncovered_parameters(model, found, coordinates)
+        return passes.run(
+            batches,
+            recovery,
+            correction_batches,
+            uncovered=() if layers else uncovered_parameters(model, found, coordinates),
         )
-        for index in range(passes_of(correction)):
-            blocks = passes.corrected(
-                curvature.blocks, islice(batches(), correction_batches), index
-            )
-            curvature = replace(curvature, blocks=blocks)
-        return curvature
 
 
 def _require_possible(
@@ -286,58 +329,45 @@ class _Passes:
         self._output_fn = output_fn
         self._capture = _Capture(layers, settings.coordinates)
 
-    def curvature(self, batches: Iterable[Batch], *, uncovered: tuple[str, ...]) -> Curvature:
-        """Mean over all examples; the sums it is made of go."""
-        notes = Notes(list(self._layers))
-        accumulators = {
-            layer.name: accumulator(layer, self._settings, notes) for layer in self._layers
-        }
-        examples, mini_batches = 0, 0
-        # Stays where it is made: nobody waits for a GPU's to be told.
-        loss = torch.zeros((), dtype=torch.float64, device=device_of(self._model))
-        for batch in batches:
-            notes.begin_batch()
-            loss = loss + batch.examples * self._take(batch, accumulators).double()
-            examples, mini_batches = examples + batch.examples, mini_batches + 1
-        notes.require_none()
-        counts = {name: a.gradient_examples for name, a in accumulators.items()}
-        return Curvature(
-            # Layer by layer, so that sums and means are not all there at once.
-            blocks={name: accumulators.pop(name).block() for name in counts},
-            settings=self._settings,
-            examples=examples,
-            gradient_examples=counts,
-            batches=mini_batches,
-            loss=float(loss) / examples,
-            batchnorms={layer.name: layer.batchnorm_name for layer in self._layers},
-            signatures={
-                layer.name: signature_of(layer, self._settings.coordinates)
-                for layer in self._layers
-            },
-            uncovered=uncovered,
-            versions={"ekfac_rs": _core.build_info()["version"], "torch": str(torch.__version__)},
-        )
+    def run(
+        self,
+        batches: Callable[[], Iterator[Batch]],
+        recovery: Recovery,
+        correction_batches: int,
+        *,
+        uncovered: tuple[str, ...],
+    ) -> Curvature:
+        """Make the passes that are left to make."""
+        curvature, begun = recovery.curvature, recovery.index
+        if curvature is not None and recovery.is_over:
+            recovery.go_on(batches(), lambda _: None)
+            return curvature
+        if curvature is None:
+            sums = _Sums(self._layers, self._settings, device_of(self._model), uncovered)
+            curvature = self._through(sums, batches(), recovery)
+        for index in range(max(begun, 1), 1 + passes_of(self._settings.correction)):
+            correction = self._correction(curvature, index)
+            if not correction.accumulators:
+                continue
+            if index != begun:
+                recovery.begin(index, correction.before, correction.state_dict)
+            curvature = self._through(correction, islice(batches(), correction_batches), recovery)
+        recovery.end(curvature)
+        return curvature
 
-    def corrected(
-        self, blocks: Mapping[str, Block], batches: Iterable[Batch], index: int
-    ) -> dict[str, Block]:
-        """Return the blocks after the correction's pass of this number."""
-        assert self._settings.correction is not None
+    def _correction(self, curvature: Curvature, index: int) -> "_Correction":
         independent = not any(map(_uses_batch_statistics, self._model.modules()))
-        correcting = {
-            layer.name: Correcting(layer, self._settings, step, independent)
-            for layer in self._layers
-            if (step := step_of(self._settings.correction, blocks[layer.name], index))
-        }
-        if not correcting:
-            return dict(blocks)
-        for batch in batches:
-            self._take(batch, correcting)
-        # Layer by layer, as above.
-        return {
-            name: correcting.pop(name).block() if name in correcting else block
-            for name, block in blocks.items()
-        }
+        return _Correction(self._layers, curvature, index, independent)
+
+    def _through(
+        self, this: "_Sums | _Correction", batches: Iterator[Batch], recovery: Recovery
+    ) -> Curvature:
+        """Make one pass, or what is left of it."""
+        recovery.go_on(batches, this.load_state_dict)
+        for batch in recovery.watched(batches, this.state_dict):
+            this.begin_batch()
+            this.end_batch(batch, self._take(batch, this.accumulators))
+        return this.curvature()
 
     def _take(self, batch: Batch, accumulators: Accumulators) -> Tensor:
         """Hand a mini-batch over: forward, then backward for every score; returns its loss."""
@@ -365,6 +395,121 @@ class _Passes:
         for (score, weight), last in _with_last(scores):
             self._capture.hand_over_gradients(accumulators, rows, outputs, score, weight, last=last)
         return self._likelihood.loss(outputs.detach(), targets)
+
+
+class _Sums:
+    """What the pass that makes a curvature sums up."""
+
+    def __init__(
+        self,
+        layers: Collection[AffineLayer],
+        settings: PassSettings,
+        device: torch.device,
+        uncovered: tuple[str, ...],
+    ) -> None:
+        self._layers, self._settings, self._uncovered = layers, settings, uncovered
+        self._notes = Notes(list(layers))
+        self.accumulators = {
+            layer.name: accumulator(layer, settings, self._notes) for layer in layers
+        }
+        self._examples, self._batches = 0, 0
+        # Stays where it is made: nobody waits for a GPU's to be told.
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def begin_batch(self) -> None:
+        self._notes.begin_batch()
+
+    def end_batch(self, batch: Batch, loss: Tensor) -> None:
+        self._loss = self._loss + batch.examples * loss.double()
+        self._examples, self._batches = self._examples + batch.examples, self._batches + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, of which all are finite: waits for a GPU."""
+        self._notes.require_none()
+        return {
+            "accumulators": {name: a.state_dict() for name, a in self.accumulators.items()},
+            "examples": self._examples,
+            "batches": self._batches,
+            "loss": self._loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for name, a in self.accumulators.items():
+            a.load_state_dict(state["accumulators"][name])
+        self._examples, self._batches = state["examples"], state["batches"]
+        self._loss = state["loss"].to(self._loss)
+        self._notes.go_on_after(self._batches)
+
+    def curvature(self) -> Curvature:
+        """Mean over all examples; the sums it is made of go."""
+        self._notes.require_none()
+        counts = {name: a.gradient_examples for name, a in self.accumulators.items()}
+        return Curvature(
+            # Layer by layer, so that sums and means are not all there at once.
+            blocks={name: self.accumulators.pop(name).block() for name in counts},
+            settings=self._settings,
+            examples=self._examples,
+            gradient_examples=counts,
+            batches=self._batches,
+            loss=float(self._loss) / self._examples,
+            batchnorms={layer.name: layer.batchnorm_name for layer in self._layers},
+            signatures={
+                layer.name: signature_of(layer, self._settings.coordinates)
+                for layer in self._layers
+            },
+            uncovered=self._uncovered,
+            versions={"ekfac_rs": _core.build_info()["version"], "torch": str(torch.__version__)},
+        )
+
+
+class _Correction:
+    """What one pass of a correction sums up, and what it began with (``before``)."""
+
+    def __init__(
+        self, layers: Collection[AffineLayer], curvature: Curvature, index: int, independent: bool
+    ) -> None:
+        settings = curvature.settings
+        assert settings.correction is not None
+        steps = {
+            layer: step
+            for layer in layers
+            if (step := step_of(settings.correction, curvature[layer.name], index - 1))
+        }
+        better = {layer.name: step.block for layer, step in steps.items()}
+        self.before = replace(curvature, blocks=curvature.blocks | better)
+        self.accumulators = {
+            layer.name: Correcting(layer, settings, step, independent)
+            for layer, step in steps.items()
+        }
+
+    def begin_batch(self) -> None:
+        """Nothing is to be done."""
+
+    def end_batch(self, batch: Batch, loss: Tensor) -> None:
+        """Nothing is kept of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, of which all are finite: waits for a GPU."""
+        states = {name: a.state_dict() for name, a in self.accumulators.items()}
+        for name, state in states.items():
+            for total in state["mean"]["sums"]:
+                require_finite(f"layer {name!r}: gradient", total)
+        return states
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for name, a in self.accumulators.items():
+            a.load_state_dict(state[name])
+
+    def curvature(self) -> Curvature:
+        """Return the corrected curvature; the sums it is made of go."""
+        # Layer by layer, as above.
+        blocks = {
+            name: self.accumulators.pop(name).block() if name in self.accumulators else block
+            for name, block in self.before.items()
+        }
+        return replace(self.before, blocks=blocks)
 
 
 _Item = TypeVar("_Item")

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -12,10 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ekfac_rs._checkpoints import (
+    random_states,
+    read_checkpoint,
+    require_generators,
+    rewound_on_failure,
+    set_random_states,
+    write_checkpoint,
+)
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative, require_share
 from ekfac_rs._files import require_folder
 from ekfac_rs._modes import bare_model, own_modes
-from ekfac_rs._tensors import kept, put_back
+from ekfac_rs._tensors import Kept, kept, put_back
 from ekfac_rs.batchnorm import (
     WEIGHTS,
     Anchor,
@@ -48,13 +56,6 @@ from ekfac_rs.errors import (
     UnsupportedLayerError,
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, find_layers, require_names
-from ekfac_rs.learning.checkpoint import (
-    random_states,
-    read_checkpoint,
-    require_generators,
-    set_random_states,
-    write_checkpoint,
-)
 from ekfac_rs.learning.heads import MakesModel, heads_of, require_same_tensors
 from ekfac_rs.learning.optimization import (
     MakesOptimizer,
@@ -347,7 +348,9 @@ class ContinualLearner:
         put in train mode first (see `frozen_batchnorms` for what stays frozen), and back after.
 
         A call that fails before its first step changes nothing, with ``scale="halving"`` one that
-        fails or is interrupted in any try; otherwise the model stays as the steps have made it.
+        fails or is interrupted in any try; otherwise the model stays as the steps have made it. (Of
+        tries that `resume` goes on with, those made before are taken back, too, once a step is
+        made.)
 
         Parameters
         ----------
@@ -380,10 +383,11 @@ class ContinualLearner:
             File to write the learner and its training to, from which `resume` goes on: it takes
             the place of the one before when it is whole. A run with the same checkpoints ends in
             the same weights, bit for bit, interrupted or not: with each the stable steps begin to
-            look anew. Not with ``scale="halving"``, which begins anew in every try. A file holds
-            all earlier tasks' curvatures: mind the time that takes.
+            look anew. With ``scale="halving"`` it goes on within the try. A file holds all earlier
+            tasks' curvatures: mind the time that takes.
         every : int
-            Steps between two checkpoints; another is written when training is over.
+            Steps between two checkpoints; another is written when training, or a try of it, is
+            over.
 
         Returns
         -------
@@ -399,8 +403,8 @@ class ContinualLearner:
             classes where there is no new output layer, or none where targets do not tell;
             validation where nothing is tried, or an iterator of it; the learner's optimizer or
             scheduler returned something else, or one whose ``step`` needs an argument; a checkpoint
-            where scales are tried, or of a state that a file cannot hold; other arguments than
-            those of the training that `resume` goes on with.
+            of a state that a file cannot hold; other arguments than those of the training that
+            `resume` goes on with.
         IncompatibleError
             After `resume`: the loader does not yield the mini-batches that it did; another kind of
             optimizer or scheduler.
@@ -430,18 +434,21 @@ class ContinualLearner:
         rule = self._rule()
         if validation is not None and not isinstance(rule, Halving):
             raise OptionError('validation: expected none but with scale="halving"')
+        judges = source if validation is None else self._loader(validation)
+        generators = self._generators(source, judges)
         with ExitStack() as undo:
             self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
             plan = self._plan(source, epochs, steps)
-            self._require_as_interrupted(lr, plan)
-            recorder = self._checkpoints(checkpoint, every, lr, plan, rule)
-            once = partial(self._fitted, source, lr, plan, callback, log, recorder)
-            if isinstance(rule, Halving) and self._is_penalised:
-                judges = source if validation is None else self._loader(validation)
-                history = self._fitted_by_halving(rule, once, source, plan, judges, undo)
+            by_halving = isinstance(rule, Halving) and self._is_penalised
+            self._require_as_interrupted(lr, plan, by_halving)
+            recorder = self._checkpoints(checkpoint, every, lr, plan)
+            once = partial(self._fitted, source, lr, plan, callback, log, generators)
+            if isinstance(rule, Halving) and by_halving:
+                source.require_passes((plan.passes or 2) * 2, 'fit with scale="halving"')
+                history = self._fitted_by_halving(rule, once, judges, recorder, undo)
                 undo.pop_all()
                 return history
-            return once(undo, rule)
+            return once(recorder, undo, rule)
 
     def _fitted(
         self,
@@ -450,6 +457,7 @@ class ContinualLearner:
         plan: Plan,
         callback: Callable[[int, "ContinualLearner"], None] | None,
         log: Any,
+        generators: Sequence[torch.Generator],
         checkpoints: Checkpoints | None,
         undo: ExitStack,
         rule: ScaleRule | None,
@@ -462,7 +470,7 @@ class ContinualLearner:
         with ExitStack() as cleanup:
             training = self._training(source, lr, plan, undo, cleanup, rule, selection, log)
             told = None if callback is None else lambda step: callback(step, self)
-            generators, begun_at = self._generators(source), training.steps_done
+            begun_at = training.steps_done
             try:
                 history = training.run(source, generators, told, self.progress, checkpoints)
             except BaseException:
@@ -476,45 +484,67 @@ class ContinualLearner:
         self,
         rule: Halving,
         once: Callable[..., list[dict[str, float]]],
-        source: Loader,
-        plan: Plan,
         validation: Loader,
+        checkpoints: Checkpoints | None,
         undo: ExitStack,
     ) -> list[dict[str, float]]:
         """Train without a penalty, and then under ever weaker ones until that is enough.
 
         No try before the last is training to go on with: ``undo`` takes back all of them. One that
-        diverges was not enough.
+        diverges was not enough. How many tries there were, ``selection.tries`` tells: the one
+        after these is what a checkpoint is of.
         """
-        source.require_passes((plan.passes or 2) * 2, 'fit with scale="halving"')
         validation.require_passes(rule.tries + 1, 'fit with scale="halving"')
-        selection = Selection(repr(rule), self.task)
-        begun = kept(_tensors_of(self.model))
-        undo.callback(setattr, self, "_so_far", self._so_far)
-        undo.callback(put_back, begun)
+        model, so_far = self.model, self._so_far
+        if self._unfinished is None:
+            begun = kept(_tensors_of(model))
+            selection = Selection(repr(rule), self.task)
+            self.selection.append(selection)
+        else:
+            before = self._unfinished["state"]["before"]
+            begun, so_far = _kept_before(model, before), SoFar(**before["so_far"])
+            selection = self.selection[-1]
+
+        def take_back() -> None:
+            # A try that was to go on and has not is still to.
+            if self._unfinished is None:
+                put_back(begun)
+                self.selection.pop()
+                self._so_far = so_far
+
+        undo.callback(take_back)
+        before = {
+            "tensors": [values for _, values in begun],
+            "so_far": {"example": so_far.example, "froze_batchnorm": so_far.froze_batchnorm},
+        }
+        recorded = None if checkpoints is None else checkpoints.also({"before": before})
 
         def tried(rule: ScaleRule | None) -> list[dict[str, float]]:
-            put_back(begun)
-            self._so_far = SoFar()
-            selection.clear_steps()
+            if self._unfinished is None:
+                put_back(begun)
+                self._so_far = SoFar()
+                selection.clear_steps()
             with ExitStack() as own_undo:
-                return once(own_undo, rule, selection)
+                return once(recorded, own_undo, rule, selection)
 
-        tried(None)
-        reference = self._evaluated(validation)
-        selection.tries.append((0.0, reference))
-        self.selection.append(selection)
-        undo.callback(self.selection.remove, selection)
-        for number in range(rule.tries):
+        if not selection.tries:
+            tried(None)
+            selection.tries.append((0.0, self._evaluated(validation)))
+        _, reference = selection.tries[0]
+        assert reference is not None
+        for number in range(len(selection.tries) - 1, rule.tries):
             scale = rule.start / 2.0**number
             try:
                 history = tried(Fixed(scale))
-            except NumericalError:
+                reached = self._evaluated(validation)
+            # The last step may diverge, too, which nothing in training looks at.
+            except (NumericalError, NonFiniteError) as error:
                 if number == rule.tries - 1:
-                    raise
+                    raise NumericalError(f"fit: the last try diverged: {error}") from error
                 selection.tries.append((scale, None))
+                # It may have been the first step after `resume`.
+                self._unfinished = None
                 continue
-            reached = self._evaluated(validation)
             selection.tries.append((scale, reached))
             if rule.is_enough(reached, reference):
                 break
@@ -607,7 +637,13 @@ class ContinualLearner:
         return OwnCurvature(estimate)
 
     @own_modes()
-    def consolidate(self, loader: Source) -> None:
+    def consolidate(
+        self,
+        loader: Source,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 1000,
+    ) -> None:
         """Close a task: accumulate its curvature and take the anchor.
 
         The model stays as it is, but for one case: where its BatchNorms were frozen during `fit`
@@ -618,26 +654,37 @@ class ContinualLearner:
         ----------
         loader : iterable of (x, y), or a function that returns one
             The task's training data, as in `estimate_curvature`.
+        checkpoint : str or os.PathLike, optional
+            File to write the curvature's passes to, as in `estimate_curvature`: another one than
+            `fit` and `save` write. Where they were interrupted, `resume` brings the learner back
+            to the end of the training, and this call goes on with them. One file serves all tasks
+            in turn.
+        every : int
+            Mini-batches between two checkpoints.
 
         Raises
         ------
         OptionError, UnknownLayerError
             The output layer cannot be found; a new task was not fitted; nothing is shared.
-        EkfacError
+        EkfacError, OSError
             As `estimate_curvature`, `reparameterize` and `merged_weights`.
         """
         source = self._loader(loader)
         needs_loss = self._rule().needs_losses and self._protects
         if needs_loss:
             source.require_passes(2, "consolidate, which takes the loss for the scale")
-        with ExitStack() as undo:
+        # Called again, a pass before the curvature's has to go the same way, too.
+        again = (
+            nullcontext() if checkpoint is None else rewound_on_failure(self._generators(source))
+        )
+        with again, ExitStack() as undo:
             self._heads.begin(self.task, undo, None, None)
             self._heads.bind(lambda: self._example_of(source), undo)
             self._require_own_layer_apart()
             loss = None
             if self._protects:
                 with restored_on_failure(self.model):
-                    curvature, anchor = self._consolidated(source)
+                    curvature, anchor = self._consolidated(source, checkpoint, every)
                     new = [] if curvature is None else [curvature]
                     curvatures = self._kept([*self.curvatures, *new])
                     loss = self._mean_loss(source) if needs_loss else None
@@ -1013,7 +1060,7 @@ class ContinualLearner:
             It is of another kind of model or head, or its training began with other options.
         """
         learner = cls(model, **options)
-        content = read_checkpoint(path, device_of(learner.model))
+        content = read_checkpoint(path, device_of(learner.model), "a learner's checkpoint")
         try:
             state, training, theirs, random = (
                 content[key] for key in ("learner", "training", "options", "random")
@@ -1061,17 +1108,12 @@ class ContinualLearner:
         every: int,
         lr: float,
         plan: Plan,
-        rule: ScaleRule,
     ) -> Checkpoints | None:
         """Return where training is written down, if it is."""
         if path is None:
             return None
         require_count("every", every)
         require_folder(path)
-        if isinstance(rule, Halving):
-            raise OptionError(
-                'checkpoint: expected none with scale="halving", which begins anew in every try'
-            )
 
         def write(state: dict[str, Any]) -> None:
             so_far = {
@@ -1082,15 +1124,16 @@ class ContinualLearner:
 
         return Checkpoints(write, every)
 
-    def _generators(self, source: Loader) -> list[torch.Generator]:
+    def _generators(self, *sources: Loader) -> list[torch.Generator]:
         """Return those that training draws from, beside those of the process."""
-        return [*self._own_generators, *source.generators()]
+        theirs = {id(g): g for source in sources for g in source.generators()}
+        return [*self._own_generators, *theirs.values()]
 
     @property
     def _own_generators(self) -> list[torch.Generator]:
         return [] if self.generator is None else [self.generator]
 
-    def _require_as_interrupted(self, lr: float, plan: Plan) -> None:
+    def _require_as_interrupted(self, lr: float, plan: Plan, by_halving: bool) -> None:
         """Refuse other arguments than those of the training that was interrupted."""
         if self._unfinished is None:
             return
@@ -1100,6 +1143,10 @@ class ContinualLearner:
             raise OptionError(
                 f"fit: expected to go on with the training that was interrupted, of {theirs}, got "
                 f"{arguments}"
+            )
+        if ("before" in self._unfinished["state"]) != by_halving:
+            raise OptionError(
+                f"scale: expected the rule of the training that was interrupted, got {self.scale!r}"
             )
 
     def _reshape(self, heads: dict[str, Any], undo: ExitStack) -> None:
@@ -1222,7 +1269,9 @@ class ContinualLearner:
             return curvatures
         return [compress_curvatures(curvatures, self.max_terms)]
 
-    def _consolidated(self, source: Loader) -> tuple[Curvature | None, Anchor]:
+    def _consolidated(
+        self, source: Loader, checkpoint: str | os.PathLike[str] | None, every: int
+    ) -> tuple[Curvature | None, Anchor]:
         behind = self._so_far.froze_batchnorm and self.statistics == "batch"
         if behind and self.approximation is not None:
             source.require_passes(2, "consolidate after a BatchNorm was frozen")
@@ -1254,6 +1303,8 @@ class ContinualLearner:
                 input_fn=self.input_fn,
                 target_fn=self.target_fn,
                 output_fn=self.output_fn,
+                checkpoint=checkpoint,
+                every=every,
                 progress=self.progress,
             )
         take_anchor = merged_weights if self.coordinates == "merged" else raw_weights
@@ -1327,6 +1378,14 @@ class ContinualLearner:
                     max_examples=self.max_examples,
                     input_fn=self.input_fn,
                 )
+
+
+def _kept_before(model: nn.Module, before: Mapping[str, Any]) -> Kept:
+    """Return a model's tensors with the values that a checkpoint says they began a task with."""
+    return [
+        (tensor, values.to(tensor.device))
+        for tensor, values in zip(_tensors_of(model), before["tensors"], strict=True)
+    ]
 
 
 def _arguments(lr: float, plan: Plan) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from ekfac_rs._checkpoints import (
+    pass_over,
+    random_states,
+    rewound_on_failure,
+    set_random_states,
+)
 from ekfac_rs.batchnorm import device_of, frozen_batchnorms
 from ekfac_rs.curvature import Curvature
-from ekfac_rs.errors import IncompatibleError, NonFiniteError, NumericalError
-from ekfac_rs.learning.checkpoint import random_states, set_random_states
+from ekfac_rs.errors import NonFiniteError, NumericalError
 from ekfac_rs.learning.optimization import Optimization
 from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.likelihood import Likelihood
@@ -82,6 +87,10 @@ class Checkpoints:
 
     write: Callable[[dict[str, Any]], None]
     every: int
+
+    def also(self, more: Mapping[str, Any]) -> "Checkpoints":
+        """Return checkpoints that hold something more."""
+        return replace(self, write=lambda state: self.write({**state, **more}))
 
     def is_due(self, steps_done: int) -> bool:
         """Whether one is to be written after so many steps."""
@@ -254,29 +263,18 @@ class Training:
         IncompatibleError
             The last one is not there, or has other targets; there are other generators.
         """
-        found = random_states(generators)
-        try:
+        with rewound_on_failure(generators):
             set_random_states(self._random_before, generators)
             batches = loader.batches()
-            self._require_as_before(islice(batches, self._batches_done))
+            last = _fingerprint(self._last_targets)
+            pass_over(
+                islice(batches, self._batches_done),
+                self._batches_done,
+                lambda batch: _fingerprint(batch.targets) == last,
+                "fit",
+            )
             set_random_states(random_then, generators)
             return batches
-        except BaseException:
-            set_random_states(found, generators)
-            raise
-
-    def _require_as_before(self, batches: Iterable[Batch]) -> None:
-        count, targets = 0, None
-        for batch in batches:
-            count, targets = count + 1, batch.targets
-        there = count == self._batches_done
-        if there and _fingerprint(targets) == _fingerprint(self._last_targets):
-            return
-        got = "one with other targets" if there else f"{count}"
-        raise IncompatibleError(
-            f"fit: expected the loader to yield mini-batch {self._batches_done} of the pass that "
-            f"was interrupted again, got {got}: its order has to follow from random states"
-        )
 
     def _end_pass(self) -> None:
         self._finite.finish()

@@ -1,8 +1,12 @@
-"""Checkpoints: files from which a learner goes on as if it had not been interrupted."""
+"""Checkpoints: files from which long work goes on as if it had not been interrupted.
+
+States as files, random states, and the place in a pass over a loader.
+"""
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,10 +15,10 @@ from torch import Tensor
 
 from ekfac_rs import _files
 from ekfac_rs.errors import FileFormatError, IncompatibleError, OptionError
-from ekfac_rs.loading import Inputs
+from ekfac_rs.loading import Batch, Inputs
 
-_FORMAT = 1
-_WHAT = "a checkpoint written by a learner"
+# 2: a task may be learnt in several tries, and a pass over a loader has a checkpoint of its own.
+_FORMAT = 2
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -35,15 +39,22 @@ def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -
     """
     tensors: dict[str, Tensor] = {}
     flat = _flat(content, "checkpoint", tensors)
-    # A learner is the only writer of its file.
+    # Whoever writes a file is the only one that does.
     _files.remove_partial(path)
     _files.write(path, tensors, {"content": flat}, _FORMAT)
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+    path: str | os.PathLike[str], device: torch.device | str, what: str
 ) -> dict[str, Any]:
     """Read what `write_checkpoint` wrote.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+    device : torch.device or str
+    what : str
+        The file is expected to be, for errors.
 
     Raises
     ------
@@ -52,13 +63,13 @@ def read_checkpoint(
     FileNotFoundError
         There is no such file.
     """
-    tensors, metadata = _files.read(path, device, range(_FORMAT, _FORMAT + 1), _WHAT)
+    tensors, metadata = _files.read(path, device, range(1, _FORMAT + 1), what)
     try:
         content = _nested(metadata["content"], tensors)
     except (KeyError, ValueError, TypeError) as error:
-        raise FileFormatError(f"{path}: expected {_WHAT}, got: {error!r}") from error
+        raise FileFormatError(f"{path}: expected {what}, got: {error!r}") from error
     if not isinstance(content, dict):
-        raise FileFormatError(f"{path}: expected {_WHAT}, got a {type(content).__name__}")
+        raise FileFormatError(f"{path}: expected {what}, got a {type(content).__name__}")
     return content
 
 
@@ -99,7 +110,8 @@ def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     ((kind, inner),) = value.items()
     if kind == _TENSOR:
-        return tensors[inner]
+        # In memory of its own: a file's begins anywhere, and sums over it may round otherwise.
+        return tensors[inner].clone()
     if kind == _TUPLE:
         return tuple(_nested(item, tensors) for item in inner)
     if kind == _INPUTS:
@@ -148,6 +160,59 @@ def require_generators(states: Mapping[str, Any], generators: Sequence[torch.Gen
     """Raise `IncompatibleError` unless there are as many generators as when states were taken."""
     if len(states["generators"]) != len(generators):
         raise IncompatibleError(
-            f"generator: expected {len(states['generators'])} of learner and loader, got "
+            f"generator: expected {len(states['generators'])}, given and of the loader, got "
             f"{len(generators)}"
         )
+
+
+@contextmanager
+def rewound_on_failure(generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Put the process's generators, and these, back if anything inside fails."""
+    found = random_states(generators)
+    try:
+        yield
+    except BaseException:
+        set_random_states(found, generators)
+        raise
+
+
+# --- the place in a loader ------------------------------------------------------------------------
+
+
+def pass_over(
+    batches: Iterable[Batch], count: int, is_last: Callable[[Batch], bool], call: str
+) -> None:
+    """Go through what an interrupted pass has seen of a loader.
+
+    Parameters
+    ----------
+    batches : iterable of Batch
+        No more than ``count``.
+    count : int
+        That were seen.
+    is_last : callable
+        Whether a mini-batch is the last one of them.
+    call : str
+        That was interrupted, for errors.
+
+    Raises
+    ------
+    IncompatibleError
+        It is not there, or another one.
+    """
+    seen, last = 0, None
+    for batch in batches:
+        seen, last = seen + 1, batch
+    if seen == count and (last is None or is_last(last)):
+        return
+    got = "another one" if seen == count else f"{seen} in all"
+    raise IncompatibleError(
+        f"{call}: expected the loader to yield mini-batch {count} of the pass that was interrupted "
+        f"again, got {got}: its order has to follow from random states"
+    )
+
+
+def fingerprint(batch: Batch) -> str:
+    """Return what tells a mini-batch from others, all of its inputs and targets."""
+    tensors = [*batch.inputs.tensors(), batch.targets]
+    return _files.fingerprint({str(place): tensor for place, tensor in enumerate(tensors)})
