@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ekfac_rs._ranks import Ranks
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.columnwise import ColumnwiseSum, sum_of_terms
@@ -77,6 +78,16 @@ class Mean:
         spread = float(self._squares) / self._examples - _square(means)
         return means, max(spread, 0.0) * share / (1.0 - share)
 
+    def reduce(self, ranks: Ranks) -> None:
+        """Take the samples of all ranks together."""
+        self._end()
+        for total in self._sums:
+            ranks.sum_(total, "correction")
+        numbers = [float(self._squares), self._examples, self._weights_squared]
+        squares, examples, self._weights_squared = ranks.totals(numbers, "spread")
+        self._squares = torch.full_like(self._squares, squares)
+        self._examples = round(examples)
+
     def _end(self) -> None:
         """Close a mini-batch: only now is known how many scores its labels have."""
         if self._scores:
@@ -121,6 +132,12 @@ class Estimate:
                 for x, y in zip(sample, self._expected, strict=True)
             )
             self._factor.add([torch.as_tensor(along) / self._size], weight, examples)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Take the samples of all ranks together."""
+        if not ranks.alone:
+            self._mean.reduce(ranks)
+            self._factor.reduce(ranks)
 
     def result(self) -> list[Tensor]:
         """Return the estimate."""
@@ -403,6 +420,10 @@ class Correcting:
     def end_batch(self) -> None:
         """Let go of the mini-batch's inputs: all its gradients have come."""
         self._units = None
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Take the samples of all ranks together."""
+        self._estimate.reduce(ranks)
 
     def block(self) -> Block:
         """Return the corrected block."""

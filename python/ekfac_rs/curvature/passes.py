@@ -1,12 +1,13 @@
 """Passes over a loader that accumulate curvature."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -14,21 +15,25 @@ from tqdm import tqdm
 from ekfac_rs import _core
 from ekfac_rs._checks import require_count
 from ekfac_rs._modes import bare_model, own_modes, without_autocast
+from ekfac_rs._ranks import Ranks, on_all_ranks
 from ekfac_rs.batchnorm.merging import is_exported
 from ekfac_rs.batchnorm.statistics import (
     as_found,
     device_of,
     frozen_batchnorms,
+    synchronised,
+    synchronised_batchnorms,
     use_batch_statistics,
 )
-from ekfac_rs.curvature.accumulators import Accumulator, Notes, accumulator
+from ekfac_rs.curvature.accumulators import Accumulator, GlobalBatch, Notes, accumulator
 from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.corrections import Correcting, passes_of, step_of
-from ekfac_rs.curvature.curvature import Curvature, signature_of
+from ekfac_rs.curvature.curvature import Curvature, Signature, signature_of
 from ekfac_rs.curvature.gradients import Gradients
 from ekfac_rs.curvature.settings import AUTO, PassSettings
 from ekfac_rs.errors import (
     BatchNormError,
+    DistributedError,
     EkfacError,
     OptionError,
     ShapeError,
@@ -46,6 +51,7 @@ from ekfac_rs.likelihood import Likelihood, resolve
 from ekfac_rs.loading import Batch, Loader, Source, outputs_of
 
 
+@on_all_ranks
 def estimate_curvature(
     model: nn.Module,
     loader: Source,
@@ -66,6 +72,7 @@ def estimate_curvature(
     correction: str | None = None,
     correction_batches: int = 64,
     progress: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Curvature:
     """Accumulate the curvature of the mean loss over a loader, one block for each layer.
 
@@ -110,9 +117,10 @@ def estimate_curvature(
         Label draws for "mc".
     generator : torch.Generator, optional
         For label draws; on the model's device. Default: one seeded from torch's global state,
-        which is not advanced.
+        which is not advanced, and from the rank, where there are several. One that is given on
+        several ranks needs another seed on each of them.
     max_examples : int, optional
-        Stop after this many.
+        Stop after this many; with several ranks, of each.
     layers : collection of str, optional
         Names of the wanted layers. Default: all, and every trainable parameter must have a block.
     input_fn, target_fn : callable, optional
@@ -145,6 +153,13 @@ def estimate_curvature(
         where examples do not depend on each other it is four, made of its parts.
     progress : bool
         Show a tqdm bar.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes, each with a loader over its own share of the data and with the same model, that
+        make one curvature: all return the same. Default: that of the model's
+        DistributedDataParallel, or else this process alone. A mini-batch is a process's own, and
+        they may have different numbers of them. But with `torch.nn.SyncBatchNorm`, under batch
+        statistics, it is that of all processes together, which then need equally many. Labels
+        "exact" and a correction are not for that case.
 
     Returns
     -------
@@ -162,7 +177,11 @@ def estimate_curvature(
     UnsupportedLayerError, UnsupportedLossError
         The model or the loss has a part without known curvature; the message names it.
     BatchNormError
-        A mini-batch of one under "batch", an exported BatchNorm, or missing running statistics.
+        A mini-batch of one under "batch", an exported BatchNorm, or missing running statistics;
+        a SyncBatchNorm over other processes than these, or beside a BatchNorm of another kind.
+    DistributedError
+        Another process failed, is gone, has other weights or settings, or, with SyncBatchNorm,
+        fewer or more mini-batches.
     EmptyLoaderError, LabelError, ShapeError, DtypeError, NonFiniteError
         The loader is empty; a mini-batch or its targets do not fit; a layer cannot work with the
         inputs' dtype; NaN or infinity in weights, inputs, targets or gradients.
@@ -172,6 +191,7 @@ def estimate_curvature(
     Lee, Hong, Joo, Kim, "Continual Learning with Extended Kronecker-factored Approximate
     Curvature", CVPR 2020. Martens & Grosse 2015; Eschenhagen et al. 2023 (expand and reduce).
     """
+    ranks = Ranks.of(model, process_group)
     likelihood, model = resolve(loss), bare_model(model)
     settings = PassSettings.of(
         likelihood,
@@ -185,13 +205,22 @@ def estimate_curvature(
         frozen=frozen_batchnorms(model) if statistics == "batch" else (),
     )
     _require_possible(model, settings, max_examples, correction_batches)
+    in_step = _in_step(model, settings, ranks)
     source = Loader(loader, device_of(model), input_fn=input_fn, target_fn=target_fn)
     source.require_passes(1 + passes_of(correction), f"correction={correction!r}")
-    with _conditions(model, settings), _source_of_labels(model, generator) as drawn_from:
+    with (
+        _conditions(model, settings),
+        synchronised(in_step, ranks),
+        _source_of_labels(model, generator, ranks) as drawn_from,
+    ):
         found = find_layers(model, coordinates=coordinates, layers=layers, example=source.example())
         _refuse_exported(found, settings)
         settings = _with_precision_of(found, settings)
-        passes = _Passes(model, found, likelihood, settings, drawn_from, output_fn)
+        ranks.require_same("settings", f"{settings}, layers {[layer.name for layer in found]}")
+        passes = _Passes(model, found, likelihood, settings, drawn_from, output_fn, ranks)
+        passes.require_same_weights()
+        if in_step:
+            passes.batch = GlobalBatch(ranks)
 
         def batches() -> Iterator[Batch]:
             read = source.batches(max_examples, at_least_two=statistics == "batch")
@@ -227,6 +256,23 @@ def _require_possible(
     require_finite_parameters(model)
 
 
+def _in_step(model: nn.Module, settings: PassSettings, ranks: Ranks) -> Sequence[nn.SyncBatchNorm]:
+    """Return the BatchNorms that make one mini-batch of those of all ranks."""
+    if settings.statistics != "batch":
+        return []
+    found = synchronised_batchnorms(model, settings.frozen, ranks)
+    for option, supported in (
+        ("correction", settings.correction is None),
+        ("labels", settings.labels != "exact"),
+    ):
+        if found and not supported:
+            raise OptionError(
+                f"{option}: expected another one with SyncBatchNorm over several processes, got "
+                f"{getattr(settings, option)!r}"
+            )
+    return found
+
+
 def _with_precision_of(layers: Collection[AffineLayer], settings: PassSettings) -> PassSettings:
     """Say what "auto" comes to, where that is the same for all layers."""
     if settings.precision != AUTO:
@@ -249,12 +295,13 @@ def _conditions(model: nn.Module, settings: PassSettings) -> Iterator[None]:
 
 @contextmanager
 def _source_of_labels(
-    model: nn.Module, generator: torch.Generator | None
+    model: nn.Module, generator: torch.Generator | None, ranks: Ranks
 ) -> Iterator[torch.Generator]:
     """Lend the caller's generator, rewound if anything fails, or one seeded from torch's state."""
     if generator is None:
         generator = torch.Generator(device_of(model))
-        generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+        # Ranks may all have been given one seed.
+        generator.manual_seed(int(torch.randint(2**62, (), device="cpu")) + ranks.number)
     before = generator.get_state()
     try:
         yield generator
@@ -277,6 +324,7 @@ class _Passes:
         settings: PassSettings,
         generator: torch.Generator,
         output_fn: Callable[[Any], Tensor] | None,
+        ranks: Ranks,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -284,22 +332,66 @@ class _Passes:
         self._settings = settings
         self._generator = generator
         self._output_fn = output_fn
+        self._ranks = ranks
+        # Where a mini-batch is that of all ranks together.
+        self.batch: GlobalBatch | None = None
         self._capture = _Capture(layers, settings.coordinates)
+
+    def require_same_weights(self) -> None:
+        """Raise `DistributedError` unless all ranks have the same weights and statistics."""
+        own = [number for signature in self._signatures().values() for number in signature]
+        first, *others = self._ranks.gathered(self._ranks.tensor(own), "signatures")
+        for rank, theirs in enumerate(others, start=1):
+            pairs = zip(first.view(-1, 2).tolist(), theirs.view(-1, 2).tolist(), strict=True)
+            for layer, (ours, other) in zip(self._layers, pairs, strict=True):
+                if not Signature(*ours).agrees(Signature(*other)):
+                    raise DistributedError(
+                        f"layer {layer.name!r}: expected the same weights and running statistics "
+                        f"on all ranks, got others on rank {rank} than on rank 0 "
+                        "(ekfac_rs.distributed.broadcast_buffers makes statistics the same)"
+                    )
+
+    def _signatures(self) -> dict[str, Signature]:
+        return {
+            layer.name: signature_of(layer, self._settings.coordinates) for layer in self._layers
+        }
+
+    def _summed(self, accumulators: Mapping[str, Accumulator], own: Sequence[float]) -> list[float]:
+        """Sum factors and counts over ranks; return the sums of these numbers, too."""
+        if self._ranks.alone:
+            return list(own)
+        for accumulated in accumulators.values():
+            accumulated.reduce(self._ranks)
+        counts = [count for a in accumulators.values() for count in a.counts]
+        totals = self._ranks.totals([*own, *counts], "counts")
+        left = iter(totals[len(own) :])
+        for accumulated in accumulators.values():
+            accumulated.counts = [round(next(left)) for _ in accumulated.counts]
+        return totals[: len(own)]
 
     def curvature(self, batches: Iterable[Batch], *, uncovered: tuple[str, ...]) -> Curvature:
         """Mean over all examples; the sums it is made of go."""
         notes = Notes(list(self._layers))
         accumulators = {
-            layer.name: accumulator(layer, self._settings, notes) for layer in self._layers
+            layer.name: accumulator(layer, self._settings, notes, self.batch)
+            for layer in self._layers
         }
         examples, mini_batches = 0, 0
         # Stays where it is made: nobody waits for a GPU's to be told.
         loss = torch.zeros((), dtype=torch.float64, device=device_of(self._model))
         for batch in batches:
             notes.begin_batch()
+            if self.batch is not None:
+                self.batch.begin(batch.examples)
             loss = loss + batch.examples * self._take(batch, accumulators).double()
+            if self.batch is not None:
+                self.batch.end(accumulators.values())
             examples, mini_batches = examples + batch.examples, mini_batches + 1
         notes.require_none()
+        totals = self._summed(accumulators, [examples, float(loss), mini_batches])
+        examples, mini_batches = round(totals[0]), round(totals[2])
+        if self.batch is not None:
+            mini_batches //= self._ranks.count
         counts = {name: a.gradient_examples for name, a in accumulators.items()}
         return Curvature(
             # Layer by layer, so that sums and means are not all there at once.
@@ -308,12 +400,9 @@ class _Passes:
             examples=examples,
             gradient_examples=counts,
             batches=mini_batches,
-            loss=float(loss) / examples,
+            loss=totals[1] / examples,
             batchnorms={layer.name: layer.batchnorm_name for layer in self._layers},
-            signatures={
-                layer.name: signature_of(layer, self._settings.coordinates)
-                for layer in self._layers
-            },
+            signatures=self._signatures(),
             uncovered=uncovered,
             versions={"ekfac_rs": _core.build_info()["version"], "torch": str(torch.__version__)},
         )
@@ -333,6 +422,8 @@ class _Passes:
             return dict(blocks)
         for batch in batches:
             self._take(batch, correcting)
+        for accumulated in correcting.values():
+            accumulated.reduce(self._ranks)
         # Layer by layer, as above.
         return {
             name: correcting.pop(name).block() if name in correcting else block
