@@ -10,12 +10,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._dynamo  # of a DistributedDataParallel: every process would load it
 import torch.distributed as dist
 
+import ekfac_rs as ek
+from nets import classification_loader, mlp
 from processes import SECONDS, forks_allowed
-
-# After which a rank gives up on one that says nothing.
-PATIENCE = timedelta(seconds=20)
 
 
 class Failure:
@@ -32,12 +32,12 @@ class Failure:
 class Team:
     """Processes that do the same work side by side, over and over."""
 
-    def __init__(self, count: int, folder: str) -> None:
+    def __init__(self, count: int, folder: str, patience: timedelta) -> None:
         self._pipes, self.processes = [], []
         context = multiprocessing.get_context("fork")
         for rank in range(count):
             ours, theirs = context.Pipe()
-            work = (theirs, rank, count, os.path.join(folder, "store"))
+            work = (theirs, rank, count, os.path.join(folder, "store"), patience)
             process = context.Process(target=_serve, args=work, daemon=True)
             with forks_allowed():
                 process.start()
@@ -74,22 +74,24 @@ class Team:
 
 
 @contextmanager
-def team_of(count: int) -> Iterator[Team]:
-    """Have a team for a while."""
+def team_of(count: int, patience: float = 30.0) -> Iterator[Team]:
+    """Have a team for a while, whose ranks give up on one that is silent for so many seconds."""
+    # What a first pass loads, every process would load by itself.
+    ek.estimate_curvature(mlp(2, 3, 2), classification_loader(2, 2))
     with tempfile.TemporaryDirectory() as folder:
-        team = Team(count, folder)
+        team = Team(count, folder, timedelta(seconds=patience))
         try:
             yield team
         finally:
             team.close()
 
 
-def _serve(pipe: Any, rank: int, count: int, store: str) -> None:
+def _serve(pipe: Any, rank: int, count: int, store: str, patience: timedelta) -> None:
     torch.set_num_threads(1)
     # Names of hosts need not be known where this runs.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo", rank=rank, world_size=count, store=dist.FileStore(store, count), timeout=PATIENCE
+        "gloo", rank=rank, world_size=count, store=dist.FileStore(store, count), timeout=patience
     )
     while True:
         work, arguments = pickle.loads(pipe.recv_bytes())

@@ -1,7 +1,7 @@
 """Processes that work on one thing together: what they sum, and how none of them fails alone."""
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -16,6 +16,9 @@ from ekfac_rs.errors import DistributedError, OptionError
 
 # Of the message of a rank that failed: every rank makes room for so many bytes.
 _MESSAGE = 1024
+
+# Numbers of gradients that are sent together: 32 MB in single precision.
+_TOGETHER = 1 << 23
 
 _TOLD = "_ekfac_rs_told"
 
@@ -106,6 +109,13 @@ class Ranks:
         total: Tensor = _Summed.apply(tensor, self, what)
         return total
 
+    def mean(self, tensor: Tensor, what: str = "mean") -> Tensor:
+        """Return the mean over all ranks."""
+        if self.alone:
+            return tensor
+        own = tensor.detach().clone(memory_format=torch.contiguous_format)
+        return self.sum_(own, what).div_(self.count)
+
     def gathered(self, tensor: Tensor, what: str) -> list[Tensor]:
         """Return the tensors of all ranks, in their order."""
         if self.alone:
@@ -115,12 +125,50 @@ class Ranks:
         self._exchange(what, lambda: dist.all_gather(parts, tensor, group=self.group))
         return parts
 
-    def broadcast_(self, tensor: Tensor, what: str, source: int = 0) -> Tensor:
-        """Put one rank's values in a tensor's place."""
-        if not self.alone:
+    @torch.no_grad()
+    def broadcast_(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Put the first rank's values in the place of each tensor's."""
+        if self.alone:
+            return
+        for tensor in tensors:
             self._meet(what, tensor)
-            self._send(tensor, what, source)
-        return tensor
+            sent = tensor.detach().clone(memory_format=torch.contiguous_format)
+            self._send(sent, what, 0)
+            # A buffer may have been expanded over memory that it cannot be written to.
+            if not torch.equal(sent, tensor):
+                tensor.copy_(sent)
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Put the means over all ranks in the place of gradients, a few parameters at a time.
+
+        A rank without a gradient of a parameter counts as zero, where another has one.
+        """
+        if self.alone:
+            return
+        parameters = list(parameters)
+        there = self.totals([float(p.grad is not None) for p in parameters], "gradients there")
+        waiting: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for parameter, count in zip(parameters, there, strict=True):
+            if not count:
+                continue
+            alike = waiting.setdefault((parameter.dtype, parameter.device), [])
+            alike.append(parameter)
+            if sum(p.numel() for p in alike) >= _TOGETHER:
+                self._average(alike)
+                alike.clear()
+        for alike in waiting.values():
+            self._average(alike)
+
+    def _average(self, parameters: Sequence[nn.Parameter]) -> None:
+        if not parameters:
+            return
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        means = self.sum_(torch.cat([g.flatten() for g in own]), "gradients").div_(self.count)
+        parts = torch.split(means, [p.numel() for p in parameters])
+        for parameter, gradient, part in zip(parameters, own, parts, strict=True):
+            gradient.copy_(part.view(gradient.shape))
+            parameter.grad = gradient
 
     def totals(self, numbers: Sequence[float], what: str) -> list[float]:
         """Return the sums of numbers over all ranks."""
@@ -168,6 +216,10 @@ class Ranks:
                 self._agree(what, error, "")
             raise
         self._meet(f"end of {what}")
+
+    def meet(self, what: str) -> None:
+        """Go on when all ranks are well and at this place."""
+        self._meet(what)
 
     def _meet(self, what: str, tensor: Tensor | None = None) -> None:
         """Go on when all ranks are at this place, with tensors of one shape."""

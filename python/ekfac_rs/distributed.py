@@ -39,11 +39,7 @@ def broadcast_buffers(model: nn.Module, process_group: "dist.ProcessGroup | None
     ranks = Ranks.of(model, process_group)
     buffers = dict(bare_model(model).named_buffers())
     ranks.require_same("buffers", _in_words(buffers))
-    for name, buffer in buffers.items():
-        # A buffer may have been expanded over memory that it cannot be written to.
-        sent = ranks.broadcast_(buffer.clone(memory_format=torch.contiguous_format), name)
-        if not torch.equal(sent, buffer):
-            buffer.copy_(sent)
+    ranks.broadcast_(buffers.values(), "buffers")
 
 
 def _in_words(buffers: dict[str, Tensor]) -> str:

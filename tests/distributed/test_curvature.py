@@ -335,17 +335,24 @@ def test_a_process_that_fails_tells_the_others(team, change, own, said):
 
 
 def failing_in_step(rank):
-    batches = [batch[rank] for batch in images(PARTS)]
+    model, batches = synchronised(), [batch[rank] for batch in images(PARTS)]
     if rank == 1:
-        batches[1][0][0, 0] = torch.nan
-    return estimate(synchronised(), batches)
+        calls = []
+
+        def fail(*args):
+            calls.append(args)
+            if len(calls) == 3:  # find_layers looks at two examples first
+                raise RuntimeError("a user's own")
+
+        model[3].register_forward_hook(fail)
+    return estimate(model, batches)
 
 
 def test_a_process_that_fails_amid_a_mini_batch_tells_the_others(team):
     first, second = team.run(failing_in_step)
     assert first.kind == "DistributedError"
-    assert "rank 1 failed" in first.message
-    assert second.kind in {"NonFiniteError", "DistributedError"}
+    assert "rank 1 failed: RuntimeError: a user's own" in first.message
+    assert second.kind == "RuntimeError"
     # And all of them go on.
     team.results(in_step, "images", "xkfac", "merged")
 
@@ -442,7 +449,7 @@ def four_but_one(rank):
 
 
 def test_four_processes_of_which_one_is_killed():
-    with team_of(4) as team:
+    with team_of(4, patience=10.0) as team:
         said = team.run(four_but_one, absent=3)
     for message in said[:3]:
         assert "expected to hear of all 4 ranks" in message

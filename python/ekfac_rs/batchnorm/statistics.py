@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -135,12 +136,7 @@ def synchronised_batchnorms(
     if not _is_distributed():
         return []
     for name, module in found.items():
-        group = module.process_group
-        if not ranks.is_over(group) and torch.distributed.get_world_size(group) > 1:
-            raise BatchNormError(
-                f"layer {name!r}: expected process_group= to be the group that a SyncBatchNorm "
-                f"takes its statistics over, got {'none' if ranks.group is None else 'another'}"
-            )
+        require_over(name, module, ranks)
         if "forward" in vars(module) or type(module).forward is not nn.SyncBatchNorm.forward:
             raise BatchNormError(
                 f"layer {name!r}: expected a SyncBatchNorm with torch's own forward, got a "
@@ -158,8 +154,18 @@ def synchronised_batchnorms(
     return list(found.values())
 
 
+def require_over(name: str, batchnorm: nn.SyncBatchNorm, ranks: Ranks) -> None:
+    """Raise `BatchNormError` if a BatchNorm takes its statistics over other ranks than these."""
+    group = batchnorm.process_group
+    if _is_distributed() and not ranks.is_over(group) and dist.get_world_size(group) > 1:
+        raise BatchNormError(
+            f"layer {name!r}: expected process_group= to be the group that a SyncBatchNorm takes "
+            f"its statistics over, got {'none' if ranks.group is None else 'another'}"
+        )
+
+
 def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
 @contextmanager
