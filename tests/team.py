@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch._dynamo  # of a DistributedDataParallel: every process would load it
 import torch.distributed as dist
 
 import ekfac_rs as ek

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import ekfac_rs as ek
 from nets import classification_loader, mlp
@@ -219,6 +218,22 @@ def test_synchronised_batchnorms_in_raw_coordinates(team):
     close(first, alone)
 
 
+def alone_in_a_group(rank):
+    group = dist.new_group([rank], use_local_synchronization=True)
+    model, batch = synchronised(), together(images(PARTS))[0]
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.process_group = group
+    return ek.estimate_curvature(model, [batch], process_group=group, labels="empirical")
+
+
+def test_a_group_of_one_process_is_one_process(team):
+    batch = together(images(PARTS))[0]
+    alone = ek.estimate_curvature(unsynchronised(synchronised()), [batch], labels="empirical")
+    for curvature in team.results(alone_in_a_group):
+        close(curvature, alone)
+
+
 def unsynchronised(model):
     """Replace every SyncBatchNorm by the BatchNorm that one process has."""
     for name, module in list(model.named_modules()):
@@ -357,29 +372,7 @@ def test_a_process_that_fails_amid_a_mini_batch_tells_the_others(team):
     team.results(in_step, "images", "xkfac", "merged")
 
 
-# --- wrapped models, and what keeps buffers the same ---------------------------------------------
-
-
-def wrapped(rank):
-    model = DistributedDataParallel(plain())
-    reduced = []
-    model.register_comm_hook(reduced, _note)
-    return ek.estimate_curvature(model, shares()[rank], labels="empirical"), len(reduced)
-
-
-def _note(reduced, bucket):
-    reduced.append(bucket)
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
-def test_a_wrapped_model_brings_its_group_and_its_hooks_see_nothing(team):
-    (first, exchanged), (second, _) = team.results(wrapped)
-    equal_bits(first, second)
-    assert exchanged == 0
-    mine, theirs = shares()
-    close(first, ek.estimate_curvature(plain(), mine + theirs, labels="empirical"))
+# --- statistics of all processes -----------------------------------------------------------------
 
 
 def with_same_buffers(rank):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo  # of a DistributedDataParallel: every process would load it
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -216,6 +217,28 @@ def test_a_parts_statistics_are_never_taken_for_those_of_the_whole(team):
     for failure in team.run(synchronised_without_group):
         assert failure.kind == "BatchNormError"
         assert "process_group=" in failure.message
+
+
+def curvature_of_wrapped(rank):
+    model = DistributedDataParallel(mlp(4, 6, 5, 3))
+    reduced = []
+    model.register_comm_hook(reduced, _note)
+    return ek.estimate_curvature(model, task(0, rank), labels="empirical"), len(reduced)
+
+
+def _note(reduced, bucket):
+    reduced.append(bucket)
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_a_wrapped_model_brings_its_group_and_its_hooks_see_nothing(team):
+    (first, exchanged), (second, _) = team.results(curvature_of_wrapped)
+    same(first.tensors(), second.tensors())
+    assert exchanged == 0
+    alone = ek.estimate_curvature(mlp(4, 6, 5, 3), [*task(0, 0), *task(0, 1)], labels="empirical")
+    torch.testing.assert_close(first.tensors(), alone.tensors(), rtol=1e-10, atol=1e-12)
 
 
 # --- failing together ----------------------------------------------------------------------------

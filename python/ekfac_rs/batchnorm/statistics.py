@@ -105,7 +105,7 @@ def use_batch_statistics(model: nn.Module, frozen: tuple[str, ...]) -> list[Remo
 def synchronised_batchnorms(
     model: nn.Module, frozen: Collection[str], ranks: Ranks
 ) -> list[nn.SyncBatchNorm]:
-    """Return the BatchNorms whose mini-batch is that of all ranks.
+    """Return the BatchNorms whose mini-batch is that of all ranks, be it this one alone.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def synchronised_batchnorms(
     Returns
     -------
     list of torch.nn.SyncBatchNorm
-        None where nothing is synchronised.
+        None where processes know nothing of each other.
 
     Raises
     ------
@@ -142,10 +142,8 @@ def synchronised_batchnorms(
                 f"layer {name!r}: expected a SyncBatchNorm with torch's own forward, got a "
                 f"{type(module).__name__} with another"
             )
-    if ranks.alone or not found:
-        return []
     for name in of_batch:
-        if name not in found:
+        if found and name not in found and not ranks.alone:
             raise BatchNormError(
                 f"layer {name!r}: expected every BatchNorm or none to be a SyncBatchNorm, got a "
                 f"{type(of_batch[name]).__name__} beside {next(iter(found))!r}: convert it, or "

@@ -219,7 +219,7 @@ def estimate_curvature(
         ranks.require_same("settings", f"{settings}, layers {[layer.name for layer in found]}")
         passes = _Passes(model, found, likelihood, settings, drawn_from, output_fn, ranks)
         passes.require_same_weights()
-        if in_step:
+        if in_step and not ranks.alone:
             passes.batch = GlobalBatch(ranks)
 
         def batches() -> Iterator[Batch]:
@@ -257,7 +257,7 @@ def _require_possible(
 
 
 def _in_step(model: nn.Module, settings: PassSettings, ranks: Ranks) -> Sequence[nn.SyncBatchNorm]:
-    """Return the BatchNorms that make one mini-batch of those of all ranks."""
+    """Return the BatchNorms that take the mini-batches of all ranks for one."""
     if settings.statistics != "batch":
         return []
     found = synchronised_batchnorms(model, settings.frozen, ranks)
@@ -265,7 +265,7 @@ def _in_step(model: nn.Module, settings: PassSettings, ranks: Ranks) -> Sequence
         ("correction", settings.correction is None),
         ("labels", settings.labels != "exact"),
     ):
-        if found and not supported:
+        if found and not supported and not ranks.alone:
             raise OptionError(
                 f"{option}: expected another one with SyncBatchNorm over several processes, got "
                 f"{getattr(settings, option)!r}"
