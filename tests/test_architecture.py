@@ -12,7 +12,10 @@ LIBRARY = ROOT / "python/ekfac_rs"
 # floor, as long as nothing goes round in a circle, and everything below. The package's __init__
 # stands on all of them, and the laboratory on that.
 FLOORS = {
-    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_files", "_lanczos", "_modes"),
+    "ground": (
+        *("errors", "_core", "_tensors", "_checks", "_cuda", "_files", "_lanczos", "_modes"),
+        "_ranks",
+    ),
     "loaders": ("loading", "_checkpoints"),
     "layers": ("layers",),
     "losses": ("likelihood",),
@@ -24,7 +27,7 @@ FLOORS = {
         *("curvature.thin", "curvature.bounding"),
     ),
     "passes": ("curvature.recovery", "curvature.passes", "curvature"),
-    "on top": ("penalty", "stability", "metrics", "description", "scales", "info"),
+    "on top": ("penalty", "stability", "metrics", "description", "scales", "info", "distributed"),
     "learner": ("learning",),
     "library": ("",),
     "guests": ("integrations",),

@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  first: it makes the CUDA libraries visible to the Rust core
 
-from ekfac_rs import errors, likelihood, metrics, scales
+from ekfac_rs import distributed, errors, likelihood, metrics, scales
 from ekfac_rs._core import build_info, num_threads, set_num_threads
 from ekfac_rs._cuda import cuda_info
 from ekfac_rs.batchnorm import (
@@ -52,6 +52,7 @@ __all__ = [
     "compress_curvatures",
     "cuda_info",
     "describe",
+    "distributed",
     "errors",
     "estimate_curvature",
     "likelihood",

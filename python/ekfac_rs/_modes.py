@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from ekfac_rs.errors import UnsupportedLayerError
 _COMPILED = "_orig_mod"
 
 # By name: importing them all would take longer than everything else here.
-_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+_DISTRIBUTED = "DistributedDataParallel"
+_PARALLEL = {"DataParallel", _DISTRIBUTED, "FullyShardedDataParallel", "FSDPModule"}
 
 
 @contextmanager
@@ -51,16 +53,20 @@ def torch_precision(*, of_convolutions: bool) -> str:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """Return the network that `torch.compile` may have wrapped.
+    """Return the network that `torch.compile` or DistributedDataParallel may have wrapped.
+
+    Of the latter's hooks, which exchange gradients, a pass of the network itself knows nothing.
 
     Raises
     ------
     UnsupportedLayerError
-        Its parameters are elsewhere (a parallel wrapper), or autograd cannot follow them.
+        Its parameters are elsewhere (another parallel wrapper), or autograd cannot follow them.
     """
     model = _unwrapped(model)
+    while _is_distributed(model):
+        model = _unwrapped(model.get_submodule("module"))
     for name, module in model.named_modules():
-        wrappers = _PARALLEL & {kind.__name__ for kind in type(module).__mro__}
+        wrappers = _PARALLEL & _names_of_kinds(module)
         if wrappers:
             place = f"module {name!r}" if name else "model"
             raise UnsupportedLayerError(
@@ -75,6 +81,12 @@ def bare_model(model: nn.Module) -> nn.Module:
                 "under torch.inference_mode(): make the model, or copy it, outside"
             )
     return model
+
+
+def distributed_wrapper(model: nn.Module) -> Any:
+    """Return the DistributedDataParallel around a network, or None."""
+    model = _unwrapped(model)
+    return model if _is_distributed(model) else None
 
 
 def plain_name(name: str) -> str:
@@ -97,3 +109,11 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while _COMPILED in module._modules:
         module = module.get_submodule(_COMPILED)
     return module
+
+
+def _is_distributed(module: nn.Module) -> bool:
+    return _DISTRIBUTED in _names_of_kinds(module)
+
+
+def _names_of_kinds(module: nn.Module) -> set[str]:
+    return {kind.__name__ for kind in type(module).__mro__}

@@ -9,6 +9,7 @@ __all__ = [
     "BatchNormError",
     "CudaError",
     "DeviceError",
+    "DistributedError",
     "DtypeError",
     "EkfacError",
     "EmptyLoaderError",
@@ -101,6 +102,10 @@ class ModelChangedError(EkfacError, RuntimeError):
 
 class IncompatibleError(EkfacError, ValueError):
     """Two objects that were to be combined describe different things."""
+
+
+class DistributedError(EkfacError, RuntimeError):
+    """Another process failed, is gone, or is not where this one is."""
 
 
 class MissingPackageError(EkfacError, ImportError):

@@ -9,6 +9,7 @@ from operator import add
 from typing import Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -22,9 +23,10 @@ from ekfac_rs._checks import (
     require_share,
 )
 from ekfac_rs._modes import bare_model, submodule, without_autocast
+from ekfac_rs._ranks import Ranks
 from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.batchnorm import Anchor, moments_of
-from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of
+from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of, require_over
 from ekfac_rs.curvature import (
     Block,
     Curvature,
@@ -96,6 +98,14 @@ class QuadraticPenalty:
         gradients are of then stays positive semi-definite, its trace what it was; products take a
         fraction of the time (`describe` tells which, and how far it is from the curvatures).
         Layers with groups, Embeddings, diagonals and corrected eigenvalues stay exact.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes that train the model together, each on mini-batches of its own, and average their
+        gradients, as DistributedDataParallel does: the penalty is then counted once. Default: that
+        of the model's DistributedDataParallel, or else this process alone. With
+        `torch.nn.SyncBatchNorm` in train mode the penalty is that of the global mini-batch, the
+        same on all ranks. Other BatchNorms have each process's own statistics, and so has its
+        penalty; averaged are their gradients. All processes call the penalty and `precondition`
+        in step.
 
     Raises
     ------
@@ -104,6 +114,8 @@ class QuadraticPenalty:
         BatchNorms.
     ModelChangedError
         The model is not the curvatures', or the last of them was taken at other weights.
+    BatchNormError
+        When called: a SyncBatchNorm in train mode is over other processes.
     ShapeError, DtypeError, DeviceError, OptionError, NonFiniteError
         An anchor or curvature does not fit its layer; damping or scale is negative; ``dropped`` is
         no share.
@@ -128,6 +140,7 @@ class QuadraticPenalty:
         *,
         coordinates: str | None = None,
         dropped: float = 0.0,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         require_nonnegative("damping", damping)
         if dropped != 0.0:
@@ -138,6 +151,7 @@ class QuadraticPenalty:
         self._increase: float | Tensor = 0.0
         self._saw_batches = False
         self.coordinates = _common_coordinates(curvatures, coordinates)
+        self._ranks = Ranks.of(model, process_group)
         self._model = model = bare_model(model)
         self._layers = _bind(model, curvatures, anchor, self.coordinates)
         self._anchor = self._checked_anchor(anchor)
@@ -157,7 +171,7 @@ class QuadraticPenalty:
         self._handles = []
         for layer in self._layers:
             if self.coordinates == "merged" and layer.batchnorm is not None:
-                self._batches[layer.name] = batch = _LastBatch(layer)
+                self._batches[layer.name] = batch = _LastBatch(layer, self._ranks)
                 self._handles.append(hook_inputs(layer.batchnorm, batch))
 
     def __enter__(self) -> Self:
@@ -348,9 +362,12 @@ class QuadraticPenalty:
         return layer.name in self._batches and bool(layer.batchnorm.training)
 
     def _situation(self, layer: AffineLayer) -> Situation | None:
-        if self._uses_batch(layer):
-            return self._batches[layer.name].situation()
-        return self._running(layer) if layer.name in self._batches else None
+        if layer.name not in self._batches:
+            return None
+        of_batch = self._uses_batch(layer)
+        own = self._batches[layer.name].situation() if of_batch else self._running(layer)
+        # One for all ranks, or each would make steps of its own.
+        return own if self._ranks.alone else own.mapped(self._ranks.mean)
 
     @staticmethod
     def _running(layer: AffineLayer) -> Situation:
@@ -503,8 +520,8 @@ class _LastBatch:
     the model is `_Deaf`.
     """
 
-    def __init__(self, layer: AffineLayer) -> None:
-        self._layer = layer
+    def __init__(self, layer: AffineLayer, ranks: Ranks) -> None:
+        self._layer, self._ranks = layer, ranks
         self._values: Tensor | None = None
         self._weights: tuple[tuple[int, int, int], ...] = ()
 
@@ -541,7 +558,12 @@ class _LastBatch:
                 "got changed ones: call the model again before penalty()"
             )
         # Half precision, as under autocast, would not hold a variance.
-        return moments_of(self._values.to(accumulation_dtype(self._layer.like.dtype)))
+        values = self._values.to(accumulation_dtype(self._layer.like.dtype))
+        batchnorm = self._layer.batchnorm
+        if not isinstance(batchnorm, nn.SyncBatchNorm):
+            return moments_of(values)
+        require_over(str(self._layer.batchnorm_name), batchnorm, self._ranks)
+        return moments_of(values, self._ranks)
 
     def situation(self) -> Situation:
         """Return the moments as values, and how they move with the layer's weights."""

@@ -5,7 +5,7 @@ import pkgutil
 import pytest
 
 import ekfac_rs as ek
-from ekfac_rs import errors, info, likelihood, metrics, scales
+from ekfac_rs import distributed, errors, info, likelihood, metrics, scales
 from pages import PAGES, entries_of
 
 # What stands on libraries that are not there as a rule: its own tests look it up.
@@ -14,7 +14,7 @@ ENTRIES = [entry for page in PAGES for entry in entries_of(page) if not entry.st
 OBJECTS = {entry: pkgutil.resolve_name(entry) for entry in ENTRIES}
 
 
-@pytest.mark.parametrize("module", [ek, errors, scales, likelihood, metrics, info])
+@pytest.mark.parametrize("module", [ek, distributed, errors, scales, likelihood, metrics, info])
 def test_every_public_name_has_an_entry(module):
     missing = [
         name

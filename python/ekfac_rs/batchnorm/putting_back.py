@@ -4,11 +4,13 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ekfac_rs._checks import require_choice, require_count
 from ekfac_rs._modes import bare_model, own_modes, plain_name
+from ekfac_rs._ranks import Ranks, on_all_ranks
 from ekfac_rs._tensors import write_all
 from ekfac_rs.batchnorm.merging import Writes, moved_into_weights, view_of
 from ekfac_rs.batchnorm.statistics import (
@@ -36,6 +38,7 @@ WEIGHTS = ("kept", "merged", "first")
 
 
 @own_modes()
+@on_all_ranks
 def reparameterize(
     model: nn.Module,
     loader: Source,
@@ -46,6 +49,7 @@ def reparameterize(
     max_examples: int | None = None,
     input_fn: Callable[[Any], Any] | None = None,
     progress: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> None:
     """Take new statistics into every BatchNorm; the eval-mode function stays.
 
@@ -84,9 +88,14 @@ def reparameterize(
         As in `estimate_curvature`.
     progress : bool
         Show a tqdm bar.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes with the same model, each with a loader over its own share of the data: all take
+        the statistics of the whole. Default: as in `estimate_curvature`.
 
     Raises
     ------
+    DistributedError
+        Another process failed, is gone, or has another model.
     BatchNormError
         A BatchNorm lacks its scale, its shift or its running statistics.
     EmptyLoaderError, LabelError, DtypeError
@@ -106,6 +115,7 @@ def reparameterize(
         )
     if max_examples is not None:
         require_count("max_examples", max_examples)
+    ranks = Ranks.of(model, process_group)
     model = bare_model(model)
     frozen = frozen_batchnorms(model)
     with as_found(model), torch.no_grad():
@@ -130,6 +140,7 @@ def reparameterize(
                 leave=False,
             ):
                 inputs.call(model)
+        ranks.require_same("layers", f"{[layer.name for layer in found]}")
         writes: Writes = []
         for layer in found:
             if not moments[layer.name].count:
@@ -137,6 +148,7 @@ def reparameterize(
                     f"layer {layer.batchnorm_name!r}: expected the BatchNorm to be called as a "
                     "module, got its function called on its behalf, whose input nothing sees"
                 )
+            moments[layer.name] = moments[layer.name].over(ranks)
             if weights == "merged" and layer.absorbs_scale:
                 writes += _put_back_merged(layer, moments[layer.name])
             elif norms is not None and layer.absorbs_scale:

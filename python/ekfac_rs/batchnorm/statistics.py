@@ -1,20 +1,24 @@
 """The statistics of BatchNorms: taken over a loader, used and protected during passes."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ekfac_rs._modes import plain_name
-from ekfac_rs._tensors import Kept, kept, put_back
+from ekfac_rs._ranks import Ranks
+from ekfac_rs._tensors import Kept, accumulation_dtype, kept, put_back
 from ekfac_rs.errors import BatchNormError
 
 
@@ -98,6 +102,139 @@ def use_batch_statistics(model: nn.Module, frozen: tuple[str, ...]) -> list[Remo
     return handles
 
 
+def synchronised_batchnorms(
+    model: nn.Module, frozen: Collection[str], ranks: Ranks
+) -> list[nn.SyncBatchNorm]:
+    """Return the BatchNorms whose mini-batch is that of all ranks, be it this one alone.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    frozen : collection of str
+        Names of those that use running statistics.
+    ranks : Ranks
+
+    Returns
+    -------
+    list of torch.nn.SyncBatchNorm
+        None where processes know nothing of each other.
+
+    Raises
+    ------
+    BatchNormError
+        Some are synchronised and others not; they are synchronised over other processes than
+        these; or one computes in a way of its own.
+    """
+    of_batch = {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and plain_name(name) not in frozen
+    }
+    found = {
+        name: module for name, module in of_batch.items() if isinstance(module, nn.SyncBatchNorm)
+    }
+    if not _is_distributed():
+        return []
+    for name, module in found.items():
+        require_over(name, module, ranks)
+        if "forward" in vars(module) or type(module).forward is not nn.SyncBatchNorm.forward:
+            raise BatchNormError(
+                f"layer {name!r}: expected a SyncBatchNorm with torch's own forward, got a "
+                f"{type(module).__name__} with another"
+            )
+    for name in of_batch:
+        if found and name not in found and not ranks.alone:
+            raise BatchNormError(
+                f"layer {name!r}: expected every BatchNorm or none to be a SyncBatchNorm, got a "
+                f"{type(of_batch[name]).__name__} beside {next(iter(found))!r}: convert it, or "
+                "freeze it (in eval mode, within a model in train mode)"
+            )
+    return list(found.values())
+
+
+def require_over(name: str, batchnorm: nn.SyncBatchNorm, ranks: Ranks) -> None:
+    """Raise `BatchNormError` if a BatchNorm takes its statistics over other ranks than these."""
+    group = batchnorm.process_group
+    if _is_distributed() and not ranks.is_over(group) and dist.get_world_size(group) > 1:
+        raise BatchNormError(
+            f"layer {name!r}: expected process_group= to be the group that a SyncBatchNorm takes "
+            f"its statistics over, got {'none' if ranks.group is None else 'another'}"
+        )
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def synchronised(batchnorms: Sequence[nn.SyncBatchNorm], ranks: Ranks) -> Iterator[None]:
+    """Let these take their statistics over the mini-batches of all ranks, on any device.
+
+    Torch's own do so on GPUs alone, and in a function of their own. Here it is the one that every
+    other BatchNorm calls, so that calls are watched in the same way.
+    """
+    with _OverRanks(ranks) as mode:
+        try:
+            for batchnorm in batchnorms:
+                batchnorm.forward = mode.forward_of(batchnorm)  # type: ignore[method-assign]
+            yield
+        finally:
+            for batchnorm in batchnorms:
+                vars(batchnorm).pop("forward", None)
+
+
+class _OverRanks(TorchFunctionMode):
+    """Normalises by the statistics of all ranks in calls that `forward_of` makes."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self._ranks = ranks
+        self._calling = False
+
+    def forward_of(self, batchnorm: nn.SyncBatchNorm) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:  # noqa: A002  (torch's own name)
+            self._calling = batchnorm.training
+            try:
+                return _BatchNorm.forward(batchnorm, input)
+            finally:
+                self._calling = False
+
+        return forward
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.batch_norm and self._calling:
+            return self._batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        values = x.to(accumulation_dtype(x.dtype))
+        mean, variance = moments_of(values, self._ranks)
+        gain = torch.rsqrt(variance + eps)
+        if weight is not None:
+            gain = weight * gain
+        shape = (-1, *(1,) * (x.dim() - 2))
+        output = (values - mean.view(shape)) * gain.view(shape)
+        if bias is not None:
+            output = output + bias.view(shape)
+        return output.to(x.dtype)
+
+
 Hook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]
 
 
@@ -156,16 +293,37 @@ class Moments:
     def add(self, rows: Tensor) -> None:
         """Take the rows ``[n, C]`` of one more batch."""
         rows = rows.double()
-        count, mean = rows.shape[0], rows.mean(dim=0)
-        total = self.count + count
-        shift = mean - self.mean if self.count else torch.zeros_like(mean)
-        scatter = (rows - mean).square().sum(dim=0)
-        if self.count:
-            scatter = scatter + self.sum_of_squares
-            scatter = scatter + shift.square() * (self.count * count / total)
-            mean = self.mean + shift * (count / total)
-        self.count, self.mean, self.sum_of_squares = total, mean, scatter
-        self.batches += 1
+        batch = Moments()
+        batch.count, batch.batches, batch.mean = rows.shape[0], 1, rows.mean(dim=0)
+        batch.sum_of_squares = (rows - batch.mean).square().sum(dim=0)
+        total = self + batch
+        vars(self).update(vars(total))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """Return those of the rows of both."""
+        if not (self.count and other.count):
+            return self if self.count else other
+        total = Moments()
+        total.count, total.batches = self.count + other.count, self.batches + other.batches
+        share, shift = other.count / total.count, other.mean - self.mean
+        total.mean = self.mean + shift * share
+        between = shift.square() * (self.count * share)
+        total.sum_of_squares = self.sum_of_squares + other.sum_of_squares + between
+        return total
+
+    def over(self, ranks: Ranks) -> "Moments":
+        """Return those of the rows of all ranks, each of which has some."""
+        if ranks.alone:
+            return self
+        own = torch.stack([self.mean, self.sum_of_squares])
+        counts = ranks.gathered(ranks.tensor([self.count, self.batches]), "counts of rows")
+        total = Moments()
+        for part, theirs in zip(counts, ranks.gathered(own, "moments"), strict=True):
+            moments = Moments()
+            moments.count, moments.batches = (round(number) for number in part.tolist())
+            moments.mean, moments.sum_of_squares = theirs
+            total = total + moments
+        return total
 
     @property
     def variance(self) -> Tensor:
@@ -173,13 +331,21 @@ class Moments:
         return self.sum_of_squares / self.count
 
 
-def moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
+def moments_of(values: Tensor, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, each ``[C]``, of a BatchNorm's input ``[N, C, ...]``.
 
-    Differentiable once.
+    Differentiable once. With ranks, over the values of all of them together.
     """
     mean, variance = _MomentsOf.apply(values)
-    return mean, variance
+    if ranks is None or ranks.alone:
+        return mean, variance
+    own = values.numel() // values.shape[1]
+    sums = ranks.summed(torch.cat([own * mean, mean.new_tensor([own])]), "batch means")
+    count, common = sums[-1].detach(), sums[:-1] / sums[-1].detach()
+    if count < 2:
+        raise BatchNormError("expected at least 2 values a channel over all ranks, got 1")
+    squares = own * (variance + (mean - common).square())
+    return common, ranks.summed(squares, "batch variances") / count
 
 
 class _MomentsOf(torch.autograd.Function):

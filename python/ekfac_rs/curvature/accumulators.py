@@ -1,6 +1,6 @@
 """One mini-batch into a layer's block."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ekfac_rs import _core
 from ekfac_rs._checks import require_finite
+from ekfac_rs._ranks import Ranks, sum_lower_
 from ekfac_rs._tensors import accumulation_dtype, borrow
 from ekfac_rs.curvature.block import Block, kept_strata
 from ekfac_rs.curvature.columnwise import sum_of_terms
@@ -141,12 +142,25 @@ class _Side:
     def _square_roots(self) -> None:
         if self._roots is None or self._mean is None or not self._kept:
             return
-        rows = borrow(self._roots[: self._kept].flatten(1))
-        # As sums of squares that are neither centred nor divided.
-        options = ("kfac-expand", "gradient", False, 1.0, "ieee")
-        _core.accumulate_gram(rows, [borrow(self.factors[self._mean])], *options, self.note())
+        add_squares(self._roots[: self._kept], self.factors[self._mean], self.note())
         self._roots.zero_()
         self._kept = 0
+
+
+def add_squares(rows: Tensor, factor: Tensor, note: _core.Note | None) -> None:
+    """Add the squares ``x x^T`` of rows, neither centred nor divided, to a lower triangle.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (rows, n) or (rows, groups, n)
+    factor : Tensor of shape (n, n) or (groups, n, n); or (n,), of which they are the diagonal
+    note : Note or None
+    """
+    if factor.dim() == 1:
+        factor.add_(rows.square().sum(0))
+        return
+    options = ("kfac-expand", "gradient", False, 1.0, "ieee")
+    _core.accumulate_gram(borrow(rows.flatten(1)), [borrow(factor)], *options, note)
 
 
 class KroneckerAccumulator:
@@ -205,6 +219,21 @@ class KroneckerAccumulator:
         self.A.load_state_dict(state["A"])
         self.G.load_state_dict(state["G"])
 
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of examples, which are summed over ranks apart from the factors."""
+        return [self.examples, *self.gradient_examples]
+
+    @counts.setter
+    def counts(self, counts: list[int]) -> None:
+        self.examples, *self.gradient_examples = counts
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum the factors over all ranks, one triangle at a time."""
+        for side in (self.A, self.G):
+            for factor in side.sums():
+                sum_lower_(factor, ranks, "factor")
+
     def block(self) -> Block:
         """Mean over examples; a stratum that never had a degree of freedom is no term.
 
@@ -238,12 +267,12 @@ class DiagonalAccumulator:
         shape = layer.shape(settings.coordinates)
         self.values = torch.zeros(shape, dtype=dtype, device=layer.like.device)
         self.units: Units | None = None
-        self.gradient_examples = [0]
+        self.examples = 0
 
     def add_inputs(self, units: Units) -> None:
         """Keep a mini-batch's inputs for its gradients."""
         self.units = units.to(self.values.dtype)
-        self.gradient_examples[0] += len(units)
+        self.examples += len(units)
 
     def add_gradients(self, g: Tensor, weight: float) -> None:
         """Take gradients of the mini-batch whose inputs came last."""
@@ -259,27 +288,210 @@ class DiagonalAccumulator:
         """Let go of the mini-batch's inputs: all its gradients have come."""
         self.units = None
 
+    @property
+    def gradient_examples(self) -> list[int]:
+        """All of them, for the only stratum."""
+        return [self.examples]
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of examples, which are summed over ranks apart from the values."""
+        return [self.examples]
+
+    @counts.setter
+    def counts(self, counts: list[int]) -> None:
+        [self.examples] = counts
+
     def state_dict(self) -> dict[str, Any]:
         """Return the sum between two mini-batches: no copy."""
         # Nothing notes what is not finite here.
         require_finite(f"layer {self.layer.name!r}: gradient", self.values)
-        return {"values": self.values, "gradient_examples": list(self.gradient_examples)}
+        return {"values": self.values, "examples": self.examples}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self.values.copy_(state["values"])
-        self.gradient_examples = list(state["gradient_examples"])
+        self.examples = state["examples"]
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sum the values over all ranks."""
+        ranks.sum_(self.values, "diagonal")
 
     def block(self) -> DiagonalBlock:
         """Mean over examples."""
-        return DiagonalBlock(self.values / self.gradient_examples[0])
+        return DiagonalBlock(self.values / self.examples)
+
+
+class GlobalBatch:
+    """A mini-batch of which each rank has a part, as with `torch.nn.SyncBatchNorm`.
+
+    Parameters
+    ----------
+    ranks : Ranks
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.examples = 0
+
+    def begin(self, examples: int) -> None:
+        """Begin one, of which this rank has so many examples.
+
+        Raises
+        ------
+        DistributedError
+            Another rank has no mini-batch any more.
+        """
+        [total] = self._ranks.totals([examples], "mini-batch")
+        self.examples = round(total)
+
+    def end(self, accumulators: Iterable["Accumulator"]) -> None:
+        """Tell each accumulator the means over all ranks: one sum of them all."""
+        waiting = [a for a in accumulators if isinstance(a, InStepAccumulator)]
+        parts = [part for accumulator in waiting for part in accumulator.parts()]
+        if not parts:
+            return
+        what = f"means with {[accumulator.locations for accumulator in waiting]} locations"
+        total = self._ranks.sum_(torch.cat([part.flatten() for part in parts]), what)
+        sums = iter(torch.split(total, [part.numel() for part in parts]))
+        for accumulator in waiting:
+            accumulator.end_global_batch([next(sums) for _ in accumulator.parts()])
+
+
+class InStepAccumulator(KroneckerAccumulator):
+    """Sums over mini-batches of which each rank has a part (method: strata).
+
+    A rank adds what its part has about its own mean. The mean of all ranks, which is known when the
+    mini-batch is over, gives the rest: how far the part's mean is from it, and its own square.
+
+    Parameters
+    ----------
+    layer : AffineLayer
+    settings : PassSettings
+    notes : Notes
+    batch : GlobalBatch
+    """
+
+    def __init__(
+        self, layer: AffineLayer, settings: PassSettings, notes: Notes, batch: GlobalBatch
+    ) -> None:
+        super().__init__(layer, settings, notes)
+        self._batch = batch
+        self._strata = _core.strata()[self.approximation]
+        self._mean = self._strata.index("mean")
+        # The stratum that the parts' means belong to.
+        self._around = self._mean - 1
+        self._part = 0
+        self.locations = 0
+        self._sums: list[Tensor] = []
+
+    def add_inputs(self, units: Units) -> None:
+        """Take this rank's part of a mini-batch's inputs."""
+        self._part = len(units)
+        self.examples += self._part
+        out = self.A.factors[:]
+        out[self._mean] = mean = self._no_mean(self.A)
+        units.accumulate(out, self.approximation, self.append_one, self.precision, self.A.note())
+        root = mean.sqrt() if self.A.factors[self._mean].dim() == 1 else mean
+        # Its square counts the mean's once for each example.
+        self._sums = [root * self._part**0.5]
+
+    def add_gradients(self, g: Tensor, weight: float) -> None:
+        """Take gradients of the part whose inputs came last."""
+        self.locations = 1 if g.dim() == 2 else g.shape[1]
+        out = self.G.factors[:]
+        out[self._mean] = mean = self._no_mean(self.G)
+        # As if its degrees of freedom were those of the part.
+        ratio = self._per_degree(self._batch.examples) / (self._per_degree(self._part) or 1.0)
+        out[self._around] = around = torch.zeros_like(out[self._around])
+        options = (self.approximation, "gradient", False, weight, self.precision, self.G.note())
+        _core.accumulate_gram(borrow(g), [borrow(G) for G in out], *options)
+        self.G.factors[self._around].add_(around, alpha=ratio)
+        self._sums.append(mean)
+
+    def parts(self) -> list[Tensor]:
+        """Return what is summed over ranks: of inputs, and of each score's gradients."""
+        return self._sums
+
+    def end_global_batch(self, totals: Sequence[Tensor]) -> None:
+        """Take the sums of all ranks' `parts`, flat."""
+        N, T = self._batch.examples, self.locations
+        for k, stratum in enumerate(self._strata):
+            self.gradient_examples[k] += self._part if _degrees_of_freedom(stratum, N, T) else 0
+        own_A, *own_G = self._sums
+        total_A, *total_G = (
+            total.view(own.shape).to(own.dtype)
+            for own, total in zip(self._sums, totals, strict=True)
+        )
+        n, u, U = self._part, self._part * T, N * T
+        self._add_means(self.A, [own_A / n], [total_A / N], n, 1.0)
+        means, common = [g / u for g in own_G], [g / U for g in total_G]
+        self._add_means(self.G, means, common, u * U, self._per_degree(N) / U)
+        self._sums = []
+
+    def _add_means(
+        self,
+        side: _Side,
+        own: Sequence[Tensor],
+        common: Sequence[Tensor],
+        weight: int,
+        around: float,
+    ) -> None:
+        """Add what lies between a part's means and those of all ranks, and a share of theirs.
+
+        Parameters
+        ----------
+        side : _Side
+        own, common : sequence of Tensor
+            Means of the part and of all ranks.
+        weight : int
+            Of the square of the common mean.
+        around : float
+            What the squares of differences weigh beside it.
+        """
+        mean = torch.stack(list(common))
+        apart = torch.stack(list(own)) - mean
+        add_squares(mean * weight**0.5, side.factors[self._mean], side.note())
+        add_squares(apart * (weight * around) ** 0.5, side.factors[self._around], side.note())
+
+    def _no_mean(self, side: _Side) -> Tensor:
+        """Return zeros in which the root of the mean's factor is added, or its diagonal."""
+        factor = side.factors[self._mean]
+        return torch.zeros_like(factor if factor.dim() == 1 else factor[..., 0])
+
+    def _per_degree(self, examples: int) -> float:
+        """Units for each degree of freedom of the stratum that the parts' means belong to."""
+        freedom = _degrees_of_freedom(self._strata[self._around], examples, self.locations)
+        return examples * self.locations / freedom if freedom else 0.0
+
+
+def _degrees_of_freedom(stratum: str, examples: int, locations: int) -> int:
+    return {
+        "within-batch": examples * locations - 1,
+        "within-example": examples * (locations - 1),
+        "between-examples": examples - 1,
+        "mean": 1,
+    }[stratum]
 
 
 Accumulator = KroneckerAccumulator | DiagonalAccumulator
 
 
-def accumulator(layer: AffineLayer, settings: PassSettings, notes: Notes) -> Accumulator:
-    """Return the accumulator that makes a layer's block under these settings."""
+def accumulator(
+    layer: AffineLayer, settings: PassSettings, notes: Notes, batch: GlobalBatch | None = None
+) -> Accumulator:
+    """Return the accumulator that makes a layer's block under these settings.
+
+    Parameters
+    ----------
+    layer : AffineLayer
+    settings : PassSettings
+    notes : Notes
+    batch : GlobalBatch, optional
+        Where each rank has a part of a mini-batch. What is not centred in it knows no difference.
+    """
     if settings.approximation == DIAGONAL:
         return DiagonalAccumulator(layer, settings)
+    if batch is not None and "mean" in _core.strata()[settings.approximation]:
+        return InStepAccumulator(layer, settings, notes, batch)
     return KroneckerAccumulator(layer, settings, notes)

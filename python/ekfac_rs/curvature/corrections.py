@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ekfac_rs._ranks import Ranks
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.curvature.block import Block
 from ekfac_rs.curvature.columnwise import ColumnwiseSum, sum_of_terms
@@ -95,6 +96,16 @@ class Mean:
         self._examples, self._batch = state["examples"]
         self._weights_squared, self._scores, self._shares_squared = state["weights"]
 
+    def reduce(self, ranks: Ranks) -> None:
+        """Take the samples of all ranks together."""
+        self._end()
+        for total in self._sums:
+            ranks.sum_(total, "correction")
+        numbers = [float(self._squares), self._examples, self._weights_squared]
+        squares, examples, self._weights_squared = ranks.totals(numbers, "spread")
+        self._squares = torch.full_like(self._squares, squares)
+        self._examples = round(examples)
+
     def _end(self) -> None:
         """Close a mini-batch: only now is known how many scores its labels have."""
         if self._scores:
@@ -148,6 +159,12 @@ class Estimate:
         """Go on from what `state_dict` returned."""
         self._mean.load_state_dict(state["mean"])
         self._factor.load_state_dict(state["factor"])
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Take the samples of all ranks together."""
+        if not ranks.alone:
+            self._mean.reduce(ranks)
+            self._factor.reduce(ranks)
 
     def result(self) -> list[Tensor]:
         """Return the estimate."""
@@ -447,6 +464,10 @@ class Correcting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self._estimate.load_state_dict(state)
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Take the samples of all ranks together."""
+        self._estimate.reduce(ranks)
 
     def block(self) -> Block:
         """Return the corrected block."""

@@ -1,13 +1,14 @@
 """Passes over a loader that accumulate curvature."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -16,21 +17,25 @@ from ekfac_rs import _core
 from ekfac_rs._checkpoints import rewound_on_failure
 from ekfac_rs._checks import require_count, require_finite
 from ekfac_rs._modes import bare_model, own_modes, without_autocast
+from ekfac_rs._ranks import Ranks, on_all_ranks
 from ekfac_rs.batchnorm.merging import is_exported
 from ekfac_rs.batchnorm.statistics import (
     as_found,
     device_of,
     frozen_batchnorms,
+    synchronised,
+    synchronised_batchnorms,
     use_batch_statistics,
 )
-from ekfac_rs.curvature.accumulators import Accumulator, Notes, accumulator
+from ekfac_rs.curvature.accumulators import Accumulator, GlobalBatch, Notes, accumulator
 from ekfac_rs.curvature.corrections import Correcting, passes_of, step_of
-from ekfac_rs.curvature.curvature import Curvature, signature_of
+from ekfac_rs.curvature.curvature import Curvature, Signature, signature_of
 from ekfac_rs.curvature.gradients import Gradients
 from ekfac_rs.curvature.recovery import Recovery, call_of
 from ekfac_rs.curvature.settings import AUTO, PassSettings
 from ekfac_rs.errors import (
     BatchNormError,
+    DistributedError,
     EkfacError,
     OptionError,
     ShapeError,
@@ -48,6 +53,7 @@ from ekfac_rs.likelihood import Likelihood, resolve
 from ekfac_rs.loading import Batch, Loader, Source, outputs_of
 
 
+@on_all_ranks
 def estimate_curvature(
     model: nn.Module,
     loader: Source,
@@ -70,6 +76,7 @@ def estimate_curvature(
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 1000,
     progress: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> Curvature:
     """Accumulate the curvature of the mean loss over a loader, one block for each layer.
 
@@ -114,9 +121,10 @@ def estimate_curvature(
         Label draws for "mc".
     generator : torch.Generator, optional
         For label draws; on the model's device. Default: one seeded from torch's global state,
-        which is not advanced.
+        which is not advanced, and from the rank, where there are several. One that is given on
+        several ranks needs another seed on each of them.
     max_examples : int, optional
-        Stop after this many.
+        Stop after this many; with several ranks, of each.
     layers : collection of str, optional
         Names of the wanted layers. Default: all, and every trainable parameter must have a block.
     input_fn, target_fn : callable, optional
@@ -157,11 +165,19 @@ def estimate_curvature(
         which the same call returns at once (all that it looks at of the loader then is its length
         and its first mini-batch); a call of other weights or arguments begins anew in its place.
         What is to be kept, `Curvature.save` keeps. Passes of another call that are not over are
-        never overwritten. A file holds all sums: mind the time that takes.
+        never overwritten. A file holds all sums: mind the time that takes. Not for several
+        processes.
     every : int
         Mini-batches between two checkpoints; others are written when a pass is over.
     progress : bool
         Show a tqdm bar.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes, each with a loader over its own share of the data and with the same model, that
+        make one curvature: all return the same. Default: that of the model's
+        DistributedDataParallel, or else this process alone. A mini-batch is a process's own, and
+        they may have different numbers of them. But with `torch.nn.SyncBatchNorm`, under batch
+        statistics, it is that of all processes together, which then need equally many. Labels
+        "exact" and a correction are not for that case.
 
     Returns
     -------
@@ -171,7 +187,8 @@ def estimate_curvature(
     ------
     OptionError
         An unknown option, draws, correction_batches or every below 1, "tf32" or "bf16" on the CPU,
-        or an iterator as loader where a correction needs to go through it again.
+        an iterator as loader where a correction needs to go through it again, or a checkpoint of
+        several processes.
     UnknownLayerError
         ``layers`` names what is no layer of the model.
     CudaError, OutOfMemoryError
@@ -179,7 +196,11 @@ def estimate_curvature(
     UnsupportedLayerError, UnsupportedLossError
         The model or the loss has a part without known curvature; the message names it.
     BatchNormError
-        A mini-batch of one under "batch", an exported BatchNorm, or missing running statistics.
+        A mini-batch of one under "batch", an exported BatchNorm, or missing running statistics;
+        a SyncBatchNorm over other processes than these, or beside a BatchNorm of another kind.
+    DistributedError
+        Another process failed, is gone, has other weights or settings, or, with SyncBatchNorm,
+        fewer or more mini-batches.
     EmptyLoaderError, LabelError, ShapeError, DtypeError, NonFiniteError
         The loader is empty; a mini-batch or its targets do not fit; a layer cannot work with the
         inputs' dtype; NaN or infinity in weights, inputs, targets or gradients.
@@ -196,6 +217,7 @@ def estimate_curvature(
     Lee, Hong, Joo, Kim, "Continual Learning with Extended Kronecker-factored Approximate
     Curvature", CVPR 2020. Martens & Grosse 2015; Eschenhagen et al. 2023 (expand and reduce).
     """
+    ranks = Ranks.of(model, process_group)
     likelihood, model = resolve(loss), bare_model(model)
     settings = PassSettings.of(
         likelihood,
@@ -209,11 +231,18 @@ def estimate_curvature(
         frozen=frozen_batchnorms(model) if statistics == "batch" else (),
     )
     _require_possible(model, settings, max_examples, correction_batches)
+    if checkpoint is not None and not ranks.alone:
+        raise OptionError(
+            f"checkpoint: expected none where {ranks.count} processes make one curvature, got "
+            f"{os.fspath(checkpoint)!r}"
+        )
+    in_step = _in_step(model, settings, ranks)
     source = Loader(loader, device_of(model), input_fn=input_fn, target_fn=target_fn)
     source.require_passes(1 + passes_of(correction), f"correction={correction!r}")
     with (
         _conditions(model, settings),
-        _source_of_labels(model, generator) as drawn_from,
+        synchronised(in_step, ranks),
+        _source_of_labels(model, generator, ranks) as drawn_from,
         ExitStack() as cleanup,
     ):
         generators = [drawn_from, *source.generators()]
@@ -237,7 +266,11 @@ def estimate_curvature(
         found = find_layers(model, coordinates=coordinates, layers=layers, example=source.example())
         _refuse_exported(found, settings)
         settings = _with_precision_of(found, settings)
-        passes = _Passes(model, found, likelihood, settings, drawn_from, output_fn)
+        ranks.require_same("settings", f"{settings}, layers {[layer.name for layer in found]}")
+        passes = _Passes(model, found, likelihood, settings, drawn_from, output_fn, ranks)
+        passes.require_same_weights()
+        if in_step and not ranks.alone:
+            passes.batch = GlobalBatch(ranks)
 
         def batches() -> Iterator[Batch]:
             read = source.batches(max_examples, at_least_two=statistics == "batch")
@@ -270,6 +303,23 @@ def _require_possible(
     require_finite_parameters(model)
 
 
+def _in_step(model: nn.Module, settings: PassSettings, ranks: Ranks) -> Sequence[nn.SyncBatchNorm]:
+    """Return the BatchNorms that take the mini-batches of all ranks for one."""
+    if settings.statistics != "batch":
+        return []
+    found = synchronised_batchnorms(model, settings.frozen, ranks)
+    for option, supported in (
+        ("correction", settings.correction is None),
+        ("labels", settings.labels != "exact"),
+    ):
+        if found and not supported and not ranks.alone:
+            raise OptionError(
+                f"{option}: expected another one with SyncBatchNorm over several processes, got "
+                f"{getattr(settings, option)!r}"
+            )
+    return found
+
+
 def _with_precision_of(layers: Collection[AffineLayer], settings: PassSettings) -> PassSettings:
     """Say what "auto" comes to, where that is the same for all layers."""
     if settings.precision != AUTO:
@@ -292,12 +342,13 @@ def _conditions(model: nn.Module, settings: PassSettings) -> Iterator[None]:
 
 @contextmanager
 def _source_of_labels(
-    model: nn.Module, generator: torch.Generator | None
+    model: nn.Module, generator: torch.Generator | None, ranks: Ranks
 ) -> Iterator[torch.Generator]:
     """Lend the caller's generator, rewound if anything fails, or one seeded from torch's state."""
     if generator is None:
         generator = torch.Generator(device_of(model))
-        generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
+        # Ranks may all have been given one seed.
+        generator.manual_seed(int(torch.randint(2**62, (), device="cpu")) + ranks.number)
     before = generator.get_state()
     try:
         yield generator
@@ -320,6 +371,7 @@ class _Passes:
         settings: PassSettings,
         generator: torch.Generator,
         output_fn: Callable[[Any], Tensor] | None,
+        ranks: Ranks,
     ) -> None:
         self._model = model
         self._layers = layers
@@ -327,7 +379,27 @@ class _Passes:
         self._settings = settings
         self._generator = generator
         self._output_fn = output_fn
+        self._ranks = ranks
+        # Where a mini-batch is that of all ranks together.
+        self.batch: GlobalBatch | None = None
         self._capture = _Capture(layers, settings.coordinates)
+
+    def require_same_weights(self) -> None:
+        """Raise `DistributedError` unless all ranks have the same weights and statistics."""
+        own = [number for signature in self._signatures().values() for number in signature]
+        first, *others = self._ranks.gathered(self._ranks.tensor(own), "signatures")
+        for rank, theirs in enumerate(others, start=1):
+            pairs = zip(first.view(-1, 2).tolist(), theirs.view(-1, 2).tolist(), strict=True)
+            for layer, (ours, other) in zip(self._layers, pairs, strict=True):
+                if not Signature(*ours).agrees(Signature(*other)):
+                    raise DistributedError(
+                        f"layer {layer.name!r}: expected the same weights and running statistics "
+                        f"on all ranks, got others on rank {rank} than on rank 0 "
+                        "(ekfac_rs.distributed.broadcast_buffers makes statistics the same)"
+                    )
+
+    def _signatures(self) -> dict[str, Signature]:
+        return _signatures(self._layers, self._settings)
 
     def run(
         self,
@@ -343,7 +415,10 @@ class _Passes:
             recovery.go_on(batches(), lambda _: None)
             return curvature
         if curvature is None:
-            sums = _Sums(self._layers, self._settings, device_of(self._model), uncovered)
+            sums = _Sums(
+                *(self._layers, self._settings, device_of(self._model), uncovered),
+                *(self._ranks, self.batch),
+            )
             curvature = self._through(sums, batches(), recovery)
         for index in range(max(begun, 1), 1 + passes_of(self._settings.correction)):
             correction = self._correction(curvature, index)
@@ -357,7 +432,7 @@ class _Passes:
 
     def _correction(self, curvature: Curvature, index: int) -> "_Correction":
         independent = not any(map(_uses_batch_statistics, self._model.modules()))
-        return _Correction(self._layers, curvature, index, independent)
+        return _Correction(self._layers, curvature, index, independent, self._ranks)
 
     def _through(
         self, this: "_Sums | _Correction", batches: Iterator[Batch], recovery: Recovery
@@ -365,7 +440,7 @@ class _Passes:
         """Make one pass, or what is left of it."""
         recovery.go_on(batches, this.load_state_dict)
         for batch in recovery.watched(batches, this.state_dict):
-            this.begin_batch()
+            this.begin_batch(batch)
             this.end_batch(batch, self._take(batch, this.accumulators))
         return this.curvature()
 
@@ -397,8 +472,22 @@ class _Passes:
         return self._likelihood.loss(outputs.detach(), targets)
 
 
+def _signatures(layers: Iterable[AffineLayer], settings: PassSettings) -> dict[str, Signature]:
+    return {layer.name: signature_of(layer, settings.coordinates) for layer in layers}
+
+
 class _Sums:
-    """What the pass that makes a curvature sums up."""
+    """What the pass that makes a curvature sums up, on this rank until its end.
+
+    Parameters
+    ----------
+    layers, settings, device, uncovered
+        Of the curvature.
+    ranks : Ranks
+        Summed over at the end.
+    together : GlobalBatch, optional
+        Where a mini-batch is that of all ranks together.
+    """
 
     def __init__(
         self,
@@ -406,20 +495,27 @@ class _Sums:
         settings: PassSettings,
         device: torch.device,
         uncovered: tuple[str, ...],
+        ranks: Ranks,
+        together: GlobalBatch | None,
     ) -> None:
         self._layers, self._settings, self._uncovered = layers, settings, uncovered
+        self._ranks, self._together = ranks, together
         self._notes = Notes(list(layers))
         self.accumulators = {
-            layer.name: accumulator(layer, settings, self._notes) for layer in layers
+            layer.name: accumulator(layer, settings, self._notes, together) for layer in layers
         }
         self._examples, self._batches = 0, 0
         # Stays where it is made: nobody waits for a GPU's to be told.
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, batch: Batch) -> None:
         self._notes.begin_batch()
+        if self._together is not None:
+            self._together.begin(batch.examples)
 
     def end_batch(self, batch: Batch, loss: Tensor) -> None:
+        if self._together is not None:
+            self._together.end(self.accumulators.values())
         self._loss = self._loss + batch.examples * loss.double()
         self._examples, self._batches = self._examples + batch.examples, self._batches + 1
 
@@ -442,8 +538,9 @@ class _Sums:
         self._notes.go_on_after(self._batches)
 
     def curvature(self) -> Curvature:
-        """Mean over all examples; the sums it is made of go."""
+        """Mean over all examples of all ranks; the sums it is made of go."""
         self._notes.require_none()
+        loss = self._sum_over_ranks()
         counts = {name: a.gradient_examples for name, a in self.accumulators.items()}
         return Curvature(
             # Layer by layer, so that sums and means are not all there at once.
@@ -452,23 +549,44 @@ class _Sums:
             examples=self._examples,
             gradient_examples=counts,
             batches=self._batches,
-            loss=float(self._loss) / self._examples,
+            loss=loss / self._examples,
             batchnorms={layer.name: layer.batchnorm_name for layer in self._layers},
-            signatures={
-                layer.name: signature_of(layer, self._settings.coordinates)
-                for layer in self._layers
-            },
+            signatures=_signatures(self._layers, self._settings),
             uncovered=self._uncovered,
             versions={"ekfac_rs": _core.build_info()["version"], "torch": str(torch.__version__)},
         )
+
+    def _sum_over_ranks(self) -> float:
+        """Sum factors and counts over ranks; return the sum of losses, too."""
+        if self._ranks.alone:
+            return float(self._loss)
+        accumulators = self.accumulators.values()
+        for accumulated in accumulators:
+            accumulated.reduce(self._ranks)
+        counts = [count for a in accumulators for count in a.counts]
+        own = [float(self._loss), self._examples, self._batches]
+        loss, *totals = self._ranks.totals([*own, *counts], "counts")
+        self._examples, self._batches, *rest = map(round, totals)
+        left = iter(rest)
+        for accumulated in accumulators:
+            accumulated.counts = [next(left) for _ in accumulated.counts]
+        if self._together is not None:
+            self._batches //= self._ranks.count
+        return loss
 
 
 class _Correction:
     """What one pass of a correction sums up, and what it began with (``before``)."""
 
     def __init__(
-        self, layers: Collection[AffineLayer], curvature: Curvature, index: int, independent: bool
+        self,
+        layers: Collection[AffineLayer],
+        curvature: Curvature,
+        index: int,
+        independent: bool,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         settings = curvature.settings
         assert settings.correction is not None
         steps = {
@@ -483,7 +601,7 @@ class _Correction:
             for layer, step in steps.items()
         }
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, batch: Batch) -> None:
         """Nothing is to be done."""
 
     def end_batch(self, batch: Batch, loss: Tensor) -> None:
@@ -504,6 +622,8 @@ class _Correction:
 
     def curvature(self) -> Curvature:
         """Return the corrected curvature; the sums it is made of go."""
+        for accumulated in self.accumulators.values():
+            accumulated.reduce(self._ranks)
         # Layer by layer, as above.
         blocks = {
             name: self.accumulators.pop(name).block() if name in self.accumulators else block

@@ -4,11 +4,12 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,6 +24,7 @@ from ekfac_rs._checkpoints import (
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative, require_share
 from ekfac_rs._files import require_folder
 from ekfac_rs._modes import bare_model, own_modes
+from ekfac_rs._ranks import Ranks
 from ekfac_rs._tensors import Kept, kept, put_back
 from ekfac_rs.batchnorm import (
     WEIGHTS,
@@ -92,6 +94,24 @@ _OPTIONS_OF_TRAINING = (
     *("approximation", "coordinates", "layers", "weights", "scale", "damping", "dropped"),
     *("step", "own", "momentum", "freeze_bn_after", "labels"),
 )
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def _on_all_ranks(
+    method: "Callable[Concatenate[ContinualLearner, _Parameters], _Result]",
+) -> "Callable[Concatenate[ContinualLearner, _Parameters], _Result]":
+    """Let a method fail on all ranks or none."""
+
+    @wraps(method)
+    def call(
+        self: "ContinualLearner", /, *args: _Parameters.args, **kwargs: _Parameters.kwargs
+    ) -> _Result:
+        with self._ranks.agreed(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class ContinualLearner:
@@ -193,6 +213,14 @@ class ContinualLearner:
         gamma, and a bias before the BatchNorm.
     progress : bool
         Show tqdm bars.
+    process_group : torch.distributed.ProcessGroup, optional
+        Processes that learn together, each with a learner over its own share of every loader's
+        data: all call the same methods, with as many steps of `fit`, and have the same model in the
+        end. Default: that of the model's DistributedDataParallel, or else this process alone. The
+        learner begins with the first process's weights, and so does `fit`. Gradients are averaged
+        over all, as DistributedDataParallel does (whose hooks are passed by), and buffers are the
+        first one's in the end. Losses, accuracies, curvatures, statistics, and what a rule for the
+        scale sees, are those of all data. A checkpoint is each process's own file.
 
     Attributes
     ----------
@@ -258,6 +286,7 @@ class ContinualLearner:
         output_fn: Callable[[Any], Tensor] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         if approximation is not None:
             require_choice("approximation", approximation, APPROXIMATIONS)
@@ -283,6 +312,7 @@ class ContinualLearner:
         require_nonnegative("damping", damping)
         require_nonnegative("freeze_bn_after", freeze_bn_after)
         require_nonnegative("momentum", momentum)
+        self._ranks = Ranks.of(model, process_group)
         model = bare_model(model)
         if layers is not None:
             require_names(layers, model)
@@ -320,6 +350,7 @@ class ContinualLearner:
         self.anchor: Anchor | None = None
         self.losses: list[float | None] = []
         self.selection: list[Selection] = []
+        self._ranks.broadcast_(_tensors_of(self.model), "model")
         # For weights="first": those that the learner was given.
         self._norms = weight_norms(self.model)
         self._so_far = SoFar()
@@ -327,6 +358,7 @@ class ContinualLearner:
         self._unfinished: Mapping[str, Any] | None = None
 
     @own_modes()
+    @_on_all_ranks
     def fit(
         self,
         loader: Source,
@@ -439,6 +471,7 @@ class ContinualLearner:
         with ExitStack() as undo:
             self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
             plan = self._plan(source, epochs, steps)
+            self._ranks.require_same("fit", f"{_arguments(lr, plan)}, task {self.task}")
             by_halving = isinstance(rule, Halving) and self._is_penalised
             self._require_as_interrupted(lr, plan, by_halving)
             recorder = self._checkpoints(checkpoint, every, lr, plan)
@@ -568,6 +601,7 @@ class ContinualLearner:
         """
         model = self.model
         undo.callback(put_back, kept(_tensors_of(model)))
+        self._ranks.broadcast_(_tensors_of(model), "model")
         cleanup.callback(set_modes, modes_of(model))
         protected = self.anchor is not None and self.coordinates == "merged"
         unfinished = self._unfinished
@@ -584,7 +618,8 @@ class ContinualLearner:
                 selection = Selection(repr(rule), self.task)
                 self.selection.append(selection)
                 undo.callback(self.selection.pop)
-            scaled, told = ScaledPenalty(control, self._penalty, selection), selection
+            scaled = ScaledPenalty(control, self._penalty, selection, self._ranks)
+            told = selection
             cleanup.callback(scaled.close)
         optimization = Optimization(
             [p for p in model.parameters() if p.requires_grad],
@@ -610,6 +645,7 @@ class ContinualLearner:
             so_far=self._so_far,
             scalars=None if log is None else Scalars(log, self.task, told),
             begun=undo.pop_all,
+            ranks=self._ranks,
         )
         if unfinished is not None:
             training.load_state_dict(unfinished["state"])
@@ -632,11 +668,13 @@ class ContinualLearner:
                 generator=generator,
                 layers=names,
                 output_fn=self.output_fn,
+                process_group=self._ranks.group,
             )
 
-        return OwnCurvature(estimate)
+        return OwnCurvature(estimate, seed=self._ranks.number)
 
     @own_modes()
+    @_on_all_ranks
     def consolidate(
         self,
         loader: Source,
@@ -809,6 +847,7 @@ class ContinualLearner:
 
     @own_modes()
     @torch.no_grad()
+    @_on_all_ranks
     def evaluate(
         self, loaders: Sequence[Source], tasks: Sequence[int] | None = None
     ) -> list[float]:
@@ -860,7 +899,7 @@ class ContinualLearner:
                 means.add(loss, zero := torch.zeros_like(loss), batch.examples, zero, zero)
                 if self.max_examples is not None and means.examples >= self.max_examples:
                     break
-        mean = means.result()["loss"]
+        mean = means.over(self._ranks).result()["loss"]
         _require_finite_loss("consolidate", mean)
         return mean
 
@@ -877,10 +916,11 @@ class ContinualLearner:
                 loss = self.likelihood.loss(outputs, targets)
                 correct, counted = self.likelihood.correct(outputs, targets)
                 result.add(loss, torch.zeros_like(loss), batch.examples, correct, counted)
-        means = result.result()
+        means = result.over(self._ranks).result()
         return means["accuracy"] if self.likelihood.has_classes else -means["loss"]
 
     @own_modes()
+    @_on_all_ranks
     def reparameterize(self, loader: Source) -> None:
         """Take a new task's statistics into the BatchNorms that earlier tasks hold on to.
 
@@ -923,6 +963,7 @@ class ContinualLearner:
             scale=rule_of(self.scale).first_scale(),
             coordinates=self.coordinates,
             dropped=self.dropped,
+            process_group=self._ranks.group,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -1255,7 +1296,9 @@ class ContinualLearner:
         source.require_passes(2, "fit, which counts the classes of a new output layer (classes=)")
         # The loader may draw its order from torch's random state, which is to stay.
         with as_found(self.model):
-            most = max(self.likelihood.classes_in(batch.targets) for batch in source.batches())
+            own = max(self.likelihood.classes_in(batch.targets) for batch in source.batches())
+        every = self._ranks.gathered(self._ranks.tensor([own]), "classes")
+        most = max(round(float(theirs)) for theirs in every)
         if most == 0:
             raise OptionError(
                 f"classes: expected the number of a new layer's outputs, which targets of "
@@ -1285,6 +1328,7 @@ class ContinualLearner:
                     layers=self.layers,
                     max_examples=self.max_examples,
                     input_fn=self.input_fn,
+                    process_group=self._ranks.group,
                 )
             curvature = estimate_curvature(
                 self.model,
@@ -1306,6 +1350,7 @@ class ContinualLearner:
                 checkpoint=checkpoint,
                 every=every,
                 progress=self.progress,
+                process_group=self._ranks.group,
             )
         take_anchor = merged_weights if self.coordinates == "merged" else raw_weights
         return curvature, take_anchor(self.model, layers=layers, example=example)
@@ -1377,6 +1422,7 @@ class ContinualLearner:
                     layers=self.layers,
                     max_examples=self.max_examples,
                     input_fn=self.input_fn,
+                    process_group=self._ranks.group,
                 )
 
 

@@ -24,13 +24,15 @@ class OwnCurvature:
     ----------
     estimate : callable
         Takes a curvature of mini-batches, with a generator for the labels that it draws.
+    seed : int
+        Of that generator; another one on each rank that takes the curvature.
     """
 
-    def __init__(self, estimate: Estimate) -> None:
+    def __init__(self, estimate: Estimate, seed: int = 0) -> None:
         self._estimate = estimate
         self._batches: deque[tuple[Inputs, Tensor]] = deque(maxlen=_MINI_BATCHES)
         # The user's random state stays as it is.
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator().manual_seed(seed)
         self._count, self._next, self._frozen = 0, 0, False
         self._curvature: Curvature | None = None
 

@@ -19,6 +19,7 @@ from ekfac_rs._checkpoints import (
     rewound_on_failure,
     set_random_states,
 )
+from ekfac_rs._ranks import Ranks
 from ekfac_rs.batchnorm import device_of, frozen_batchnorms
 from ekfac_rs.curvature import Curvature
 from ekfac_rs.errors import NonFiniteError, NumericalError
@@ -121,6 +122,8 @@ class Training:
     scalars : Scalars or None
     begun : callable
         Called when the first step is made.
+    ranks : Ranks
+        That make the steps together, each of mini-batches of its own: of the mean gradient.
 
     Attributes
     ----------
@@ -142,6 +145,7 @@ class Training:
         so_far: SoFar,
         scalars: "Scalars | None",
         begun: Callable[[], object],
+        ranks: Ranks,
     ) -> None:
         self.steps_done = 0
         self._model = model
@@ -156,6 +160,7 @@ class Training:
         self._so_far = so_far
         self._scalars = scalars
         self._begun = begun
+        self._ranks = ranks
         self._finite = FiniteCheck(deferred=device_of(model).type == "cuda")
         self._still: list[nn.Parameter] = []
         self._history: list[dict[str, float]] = []
@@ -282,7 +287,8 @@ class Training:
             self._penalty.finish()
         if self._scalars is not None:
             self._scalars.finish()
-        self._history.append(self._means.result())
+        self._history.append(self._means.over(self._ranks).result())
+        self._ranks.broadcast_(self._model.buffers(), "buffers")
         self._means, self._batches_done = Means(device_of(self._model)), 0
         self._last_targets = None
 
@@ -339,6 +345,8 @@ class Training:
             self._freeze(batch.inputs.first(2))
         frozen = self.steps_done >= self._plan.freeze_at
         own = None if self._own is None else self._own.at(batch, frozen)
+        # BatchNorms may exchange statistics in what follows: nobody is left waiting there.
+        self._ranks.meet("step")
         outputs, targets = self._outputs(batch)
         if first or not outputs.is_cuda:
             self._likelihood.validate(outputs, targets)
@@ -355,13 +363,15 @@ class Training:
                     f"fit: diverged at step {self.steps_done + 1}: {error}"
                 ) from error
             total = loss + penalty
-        self._finite.add(self.steps_done + 1, total.detach())
+        over_all, loss_over_all = self._ranks.mean(torch.stack([total.detach(), loss.detach()]))
+        self._finite.add(self.steps_done + 1, over_all)
         if self._penalty is not None:
-            self._penalty.note(loss)
+            self._penalty.note(loss_over_all)
         # An optimiser may hold less than the model, and more.
         self._model.zero_grad(set_to_none=True)
         self._optimization.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
+        self._ranks.average_gradients(p for p in self._model.parameters() if p.requires_grad)
         if self._penalty is not None and self._stable:
             self._penalty.precondition(self._optimization.highest_lr, own)
         self._optimization.step(self._still)
@@ -371,6 +381,7 @@ class Training:
 
     def _freeze(self, example: Inputs) -> None:
         """From here on BatchNorms use their running statistics; nothing is folded."""
+        self._ranks.broadcast_(self._model.buffers(), "buffers")
         self._still = self._doubled(example) if self._penalty is not None else []
         for module in self._model.modules():
             if isinstance(module, _BatchNorm) and module.training:
@@ -456,6 +467,8 @@ class ScaledPenalty:
         Makes the penalty.
     selection : Selection
         Filled in.
+    ranks : Ranks, optional
+        Whose mean prediction counts. Default: this process alone.
 
     Attributes
     ----------
@@ -463,9 +476,13 @@ class ScaledPenalty:
     """
 
     def __init__(
-        self, control: Control, make: Callable[[], QuadraticPenalty], selection: Selection
+        self,
+        control: Control,
+        make: Callable[[], QuadraticPenalty],
+        selection: Selection,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.penalty = make()
+        self.penalty, self._ranks = make(), ranks or Ranks(None)
         self._control, self._make, self._selection = control, make, selection
         self._pending: _Copied | None = None
         self._increase: Tensor | None = None
@@ -504,9 +521,10 @@ class ScaledPenalty:
         self.finish()
         self._selection.scale.append(self.penalty.scale)
         if self._increase is None or len(self._selection.scale) % _PREDICTION_INTERVAL == 1:
-            self._increase = torch.as_tensor(
+            own = torch.as_tensor(
                 self.penalty.predicted_increase(), dtype=torch.float64, device=loss.device
             )
+            self._increase = self._ranks.mean(own)
         self._pending = _Copied(torch.stack([loss.detach().double(), self._increase]))
         if not loss.is_cuda:
             self.finish()
@@ -610,6 +628,16 @@ class Means:
             value.to(self.sums) for value in (loss, penalty, correct, counted)
         )
         self.sums += torch.stack([examples * loss, examples * penalty, correct, counted])
+
+    def over(self, ranks: Ranks) -> "Means":
+        """Return those of what all ranks added."""
+        if ranks.alone:
+            return self
+        total = Means(self.sums.device)
+        total.sums.copy_(ranks.sum_(self.sums.clone(), "means"))
+        [examples] = ranks.totals([self.examples], "examples")
+        total.examples = round(examples)
+        return total
 
     def result(self) -> dict[str, float]:
         """Return the means of what was added."""

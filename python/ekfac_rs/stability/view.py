@@ -1,6 +1,6 @@
 """Where a layer is in a training step, and how its merged weights move with its parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,12 @@ class Situation:
     variance: Tensor
     input_mean: Tensor | None = None
     variance_slope: Tensor | None = None
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Situation":
+        """Return what a function makes of each."""
+        slopes = self.input_mean, self.variance_slope
+        input_mean, variance_slope = (None if x is None else function(x) for x in slopes)
+        return Situation(function(self.mean), function(self.variance), input_mean, variance_slope)
 
 
 class View:

@@ -1,0 +1,249 @@
+"""What a curvature of several processes takes: measured with gloo here, modelled for many.
+
+Each process has one thread and as many mini-batches as every other, so that without any cost of
+exchange the time would be the same for any number of them, as long as there are processors.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+import ekfac_rs as ek
+from ekfac_rs.layers import find_layers
+
+APPROXIMATIONS = ("kfac-expand", "xkfac", "xkfac-nested")
+STRATA = dict(zip(APPROXIMATIONS, (1, 2, 3), strict=True))
+
+
+# --- measured ------------------------------------------------------------------------------------
+
+
+class Traffic:
+    """What is handed to torch to be exchanged, by this process."""
+
+    def __init__(self) -> None:
+        self.messages, self.bytes, self.seconds = 0, 0, 0.0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is exchanged inside."""
+        names = ("all_reduce", "all_gather", "broadcast")
+        before = {name: getattr(dist, name) for name in names}
+        for name in names:
+            setattr(dist, name, self._counting(before[name]))
+        try:
+            yield
+        finally:
+            for name in names:
+                setattr(dist, name, before[name])
+
+    def _counting(self, exchange: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            tensor = next(x for x in args if isinstance(x, Tensor))
+            start = time.perf_counter()
+            try:
+                return exchange(*args, **kwargs)
+            finally:
+                self.messages, self.bytes = self.messages + 1, self.bytes + tensor.nbytes
+                self.seconds += time.perf_counter() - start
+
+        return counted
+
+
+def network(synchronised: bool) -> nn.Module:
+    """Three convolutions with BatchNorm and a Linear: 0.5 million weights."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in ((3, 64), (64, 128), (128, 256)):
+        layers += [
+            nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(fan_out),
+            nn.ReLU(),
+        ]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if synchronised else model
+
+
+def measure(rank: int, count: int, store: str, batches: int, results: Any) -> None:
+    """Time curvatures on one of so many ranks; the first one tells."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", rank=rank, world_size=count, store=dist.FileStore(store, count))
+    generator = torch.Generator().manual_seed(rank)
+    loader = [
+        (torch.randn(32, 3, 32, 32, generator=generator), torch.randint(10, (32,)))
+        for _ in range(batches)
+    ]
+    for synchronised in (False, True):
+        for approximation in APPROXIMATIONS:
+            taken, traffic = [], Traffic()
+            for attempt in range(4):
+                traffic = Traffic()
+                dist.barrier()
+                start = time.perf_counter()
+                with traffic.counted():
+                    ek.estimate_curvature(
+                        network(synchronised),
+                        loader,
+                        approximation=approximation,
+                        process_group=dist.group.WORLD,
+                    )
+                if attempt:  # the first one warms up
+                    taken.append(time.perf_counter() - start)
+            if rank == 0:
+                row = (median(taken), traffic.messages, traffic.bytes, traffic.seconds)
+                results.put((synchronised, approximation, *row))
+    dist.barrier()
+
+
+def measured(counts: list[int], batches: int) -> None:
+    """Print times and bytes for so many processes."""
+    context = multiprocessing.get_context("spawn")
+    print(
+        f"{batches} mini-batches of 32 on each rank, one thread each, {os.cpu_count()} processors"
+    )
+    print("| statistics | factors | ranks | s | in exchanges, s | messages | MB a rank |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            results = context.Queue()
+            arguments = (count, os.path.join(folder, "store"), batches, results)
+            processes = [
+                context.Process(target=measure, args=(rank, *arguments)) for rank in range(count)
+            ]
+            for process in processes:
+                process.start()
+            for _ in range(2 * len(APPROXIMATIONS)):
+                synchronised, approximation, seconds, messages, sent, within = results.get(
+                    timeout=300
+                )
+                words = "all ranks' mini-batch" if synchronised else "own mini-batches"
+                print(
+                    f"| {words} | {approximation} | {count} | {seconds:.2f} | {within:.2f} | "
+                    f"{messages} | {sent / 1e6:.1f} |",
+                    flush=True,
+                )
+            for process in processes:
+                process.join()
+
+
+# --- modelled ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A link between machines: bytes a second, and seconds until the first one arrives."""
+
+    bandwidth: float
+    latency: float
+
+    def all_reduce(self, ranks: int, sent: float, messages: int) -> float:
+        """Seconds of sums over ranks: whole ones go round a ring, and up and down a tree.
+
+        A ring moves ``2 (R - 1) / R`` times the bytes, however many ranks there are; what a
+        message waits for is the depth of a tree, twice.
+        """
+        if ranks == 1:
+            return 0.0
+        waits = 2 * math.ceil(math.log2(ranks)) * self.latency
+        return 2 * (ranks - 1) / ranks * sent / self.bandwidth + messages * waits
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a curvature pass exchanges, for each rank.
+
+    Attributes
+    ----------
+    at_end : int
+        Bytes of factors.
+    messages_at_end : int
+    in_batch : int
+        Bytes in every mini-batch, under synchronised BatchNorms.
+    messages_in_batch : int
+    """
+
+    at_end: int
+    messages_at_end: int
+    in_batch: int
+    messages_in_batch: int
+
+    @classmethod
+    def of(cls, model: nn.Module, approximation: str) -> "Pass":
+        """Count what a model's pass in float32 exchanges, with one label draw."""
+        layers = find_layers(model, example=torch.zeros(2, 3, 64, 64))
+        strata, numbers, means = STRATA[approximation], 0, 0
+        for layer in layers:
+            for shape in layer.factor_shapes("merged"):
+                n, groups = shape[-1], math.prod(shape[:-2])
+                numbers += strata * groups * n * (n + 1) // 2
+                means += groups * n if strata > 1 else 0
+        channels = [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        # Forward, sums and squares; backward, the gradients of both. Each after a word of 24 bytes.
+        sums = sum(4 * (2 * c + 1) * 2 for c in channels)
+        messages = 2 * (4 * len(channels) + 2)
+        ending = 2 * (2 * strata * len(layers) + 4)
+        return cls(4 * numbers + 12 * ending, ending, sums + 4 * means + 12 * messages, messages)
+
+
+def modelled(images: int, batch: int, speed: float) -> None:
+    """Print what a ResNet-50 would take on up to 1,000 ranks, by the model alone."""
+    model = resnet50().eval()
+    links = {
+        "10 Gbit/s, 50 us": Network(1.25e9, 50e-6),
+        "200 Gbit/s, 10 us": Network(25e9, 10e-6),
+    }
+    print(f"\nResNet-50, {images:,} images, {speed:g} images/s a rank, mini-batches of {batch}")
+    for approximation in APPROXIMATIONS:
+        of = Pass.of(model, approximation)
+        print(
+            f"{approximation}: {of.at_end / 1e6:.0f} MB of factors at the end in "
+            f"{of.messages_at_end} messages; with SyncBatchNorm {of.in_batch / 1e6:.2f} MB a "
+            f"mini-batch in {of.messages_in_batch} messages"
+        )
+    print(
+        "| link | ranks | pass alone, s | factors, s | SyncBatchNorm, s | speed-up (own / sync) |"
+    )
+    print("|---|---:|---:|---:|---:|---:|")
+    of = Pass.of(model, "xkfac-nested")
+    for words, link in links.items():
+        for ranks in (1, 2, 4, 16, 64, 256, 1000):
+            steps = math.ceil(images / (batch * ranks))
+            alone = steps * batch / speed
+            end = link.all_reduce(ranks, of.at_end, of.messages_at_end)
+            within = steps * link.all_reduce(ranks, of.in_batch, of.messages_in_batch)
+            own, sync = (images / speed / x for x in (alone + end, alone + end + within))
+            print(
+                f"| {words} | {ranks} | {alone:.1f} | {end:.2f} | {within:.2f} | "
+                f"{own:.1f} / {sync:.1f} |"
+            )
+
+
+def main() -> None:
+    """Measure, and print what the model says beside it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--batches", type=int, default=8, help="mini-batches on each rank")
+    parser.add_argument("--images", type=int, default=100_000, help="of the model's pass")
+    parser.add_argument("--batch", type=int, default=32, help="images of its mini-batches")
+    parser.add_argument("--speed", type=float, default=500.0, help="images a second of its ranks")
+    arguments = parser.parse_args()
+    measured(arguments.ranks, arguments.batches)
+    modelled(arguments.images, arguments.batch, arguments.speed)
+
+
+if __name__ == "__main__":
+    main()
