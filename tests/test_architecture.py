@@ -12,7 +12,18 @@ LIBRARY = ROOT / "python/ekfac_rs"
 # floor, as long as nothing goes round in a circle, and everything below. The package's __init__
 # stands on all of them, and the laboratory on that.
 FLOORS = {
-    "ground": ("errors", "_core", "_tensors", "_checks", "_cuda", "_files", "_lanczos", "_modes"),
+    "ground": (
+        "errors",
+        "_core",
+        "_tensors",
+        "_checks",
+        "_cuda",
+        "_files",
+        "_lanczos",
+        "_modes",
+        "_packages",
+        "_pictures",
+    ),
     "loaders": ("loading", "_checkpoints"),
     "layers": ("layers",),
     "losses": ("likelihood",),
@@ -21,7 +32,7 @@ FLOORS = {
         *("curvature.settings", "curvature.block", "curvature.kronecker", "curvature.columnwise"),
         *("curvature.diagonal", "curvature.files", "curvature.curvature", "curvature.accumulators"),
         *("curvature.eigenbasis", "curvature.corrections", "curvature.conjugate"),
-        *("curvature.thin", "curvature.bounding"),
+        *("curvature.thin", "curvature.bounding", "curvature.spectra"),
     ),
     "passes": ("curvature.recovery", "curvature.passes", "curvature"),
     "on top": ("penalty", "stability", "metrics", "description", "scales", "info"),
