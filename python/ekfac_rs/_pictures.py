@@ -1,9 +1,9 @@
 """What all pictures have in common: matplotlib, imported here alone, and only to draw."""
 
 import io
-import textwrap
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +19,8 @@ _PANEL, _LETTERS = (3.2, 2.2), 40
 _COLUMNS = 3
 # Of a curve, over the logarithm of ranks.
 _POINTS = 300
-# Below this share of the largest, eigenvalues are rounding.
-_SMALLEST = 1e-12
+# Values that are each marked.
+_FEW = 10
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -42,8 +42,15 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def in_lines(title: str, letters: int) -> str:
-    """Break a title that is too long for one line."""
-    return "\n".join(textwrap.wrap(title, letters, subsequent_indent="  ")) or title
+    """Break a title that is too long for one line: between words, or within names of modules."""
+    lines = [""]
+    for part in re.findall(r".+?(?:[ ._]|$)", title):
+        pieces = [part[k : k + letters] for k in range(0, len(part), letters)]
+        for piece in pieces:
+            if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > letters:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def svg(figure: "Figure") -> str:
@@ -54,42 +61,56 @@ def svg(figure: "Figure") -> str:
     return text[text.index("<svg") :]
 
 
-def figure_of_spectra(spectra: Sequence[tuple[str, Tensor, bool]], title: str) -> "Figure":
-    """Draw spectra, each over its ranks in a panel of its own.
+class DrawnSpectrum(NamedTuple):
+    """What a panel shows.
 
-    Parameters
+    Attributes
     ----------
-    spectra : sequence of (name, values, exact)
-        Values descending.
-    title : str
+    name : str
+    values : Tensor
+        Descending.
+    exact : bool
+        Or else the curve is dashed.
+    rounding : float
+        Share of the largest below which values are not drawn.
     """
+
+    name: str
+    values: Tensor
+    exact: bool
+    rounding: float
+
+
+def figure_of_spectra(spectra: Sequence[DrawnSpectrum], title: str) -> "Figure":
+    """Draw spectra, each over its ranks in a panel of its own."""
     columns = min(_COLUMNS, len(spectra))
     rows = -(-len(spectra) // columns)
     figure = new_figure(_PANEL[0] * columns + 0.6, _PANEL[1] * rows + 1.0)
     figure.suptitle(in_lines(title, _LETTERS * columns), fontsize=10)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (name, values, exact) in zip(panels, spectra, strict=False):
-        _draw_spectrum(panel, values.cpu(), "-" if exact else "--")
-        panel.set_title(in_lines(name, _LETTERS), fontsize=9)
-    for panel in list(panels)[len(spectra) :]:
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, drawn in zip(panels, spectra, strict=False):
+        _draw_spectrum(panel, drawn)
+        panel.set_title(in_lines(drawn.name, _LETTERS), fontsize=9)
+    for panel in panels[len(spectra) :]:
         panel.set_axis_off()
     figure.supxlabel("rank", fontsize=9)
     figure.supylabel("eigenvalue", fontsize=9)
     return figure
 
 
-def _draw_spectrum(panel: "Axes", values: Tensor, style: str) -> None:
-    positive = int((values > _SMALLEST * values[0]).sum()) if float(values[0]) > 0.0 else 0
+def _draw_spectrum(panel: "Axes", drawn: DrawnSpectrum) -> None:
+    values = drawn.values.cpu()
+    certain = int((values > drawn.rounding * float(values[0])).sum())
     panel.set_xlim(0.8, 1.25 * len(values))
     panel.set_xscale("log")
     panel.tick_params(labelsize=7)
-    if not positive:
+    if not certain:
         panel.text(0.5, 0.5, "all zero", transform=panel.transAxes, ha="center", va="center")
         panel.set_yticks([])
         return
-    ranks = np.unique(np.geomspace(1, positive, min(_POINTS, positive)).round().astype(int))
-    marker = "." if positive < 10 else ""
+    ranks = np.unique(np.geomspace(1, certain, min(_POINTS, certain)).round().astype(int))
+    marker, style = "." if certain < _FEW else "", "-" if drawn.exact else "--"
     panel.plot(ranks, values[ranks - 1].tolist(), style, marker=marker, color="#332288")
     panel.set_yscale("log")
-    if positive < len(values):
-        panel.axvline(positive, linestyle=":", color="0.6")
+    if certain < len(values):
+        panel.axvline(certain, linestyle=":", color="0.6")

@@ -5,15 +5,24 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ekfac_rs import _core
 from ekfac_rs._checks import require_choice
 from ekfac_rs._modes import bare_model, own_modes, plain_name
-from ekfac_rs._pictures import figure_of_spectra
+from ekfac_rs._pictures import DrawnSpectrum, figure_of_spectra
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.batchnorm import as_found
-from ekfac_rs.curvature import APPROXIMATIONS, DIAGONAL, Curvature, Spectrum, spectrum
+from ekfac_rs.curvature import (
+    APPROXIMATIONS,
+    DIAGONAL,
+    Block,
+    Curvature,
+    DiagonalBlock,
+    Spectrum,
+    spectrum,
+)
 from ekfac_rs.errors import IncompatibleError, OptionError
 from ekfac_rs.layers import COORDINATES, AffineLayer, survey_layers
 
@@ -81,8 +90,8 @@ class Description:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the spectrum of each layer's block, eigenvalues over their ranks.
 
-        Dashed where they are not exact (see `ekfac_rs.curvature.Spectrum`); a dotted line stands
-        where eigenvalues are zero from.
+        Dashed where they are not exact (see `ekfac_rs.curvature.Spectrum`); from a dotted line on
+        there is nothing but rounding.
 
         Parameters
         ----------
@@ -114,9 +123,13 @@ class Description:
         assert self.curvature is not None
         settings, dashed = self.curvature.settings, not all(x.exact for x in spectra.values())
         note = "; dashed: the diagonal in the summed factors' eigenbasis" if dashed else ""
+        plural = "s" if len(spectra) > 1 else ""
         return figure_of_spectra(
-            [(name, *found) for name, found in spectra.items()],
-            f"Spectra of {len(spectra)} blocks, {settings.kind}{note}",
+            [
+                DrawnSpectrum(name, *found, _rounding_of(self.curvature[name]))
+                for name, found in spectra.items()
+            ],
+            f"Spectra of {len(spectra)} block{plural}, {settings.kind}{note}",
         )
 
     @property
@@ -229,6 +242,11 @@ def describe(
         approximation,
         curvature,
     )
+
+
+def _rounding_of(block: Block) -> float:
+    """Share of the largest eigenvalue below which others are rounding, but for a diagonal's."""
+    return 0.0 if isinstance(block, DiagonalBlock) else torch.finfo(block.dtype).eps
 
 
 def _chosen(name: str, value: str | None, curvature: Curvature | None, default: str) -> str:
