@@ -14,7 +14,7 @@ LIBRARY = ROOT / "python/ekfac_rs"
 FLOORS = {
     "ground": (
         *("errors", "_core", "_tensors", "_checks", "_cuda", "_files", "_lanczos", "_modes"),
-        "_ranks",
+        *("_packages", "_pictures", "_ranks"),
     ),
     "loaders": ("loading", "_checkpoints"),
     "layers": ("layers",),
@@ -24,7 +24,7 @@ FLOORS = {
         *("curvature.settings", "curvature.block", "curvature.kronecker", "curvature.columnwise"),
         *("curvature.diagonal", "curvature.files", "curvature.curvature", "curvature.accumulators"),
         *("curvature.eigenbasis", "curvature.corrections", "curvature.conjugate"),
-        *("curvature.thin", "curvature.bounding"),
+        *("curvature.thin", "curvature.bounding", "curvature.spectra"),
     ),
     "passes": ("curvature.recovery", "curvature.passes", "curvature"),
     "on top": ("penalty", "stability", "metrics", "description", "scales", "info", "distributed"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
+from ekfac_rs._pictures import in_lines, new_figure
 from ekfac_rs.errors import OptionError
 
 if TYPE_CHECKING:
@@ -389,8 +390,8 @@ class Selection:
 
         Raises
         ------
-        ImportError
-            matplotlib is not there: ``pip install ekfac-rs[experiments]``.
+        MissingPackageError
+            matplotlib is not there: ``pip install 'ekfac-rs[experiments]'``.
         """
         self.figure().savefig(path)
 
@@ -403,17 +404,13 @@ class Selection:
 
         Raises
         ------
-        ImportError
-            matplotlib is not there: ``pip install ekfac-rs[experiments]``.
+        MissingPackageError
+            matplotlib is not there: ``pip install 'ekfac-rs[experiments]'``.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(7.0, 5.0)
         losses, scales = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         steps = range(1, len(self.scale) + 1)
-        losses.set_title(f"{self.rule}; earlier tasks: {self.tasks}")
+        losses.set_title(in_lines(f"{self.rule}; earlier tasks: {self.tasks}", 64), fontsize=10)
         losses.plot(steps, self.loss, color="0.8", label="new task's loss")
         losses.plot(steps, self.increase, label="predicted increase per earlier task")
         if self.budget is not None:

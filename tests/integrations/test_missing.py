@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import ekfac_rs as ek
-from ekfac_rs.integrations.packages import missing
+from ekfac_rs._packages import missing
 
 MODULES = [("avalanche", "avalanche-lib"), ("lightning", "lightning")]
 

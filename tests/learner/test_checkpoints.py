@@ -418,6 +418,8 @@ def test_consolidation_goes_on_where_it_was(tmp_path):
 
 # EKFAC_KILLS=50 takes some minutes.
 KILLS = int(os.environ.get("EKFAC_KILLS", "4"))
+# Seconds for one that is not killed, on a machine with much else to do.
+PATIENCE = 600
 
 
 def _learn(path, result) -> None:
@@ -480,7 +482,7 @@ def killed_at(seconds, work, path, result):
 @pytest.mark.parametrize("work", [_learn, _learn_by_halving, _accumulate])
 def test_killed_at_any_moment_it_ends_in_the_same_weights(work, tmp_path):
     begun = time.perf_counter()
-    assert not killed_at(100, work, tmp_path / "whole", tmp_path / "expected")
+    assert not killed_at(PATIENCE, work, tmp_path / "whole", tmp_path / "expected")
     whole = time.perf_counter() - begun
     expected = torch.load(tmp_path / "expected")
     chance, kills = random.Random(0), 0
@@ -495,7 +497,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(work, tmp_path):
         if kills == KILLS:
             break
     assert kills == KILLS
-    assert not killed_at(100, work, path, result)
+    assert not killed_at(PATIENCE, work, path, result)
     require_same(torch.load(result), expected)
     assert not [x for x in tmp_path.iterdir() if x.suffix == ".partial"]
 

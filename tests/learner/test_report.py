@@ -91,3 +91,30 @@ def test_what_is_written_is_escaped(tmp_path):
     learner.layers = ("<b>&",)
     learner.report(tmp_path / "report.html")
     assert "<b>&" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_browser_shows_all_of_it(tmp_path):
+    browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    learner, accuracy = learnt(2, scale="auto")
+    learner.report(tmp_path / "report.html", accuracy)
+    with browsers.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch()
+        except browsers.Error as error:
+            pytest.skip(f"playwright has no browser to launch: {error}")
+        page, said, asked = browser.new_page(), [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "report.html").as_uri())
+        assert page.title() == "Continual learning"
+        headings = page.locator("h2").all_inner_texts()
+        boxes = [picture.bounding_box() for picture in page.locator("svg").all()]
+        width = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        browser.close()
+    assert said == []
+    assert len(asked) == 1  # the page itself
+    assert headings == ["Accuracy", "What is held on to", "How strongly", "Options"]
+    assert len(boxes) == 2
+    assert all(box["width"] > 100 and box["height"] > 100 for box in boxes)
+    assert width <= 0  # nothing beyond the edge

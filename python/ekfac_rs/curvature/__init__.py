@@ -14,6 +14,7 @@ from ekfac_rs.curvature.settings import (
     STATISTICS,
     PassSettings,
 )
+from ekfac_rs.curvature.spectra import Spectrum, spectrum
 from ekfac_rs.curvature.thin import ThinKroneckerSum
 from ekfac_rs.curvature.truncated import TruncatedSum
 
@@ -30,8 +31,10 @@ __all__ = [
     "KroneckerSum",
     "PassSettings",
     "Signature",
+    "Spectrum",
     "ThinKroneckerSum",
     "TruncatedSum",
     "compress_curvatures",
     "estimate_curvature",
+    "spectrum",
 ]

@@ -384,7 +384,7 @@ class EigenbasisSum(Block):
         if len(self.terms) == 1:
             term = self.terms[0]
             return term.outside(term.inside(V) / self._damped_values(damping))
-        preconditioner = self._in_basis_of(self._largest())
+        preconditioner = self.in_one_basis()
         return conjugate_gradients(
             self.product,
             lambda residual: preconditioner.solve(residual, damping),
@@ -454,6 +454,10 @@ class EigenbasisSum(Block):
                 f"expected a positive definite block, got a singular one with damping {damping}"
             )
         return values
+
+    def in_one_basis(self) -> "EigenbasisSum":
+        """Nearest operator that is diagonal in the eigenbasis of the largest term; one term."""
+        return self if len(self.terms) == 1 else self._in_basis_of(self._largest())
 
     def _largest(self) -> EigenbasisTerm:
         return max(self.terms, key=lambda term: float(term.values.sum()))

@@ -314,7 +314,7 @@ class ThinKroneckerSum(Block):
         require_nonnegative("damping", damping)
         require_count("max_iterations", max_iterations)
         V = self._checked(V)
-        near = self._near()
+        near = self.near()
         return conjugate_gradients(
             self.product,
             lambda residual: near.solve(residual, damping),
@@ -373,7 +373,7 @@ class ThinKroneckerSum(Block):
             drawn += Q @ noise(Q.shape[1], R.shape[1]) @ R.mT
         return self.solve(drawn, damping)
 
-    def _near(self) -> EigenbasisSum:
+    def near(self) -> EigenbasisSum:
         """Nearest operator that is diagonal in the eigenbasis of the summed factors."""
         D, K = self.shape
         A, G = self._R.new_zeros(K, K), self._Q.new_zeros(D, D)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ekfac_rs.integrations.packages import missing
+from ekfac_rs._packages import missing
 from ekfac_rs.integrations.part import LearnersPart
 from ekfac_rs.learning import ContinualLearner
 from ekfac_rs.loading import Source

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ekfac_rs._packages import missing
 from ekfac_rs.errors import OptionError
-from ekfac_rs.integrations.packages import missing
 from ekfac_rs.integrations.part import LearnersPart
 from ekfac_rs.learning import ContinualLearner
 from ekfac_rs.loading import Source

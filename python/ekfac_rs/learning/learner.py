@@ -1042,8 +1042,8 @@ class ContinualLearner:
 
         Raises
         ------
-        ImportError
-            matplotlib is not there: ``pip install ekfac-rs[experiments]``.
+        MissingPackageError
+            matplotlib is not there: ``pip install 'ekfac-rs[experiments]'``.
         """
         text = page(self._options(), self.curvatures, self.losses, self.selection, accuracy)
         Path(path).write_text(text, encoding="utf-8")

@@ -1,19 +1,15 @@
 """A page that tells what a learner did: one HTML file that needs nothing else."""
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 import torch
 
 from ekfac_rs._core import build_info
+from ekfac_rs._pictures import new_figure, svg
 from ekfac_rs.curvature import Curvature
 from ekfac_rs.metrics import AccuracyMatrix
 from ekfac_rs.scales import Selection
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em; }
@@ -45,8 +41,8 @@ def page(
 
     Raises
     ------
-    ImportError
-        matplotlib is not there: ``pip install ekfac-rs[experiments]``.
+    MissingPackageError
+        matplotlib is not there: ``pip install 'ekfac-rs[experiments]'``.
     """
     parts = [
         "<h1>Continual learning</h1>",
@@ -64,8 +60,6 @@ def page(
 
 
 def _of_accuracy(accuracy: AccuracyMatrix) -> Iterator[str]:
-    from matplotlib.figure import Figure
-
     yield "<h2>Accuracy</h2>"
     summary = [f"Average after the last task: <b>{_percent(accuracy.average())}</b>"]
     if accuracy.tasks > 1:
@@ -78,7 +72,7 @@ def _of_accuracy(accuracy: AccuracyMatrix) -> Iterator[str]:
         for i, row in enumerate(accuracy.values.tolist())
     )
     yield _table(("after", *(f"on task {j}" for j in columns)), rows)
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7.0, 4.0)
     axes = figure.subplots()
     for j in range(accuracy.tasks):
         curve = accuracy.task_curve(j)
@@ -86,7 +80,7 @@ def _of_accuracy(accuracy: AccuracyMatrix) -> Iterator[str]:
     axes.plot(100.0 * accuracy.average_curve(), color="black", linestyle="--", label="average")
     axes.set(xlabel="after task", ylabel="accuracy in per cent")
     axes.legend()
-    yield _svg(figure)
+    yield svg(figure)
 
 
 def _of_tasks(curvatures: Sequence[Curvature], losses: Sequence[float | None]) -> Iterator[str]:
@@ -119,7 +113,7 @@ def _of_scales(selections: Sequence[Selection]) -> Iterator[str]:
             rows = ((f"{s:g}", "diverged" if r is None else f"{r:.4g}") for s, r in selection.tries)
             yield _table(("scale tried", "accuracy, or minus the loss"), rows)
         if selection.scale:
-            yield _svg(selection.figure())
+            yield svg(selection.figure())
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -131,11 +125,3 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _percent(value: float) -> str:
     return f"{100.0 * value:.2f} %"
-
-
-def _svg(figure: "Figure") -> str:
-    """Draw a figure as an element of the page: no file beside it."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]

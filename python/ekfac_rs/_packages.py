@@ -1,4 +1,4 @@
-"""Packages that a module here stands on, and what is said where one is missing."""
+"""What is said where a package is missing that not everybody needs."""
 
 from ekfac_rs.errors import MissingPackageError
 
