@@ -132,6 +132,10 @@ experiments *args="permuted-mnist --preset quick": dev
 bench *args: dev
     {{python}} benchmarks/bench.py {{args}}
 
+# Time and bytes of a curvature of 1, 2 and 4 processes, and a model of what 1,000 would take
+bench-distributed *args: dev
+    {{python}} benchmarks/bench_distributed.py {{args}}
+
 # Compare with torch on an NVIDIA GPU; --device cpu --quick for a dry run without one
 bench-gpu *args: dev
     {{python}} benchmarks/bench_gpu.py {{args}}

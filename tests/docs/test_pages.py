@@ -50,6 +50,7 @@ def test_the_readme_and_every_guide_have_examples():
         "scale",
         "heads",
         "cuda",
+        "many-machines",
         "integrations",
     )
     assert with_python >= {"README.md", *(f"docs/{guide}.md" for guide in guides)}
