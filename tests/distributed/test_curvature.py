@@ -363,6 +363,17 @@ def failing_in_step(rank):
     return estimate(model, batches)
 
 
+def test_a_checkpoint_of_several_processes_is_refused(team, tmp_path):
+    for failure in team.run(with_checkpoint, str(tmp_path / "x")):
+        assert failure.kind == "OptionError"
+        assert "checkpoint: expected none where 2 processes make one" in failure.message
+
+
+def with_checkpoint(rank, path):
+    loader, model = classification_loader(2, 2), mlp(2, 3, 2)
+    ek.estimate_curvature(model, loader, checkpoint=path, process_group=dist.group.WORLD)
+
+
 def test_a_process_that_fails_amid_a_mini_batch_tells_the_others(team):
     first, second = team.run(failing_in_step)
     assert first.kind == "DistributedError"

@@ -1,6 +1,7 @@
 """Processes that learn together: one model, one penalty, one choice of its scale."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,52 @@ def same(first, second):
             same(one, other)
     else:
         assert first == second or (first != first and second != second)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopped_or_not(rank, folder, stops, falls_behind=-1):
+    """Training of the second task; stopped in its sixth step, it goes on from a checkpoint.
+
+    With each one steps begin to look anew, so all have as many. One rank may find an older one.
+    """
+    options = {"process_group": dist.group.WORLD, **LEARNERS["auto"]}
+    learner = ek.ContinualLearner(mlp(4, 6, 5, 3), **options)
+    torch.manual_seed(0)
+    learner.fit(task(0, rank), lr=0.2)
+    learner.consolidate(task(0, rank))
+    path, older = f"{folder}/{rank}", f"{folder}/older{rank}"
+    training = {"epochs": 2, "lr": 0.2, "checkpoint": path, "every": 2}
+
+    def watch(step, _):
+        if step == 4:
+            shutil.copy(path, older)
+        if step == 6 and stops:
+            raise Stopped
+
+    try:
+        learner.fit(task(1, rank), callback=watch, **training)
+    except Stopped:
+        found = older if rank == falls_behind else path
+        learner = ek.ContinualLearner.resume(found, mlp(4, 6, 5, 3), **options)
+        learner.fit(task(1, rank), **training)
+    return outcome(learner)
+
+
+def test_training_of_several_processes_goes_on(team, tmp_path):
+    whole, _ = team.results(stopped_or_not, str(tmp_path), False)
+    for again in team.results(stopped_or_not, str(tmp_path), True):
+        same(again, whole)
+
+
+def test_processes_that_go_on_from_different_steps_say_so(team, tmp_path):
+    for failure in team.run(stopped_or_not, str(tmp_path), True, 1):
+        assert failure.kind == "DistributedError"
+        assert "fit: expected the same on all ranks" in failure.message
+        # A rank tells of the place where one stands: itself, or the one it heard of first.
+        assert failure.message.endswith(("after 2 steps", "after 4 steps"))
 
 
 # --- and what one process would have learnt ------------------------------------------------------

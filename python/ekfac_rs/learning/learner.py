@@ -471,7 +471,10 @@ class ContinualLearner:
         with ExitStack() as undo:
             self._heads.begin(self.task, undo, classes, lambda: self._classes_in(source))
             plan = self._plan(source, epochs, steps)
-            self._ranks.require_same("fit", f"{_arguments(lr, plan)}, task {self.task}")
+            self._ranks.require_same(
+                "fit",
+                f"{_arguments(lr, plan)}, task {self.task}, after {self._steps_before()} steps",
+            )
             by_halving = isinstance(rule, Halving) and self._is_penalised
             self._require_as_interrupted(lr, plan, by_halving)
             recorder = self._checkpoints(checkpoint, every, lr, plan)
@@ -1173,6 +1176,10 @@ class ContinualLearner:
     @property
     def _own_generators(self) -> list[torch.Generator]:
         return [] if self.generator is None else [self.generator]
+
+    def _steps_before(self) -> int:
+        """Return how many steps the training that is to go on has made."""
+        return 0 if self._unfinished is None else int(self._unfinished["state"]["steps_done"])
 
     def _require_as_interrupted(self, lr: float, plan: Plan, by_halving: bool) -> None:
         """Refuse other arguments than those of the training that was interrupted."""
