@@ -1,6 +1,7 @@
 """Training that is interrupted ends as it would have without: bit for bit."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import random
@@ -481,6 +482,9 @@ def killed_at(seconds, work, path, result):
 
 @pytest.mark.parametrize("work", [_learn, _learn_by_halving, _accumulate])
 def test_killed_at_any_moment_it_ends_in_the_same_weights(work, tmp_path):
+    # What torch imports with the first optimiser takes longer than all the work: children would be
+    # killed in that.
+    importlib.import_module("torch._dynamo")
     begun = time.perf_counter()
     assert not killed_at(PATIENCE, work, tmp_path / "whole", tmp_path / "expected")
     whole = time.perf_counter() - begun
@@ -489,7 +493,9 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(work, tmp_path):
     path, result = tmp_path / "file", tmp_path / "result"
     # Many more than are needed where the machine is slower at times than at others.
     for _ in range(10 * KILLS):
-        kills += killed_at(chance.uniform(0.0, 0.5) * whole, work, path, result)
+        killed = killed_at(chance.uniform(0.0, 0.5) * whole, work, path, result)
+        # Of those that something goes on after.
+        kills += killed and path.exists()
         if result.exists():
             require_same(torch.load(result), expected)
             result.unlink()
