@@ -19,13 +19,14 @@ from gpu.emulator_build import CompilerMissingError, build
 TESTS = Path(__file__).parents[1]
 
 # Test files and how many tests of each must pass at the least: a suite that is skipped fails.
+# Tensors are torch's on the CPU: what is tested is the backend, not where tensors are made.
 SUITES = {
     "exactness/test_convolutions.py core/test_kronecker_sum.py": 280,
     "exactness/test_channel_blocks.py exactness/test_definitions.py": 200,
-    "exactness/test_known_answers.py exactness/test_invariances.py exactness/test_labels.py "
-    "exactness/test_side_effects.py "
-    "gpu/test_agreement.py gpu/test_faults.py gpu/test_counts.py": 600,
-    "penalty learner io layers/test_convolutions_in_use.py bn": 600,
+    "exactness/test_known_answers.py gpu/test_agreement.py gpu/test_faults.py "
+    "gpu/test_counts.py": 530,
+    "penalty learner/test_continual_learner.py learner/test_many_tasks.py "
+    "io/test_curvature_files.py layers/test_convolutions_in_use.py bn": 450,
 }
 # What says no more about a device than others: thousands of samples or steps, each computed by
 # itself; what is known of factors that other tests compare with the oracle's; training, whose parts
@@ -35,17 +36,11 @@ ELSEWHERE = (
     *("positive_semidefinite", "one_convolution", "exact_for", "two_forms", "patches_times"),
     *("exact_block", "one_example_with", "relabelings", "single_precision", "around_a_circle"),
     *("not_trained_are_left_out", "fine_tuning_forgets", "part_of_another_kind", "puts_no_look"),
-    *("fixed_point", "is_prepared_for", "halving", "corrected_curvatures_are_stored"),
-    *("large_factor", "bce-"),
+    *("fixed_point", "is_prepared_for", "corrected_curvatures_are_stored", "large_factor", "bce-"),
+    *("stays_finite_at_strengths", "round_trip_changes_a_deep_net", "splitting_a_batch"),
+    *("nearly_as_all_terms_do", "memory_does_not_grow", "(test_many_tasks and goes_on_as)"),
     # The order of examples and of memory, where other layers' were shuffled on the device.
     "merging_and_memory_layout",
-    # Rules over predicted increases, and optimisers around steps; both are taken of penalties.
-    *("a_report_goes_with", "was_not_enough", "a_budget_is_reached", "highest_rate_so_far"),
-    *("stays_finite_at_strengths", "in_a_group_of_its_own", "round_trip_changes_a_deep_net"),
-    *("nearly_as_all_terms_do", "memory_does_not_grow", "splitting_a_batch", "more_draws"),
-    # Files and pages; of what is written down to go on with, one of each is enough.
-    *("test_files", "test_report", "(test_checkpoints and not all_that_it_draws)"),
-    *("(test_many_tasks and goes_on_as)", "(test_heads and goes_on_as)", "does_not_fit"),
     # Of coordinates and statistics two of four combinations: both of each.
     *("modes1", "modes2"),
 )
