@@ -51,14 +51,9 @@ fetch-and-compile:
     wait $fetching
 
 # Types are checked on one core, and most of the core's compilation is on one, too
+[parallel]
 [private]
-build-and-check-types: setup
-    #!/usr/bin/env bash
-    set -euo pipefail
-    trap wait EXIT
-    {{just_executable()}} check-types & checking=$!
-    {{just_executable()}} dev
-    wait $checking
+build-and-check-types: dev check-types
 
 # Stubs are compared on one core
 [private]

@@ -54,7 +54,12 @@ WORK = {"curvature pass": curvature_pass, "training step": training_step}
 
 @pytest.mark.parametrize("name", WORK)
 def test_memory_stays_flat(name):
-    # One matrix left each time would be 6 megabytes, a graph or descriptor 1,000 objects.
-    leaked, objects = growth(WORK[name]())
-    assert leaked < 3e6
-    assert objects < 500
+    # One matrix left each time would be 6 megabytes, a graph or descriptor 1,000 objects. What the
+    # allocator takes once, for whatever came before, is not there the next time; what leaks is.
+    work, found = WORK[name](), []
+    while len(found) < 3:
+        leaked, objects = growth(work)
+        if leaked < 3e6 and objects < 500:
+            return
+        found.append((leaked, objects))
+    pytest.fail(f"bytes and objects left in each of three rounds: {found}")

@@ -102,8 +102,8 @@ def test_factors_become_means_where_their_sums_were(approximation):
     model, (first, second) = network.make(), network.batches("mse", (6, 4))
     made = []
 
-    def keep(layer, settings, notes):
-        made.append(accumulator(layer, settings, notes))
+    def keep(*arguments):
+        made.append(accumulator(*arguments))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,5 @@
 """Spectra of every kind of block against its dense matrix, and the picture of them."""
 
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from torch import nn
 import ekfac_rs as ek
 from cases import NETWORKS, estimate
 from ekfac_rs.curvature import spectrum
-from ekfac_rs.errors import IncompatibleError, OptionError
+from ekfac_rs.errors import IncompatibleError, MissingPackageError, OptionError
 
 
 def factor(size, *stack):
@@ -94,7 +93,7 @@ def texts_inside(figure):
     return [text.get_text().replace("\n", "") for text in found]
 
 
-@pytest.mark.parametrize("approximation", ["kfac-expand", "xkfac", "diagonal"])
+@pytest.mark.parametrize("approximation", ["xkfac", "diagonal"])
 def test_a_picture_has_a_panel_for_each_layer_and_cuts_nothing_off(approximation, tmp_path):
     pytest.importorskip("matplotlib")
     _, curvature, description = described(approximation=approximation)
@@ -138,21 +137,9 @@ def test_what_does_not_go_together_is_refused():
         ek.describe(nn.Sequential(nn.Linear(2, 2)), curvature)
 
 
-WITHOUT = """
-import sys
-sys.modules["matplotlib"] = None     # as if it were not there
-import torch, ekfac_rs as ek
-model = torch.nn.Sequential(torch.nn.Linear(2, 2))
-curvature = ek.estimate_curvature(model, [(torch.randn(3, 2), torch.zeros(3).long())])
-try:
-    ek.describe(model, curvature).plot("x.png")
-except ek.errors.MissingPackageError as error:
-    print(error)
-"""
-
-
-def test_without_matplotlib_it_says_what_to_install():
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True
-    )
-    assert "pip install 'ekfac-rs[experiments]'" in done.stdout
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    for module in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, module, None)
+    _, _, description = described()
+    with pytest.raises(MissingPackageError, match=r"pip install 'ekfac-rs\[experiments\]'"):
+        description.plot("nowhere.png")
