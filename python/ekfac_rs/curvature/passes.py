@@ -386,7 +386,8 @@ class _Passes:
 
     def require_same_weights(self) -> None:
         """Raise `DistributedError` unless all ranks have the same weights and statistics."""
-        own = [number for signature in self._signatures().values() for number in signature]
+        signatures = _signatures(self._layers, self._settings).values()
+        own = [number for signature in signatures for number in signature]
         first, *others = self._ranks.gathered(self._ranks.tensor(own), "signatures")
         for rank, theirs in enumerate(others, start=1):
             pairs = zip(first.view(-1, 2).tolist(), theirs.view(-1, 2).tolist(), strict=True)
@@ -397,9 +398,6 @@ class _Passes:
                         f"on all ranks, got others on rank {rank} than on rank 0 "
                         "(ekfac_rs.distributed.broadcast_buffers makes statistics the same)"
                     )
-
-    def _signatures(self) -> dict[str, Signature]:
-        return _signatures(self._layers, self._settings)
 
     def run(
         self,
