@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -139,7 +139,7 @@ def compare_eigh(sizes: tuple[int, ...], rounds: int, device: str) -> dict[str, 
     return rows
 
 
-def check(candidates: Sequence[str]) -> dict[str, dict[str, Any]]:
+def check(candidates: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Say of every candidate how near its factors are to the exact ones, on small networks."""
     found: dict[str, dict[str, Any]] = {}
     # Of ours one is the reference; the others, and K-FAC merged with BatchNorms, are no K-FAC
@@ -150,7 +150,7 @@ def check(candidates: Sequence[str]) -> dict[str, dict[str, Any]]:
         for name in candidates
         if name not in without_factors and not name.startswith("ekfac_rs")
     ]
-    for key in CHECKS:
+    for key in names:
         found[key] = {}
         for name in beside:
             worker = Worker(name, "checks", key)
@@ -186,10 +186,21 @@ def machine(place: Place) -> Row:
     }
 
 
+def _refuse_unknown(
+    parser: argparse.ArgumentParser, names: Iterable[str], known: Iterable[str]
+) -> None:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        parser.error(f"expected some of {', '.join(known)}, got {', '.join(unknown)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "names", nargs="*", help=f"which: {', '.join(WORKLOADS)}, eigh; all that there are"
+        "names",
+        nargs="*",
+        help=f"which: {', '.join(WORKLOADS)}, eigh, or with --check {', '.join(CHECKS)}; "
+        "all that there are",
     )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for an NVIDIA GPU")
     parser.add_argument(
@@ -205,12 +216,12 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results/speed"))
     arguments = parser.parse_args()
-    unknown = set(arguments.beside) - set(NAMES)
-    if unknown:
-        parser.error(f"expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
+    _refuse_unknown(parser, arguments.beside, NAMES)
     candidates = [name for name in NAMES if name in {BARE, OURS, *arguments.beside}]
     if arguments.check:
-        print(report.of_check(check(candidates)))
+        names = arguments.names or list(CHECKS)
+        _refuse_unknown(parser, names, CHECKS)
+        print(report.of_check(check(candidates, names)))
         return
     place = Place(arguments.device, arguments.precision)
     if place.on_gpu and not torch.cuda.is_available():
@@ -220,9 +231,7 @@ def main() -> None:
     if arguments.quick:
         kind, workloads = "quick", QUICK
     names = arguments.names or [*workloads, "eigh"]
-    unknown = set(names) - {*workloads, "eigh"}
-    if unknown:
-        parser.error(f"expected some of {', '.join(workloads)}, eigh, got {', '.join(unknown)}")
+    _refuse_unknown(parser, names, [*workloads, "eigh"])
     results: Row = {"machine": machine(place), "quick": arguments.quick, "workloads": {}}
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in names:

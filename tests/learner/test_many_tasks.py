@@ -1,6 +1,7 @@
 """Many tasks at constant cost: what a learner keeps of a layer over all of them."""
 
 import copy
+import functools
 import io
 import math
 
@@ -309,15 +310,23 @@ def kept_state(learner):
     return flat(learner.state_dict())
 
 
+@functools.cache
+def two_learners(head):
+    """Learners of other tasks, and of other numbers of them."""
+    return [
+        learn(learner_of(2, scale="auto", head=head), tasks) for tasks in (TASKS[:2], TASKS[2:3])
+    ]
+
+
 @pytest.mark.parametrize("head", [None, "new"])
 @pytest.mark.parametrize("value", [None, 7, "x", [1], {"a": 1}], ids=repr)
 @pytest.mark.parametrize(
     "key", ["model", "task", "anchor", "norms", "heads", "losses", "selection", "curvatures"]
 )
 def test_a_state_with_a_part_of_another_kind_changes_nothing(key, value, head):
-    learner = learn(learner_of(2, scale="auto", head=head), TASKS[:2])
+    learner, other = two_learners(head)
     state = copy.deepcopy(learner.state_dict())
-    other = learn(learner_of(2, scale="auto", head=head), TASKS[2:3])
+    own = copy.deepcopy(other.state_dict())
     before = kept_state(other)
     if (key, value) == ("task", 7):
         value = 1  # fewer than there are curvatures of
@@ -328,6 +337,8 @@ def test_a_state_with_a_part_of_another_kind_changes_nothing(key, value, head):
     assert kept_state(other) == before
     other.load_state_dict(state)
     assert kept_state(other) == kept_state(learner)
+    other.load_state_dict(own)
+    assert kept_state(other) == before
 
 
 def test_a_state_whose_anchor_is_of_other_shapes_or_weights_changes_nothing():

@@ -46,7 +46,7 @@ def values_of_descent(model, x, penalty, lr, momentum, steps, stable):
         ("xkfac", 1, 0.0, True),
         ("xkfac", 30, 0.95, False),
         ("kfac-expand", 30, 0.0, False),
-        ("diagonal", 30, 0.95, True),
+        ("diagonal", 3, 0.95, True),
     ],
 )
 @pytest.mark.parametrize("name", ONE_LAYER)
