@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 
 import ekfac_rs as ek
+from ekfac_rs._ranks import assigned
 from ekfac_rs.layers import find_layers
 
 STRATA = {"kfac-expand": 1, "xkfac": 2, "xkfac-nested": 3}
@@ -108,12 +110,40 @@ def measure(rank: int, count: int, store: str, batches: int, results: Any) -> No
                 seconds, of_cpu = (median(times) for times in zip(*taken, strict=True))
                 row = (seconds, of_cpu, traffic.messages, traffic.bytes, traffic.seconds)
                 results.put((synchronised, approximation, *row))
+    results.put((rank, *solved()))
     dist.barrier()
+
+
+def solved() -> tuple[float, float, int]:
+    """Time what is shared out: seconds and CPU seconds of this rank, and bytes."""
+    torch.manual_seed(0)
+    widths = (512,) * 7
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)), nn.Linear(512, 10))
+    curvature = ek.estimate_curvature(
+        model, [(torch.randn(64, 512), torch.randint(10, (64,)))], approximation="xkfac"
+    )
+    V = {name: torch.randn(block.shape) for name, block in curvature.items()}
+    taken, traffic = [], Traffic()
+    for attempt in range(4):
+        traffic = Traffic()
+        # Another damping each time: an inverse is made anew.
+        damping = 0.1 * (attempt + 1)
+        dist.barrier()
+        start, worked = time.perf_counter(), time.process_time()
+        with traffic.counted():
+            ek.distributed.map_blocks(
+                curvature, lambda name, block, d=damping: block.solve(V[name], d)
+            )
+        if attempt:
+            taken.append((time.perf_counter() - start, time.process_time() - worked))
+    seconds, of_cpu = (median(times) for times in zip(*taken, strict=True))
+    return seconds, of_cpu, traffic.bytes
 
 
 def measured(counts: list[int], batches: int) -> None:
     """Print times and bytes for so many processes."""
     context = multiprocessing.get_context("spawn")
+    shared = []
     print(
         f"{batches} mini-batches of 32 on each rank, one thread each, {os.cpu_count()} processors"
     )
@@ -142,8 +172,19 @@ def measured(counts: list[int], batches: int) -> None:
                     f"{messages} | {sent / 1e6:.2f} | {said / 1e6:.2f} |",
                     flush=True,
                 )
+            # Each rank tells of its own share.
+            rows = sorted(results.get(timeout=300) for _ in range(count))
+            _, seconds, works, sent = zip(*rows, strict=True)
+            shared.append(
+                f"| {count} | {max(seconds):.2f} | {min(works):.2f} to {max(works):.2f} | "
+                f"{sent[0] / 1e6:.2f} |"
+            )
             for process in processes:
                 process.join()
+    print("\nInverses of two terms applied, six Linears of 512 and one of 10, shared out")
+    print("| ranks | s | CPU s of a rank | MB a rank |")
+    print("|---:|---:|---:|---:|")
+    print("\n".join(shared))
 
 
 # --- modelled ------------------------------------------------------------------------------------
@@ -239,6 +280,22 @@ def modelled(images: int, batch: int, speed: float) -> None:
             )
 
 
+def shares(model: nn.Module) -> None:
+    """Print by how much decompositions of all factors are faster where they are shared out."""
+    sizes = {
+        layer.name: [(shape[-1], math.prod(shape[:-2])) for shape in layer.factor_shapes("merged")]
+        for layer in find_layers(model, example=torch.zeros(2, 3, 64, 64))
+    }
+    costs = {name: float(sum(m * n**3 for n, m in factors)) for name, factors in sizes.items()}
+    print("\nResNet-50, decompositions shared out by the cubes of factors' sizes")
+    print("| ranks | speed-up |")
+    print("|---:|---:|")
+    for ranks in (2, 4, 8, 16, 64):
+        makers = assigned(costs, ranks)
+        most = max(sum(c for n, c in costs.items() if makers[n] == k) for k in range(ranks))
+        print(f"| {ranks} | {sum(costs.values()) / most:.1f} |")
+
+
 def main() -> None:
     """Measure, and print what the model says beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -251,6 +308,7 @@ def main() -> None:
     if arguments.ranks:
         measured(arguments.ranks, arguments.batches)
     modelled(arguments.images, arguments.batch, arguments.speed)
+    shares(resnet50().eval())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Processes that work on one thing together: what they sum, and how none of them fails alone."""
 
+import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,21 @@ _TOLD = "_ekfac_rs_told"
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
+
+
+class Share(NamedTuple):
+    """One of several things that ranks make for each other.
+
+    Attributes
+    ----------
+    cost : float
+        What it takes, in any unit.
+    device : torch.device
+        Where all ranks have it.
+    """
+
+    cost: float
+    device: torch.device
 
 
 class Ranks:
@@ -180,6 +196,62 @@ class Ranks:
         """Return numbers as a tensor in float64, where the group can exchange it."""
         return torch.tensor(list(numbers), dtype=torch.float64, device=self._device)
 
+    def shared_out(
+        self,
+        shares: Mapping[str, Share],
+        make: Callable[[str], Mapping[str, Tensor]],
+        what: str,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Let each rank make some of several things, and give all of them to all.
+
+        Parameters
+        ----------
+        shares : mapping of str to Share
+            The same on all ranks, and so is who makes what.
+        make : callable
+            Makes one: tensors with names.
+        what : str
+            Names them.
+        """
+        makers = assigned({name: share.cost for name, share in shares.items()}, self.count)
+        with self.agreed(what):
+            made = {
+                name: dict(make(name)) for name, maker in makers.items() if maker == self.number
+            }
+        if self.alone:
+            return made
+        return {
+            name: self._from(maker, made.get(name), f"{what} of {name!r}", shares[name].device)
+            for name, maker in makers.items()
+        }
+
+    def _from(
+        self, rank: int, own: dict[str, Tensor] | None, what: str, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a rank, which alone has them, on every rank."""
+        self._meet(what)
+        forms = json.dumps(
+            {key: (str(t.dtype).removeprefix("torch."), t.shape) for key, t in (own or {}).items()}
+        )
+        forms = json.loads(self._text_from(rank, forms, what))
+        tensors = {}
+        for key, (dtype, shape) in forms.items():
+            if own is None:
+                tensors[key] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            else:
+                tensors[key] = own.pop(key).detach().to(device).contiguous()
+            self._send(tensors[key], what, rank)
+        return tensors
+
+    def _text_from(self, rank: int, text: str, what: str) -> str:
+        """Return a rank's text on every rank."""
+        length = torch.tensor([len(text.encode())], device=self._device)
+        self._send(length, what, rank)
+        encoded = text.encode()[: int(length)].ljust(int(length))
+        message = torch.tensor(list(encoded), dtype=torch.uint8, device=self._device)
+        self._send(message, what, rank)
+        return bytes(message.tolist()).decode()
+
     # --- how they fail ---
 
     def require_same(self, what: str, value: str) -> None:
@@ -307,6 +379,24 @@ def on_all_ranks(function: Callable[_Parameters, _Result]) -> Callable[_Paramete
             return function(*args, **kwargs)
 
     return call
+
+
+# --- shares of work ------------------------------------------------------------------------------
+
+
+def assigned(costs: Mapping[str, float], count: int) -> dict[str, int]:
+    """Tell of each thing which of several ranks makes it: the most costly first, who has least.
+
+    The rank with most has at most 4/3 of what the best assignment leaves one with (Graham, "Bounds
+    on Multiprocessing Timing Anomalies", 1969).
+    """
+    loads = [0.0] * count
+    makers = {}
+    for name, cost in sorted(costs.items(), key=lambda item: (-item[1], item[0])):
+        maker = loads.index(min(loads))
+        loads[maker] += cost
+        makers[name] = maker
+    return {name: makers[name] for name in costs}
 
 
 # --- packed triangles ----------------------------------------------------------------------------

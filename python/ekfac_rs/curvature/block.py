@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ekfac_rs._checks import require_like
 from ekfac_rs._lanczos import top_eigenvalue
+from ekfac_rs._ranks import Share
 from ekfac_rs.errors import IncompatibleError, NumericalError, OptionError
 
 Terms = Sequence[tuple[Tensor, Tensor]]
@@ -133,6 +134,15 @@ class Block(ABC):
 def kept_strata(gradient_examples: Sequence[int]) -> list[int]:
     """Return the strata that had a degree of freedom: the others are no terms."""
     return [k for k, examples in enumerate(gradient_examples) if examples]
+
+
+def share_of(block: Block) -> Share:
+    """Return what to decompose a block takes, for ranks that do it for each other."""
+    # The cube of a matrix's size.
+    factors = block.tensors().values()
+    return Share(
+        sum(t.numel() * (t.shape[-1] if t.dim() > 1 else 1) for t in factors), block.device
+    )
 
 
 def mixed_terms(

@@ -255,9 +255,8 @@ class Diagonal(Step):
 class Eigenvalues(Step):
     """The diagonal of the exact block in the eigenbasis of the summed factors."""
 
-    def __init__(self, block: KroneckerSum | ColumnwiseSum | EigenbasisSum) -> None:
-        near = block if isinstance(block, EigenbasisSum) else EigenbasisSum.near(block)
-        self.block: EigenbasisSum = near
+    def __init__(self, block: EigenbasisSum) -> None:
+        self.block: EigenbasisSum = block
 
     @property
     def expected(self) -> list[Tensor]:
@@ -402,13 +401,16 @@ def passes_of(correction: str | None) -> int:
 
 
 def step_of(correction: str, block: Block, index: int) -> Step | None:
-    """Return what a correction's pass of this number does for a block; None for nothing."""
+    """Return what a correction's pass of this number does for a block; None for nothing.
+
+    Eigenvalues are corrected of blocks that are in their eigenbases already.
+    """
     if correction == "scale":
         return BestScale(block) if index == 0 else None
     if isinstance(block, DiagonalBlock):
         return Diagonal(block) if index == 0 else None
     if correction == "eigenvalues":
-        assert isinstance(block, KroneckerSum | ColumnwiseSum | EigenbasisSum)
+        assert isinstance(block, EigenbasisSum)
         return Eigenvalues(block)
     assert isinstance(block, KroneckerSum | ColumnwiseSum)
     return _NEAREST[index](block)

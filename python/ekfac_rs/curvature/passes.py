@@ -28,9 +28,13 @@ from ekfac_rs.batchnorm.statistics import (
     use_batch_statistics,
 )
 from ekfac_rs.curvature.accumulators import Accumulator, GlobalBatch, Notes, accumulator
+from ekfac_rs.curvature.block import Block, share_of
+from ekfac_rs.curvature.columnwise import ColumnwiseSum
 from ekfac_rs.curvature.corrections import Correcting, passes_of, step_of
 from ekfac_rs.curvature.curvature import Curvature, Signature, signature_of
+from ekfac_rs.curvature.eigenbasis import EigenbasisSum
 from ekfac_rs.curvature.gradients import Gradients
+from ekfac_rs.curvature.kronecker import KroneckerSum
 from ekfac_rs.curvature.recovery import Recovery, call_of
 from ekfac_rs.curvature.settings import AUTO, PassSettings
 from ekfac_rs.errors import (
@@ -587,10 +591,13 @@ class _Correction:
         self._ranks = ranks
         settings = curvature.settings
         assert settings.correction is not None
+        begun = dict(curvature)
+        if settings.correction == "eigenvalues":
+            begun |= _in_eigenbases(curvature, ranks)
         steps = {
             layer: step
             for layer in layers
-            if (step := step_of(settings.correction, curvature[layer.name], index - 1))
+            if (step := step_of(settings.correction, begun[layer.name], index - 1))
         }
         better = {layer.name: step.block for layer, step in steps.items()}
         self.before = replace(curvature, blocks=curvature.blocks | better)
@@ -628,6 +635,21 @@ class _Correction:
             for name, block in self.before.items()
         }
         return replace(self.before, blocks=blocks)
+
+
+def _in_eigenbases(curvature: Curvature, ranks: Ranks) -> dict[str, Block]:
+    """Return what is near in the blocks' eigenbases, each made by one rank, for all of them."""
+    blocks = {
+        name: block
+        for name, block in curvature.items()
+        if isinstance(block, KroneckerSum | ColumnwiseSum)
+    }
+    made = ranks.shared_out(
+        {name: share_of(block) for name, block in blocks.items()},
+        lambda name: EigenbasisSum.near(blocks[name]).tensors(),
+        "eigenbases",
+    )
+    return {name: EigenbasisSum.from_tensors(tensors, 1) for name, tensors in made.items()}
 
 
 _Item = TypeVar("_Item")
