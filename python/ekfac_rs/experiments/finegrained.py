@@ -46,9 +46,10 @@ METHODS = {
         *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-eval", "kfac-train", "xkfac"),
         *("kfac-train-explicit", "xkfac-nested", "xkfac-nested-first", "xkfac-nested-explicit"),
         *("xkfac-nested-merged", "scheduled-kfac", "scheduled-xkfac-nested", "kfac-frozen-own"),
-        *("xkfac-nested-own", "scheduled-xkfac-nested-own"),
+        *("xkfac-nested-own", "scheduled-xkfac-nested-own", "scheduled-kfac-first-own"),
     ),
     **with_rules("xkfac-nested"),
+    **with_rules("scheduled-kfac-first-own"),
 }
 
 # Mini-batches of the runs by which the time of others is estimated.

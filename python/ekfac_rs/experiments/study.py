@@ -264,9 +264,11 @@ _QUICK_PERMUTED = dataclasses.replace(
     factor_examples=1_000,
 )
 _DEEP = (100,) * 6
+# One that needs no search, to be met in every part: what does best on permuted images.
+_WITHOUT_SEARCH = "scheduled-kfac-first-own-auto"
 _BEST = (
     *("fine-tuning", "kfac-frozen", "kfac-frozen-own", "kfac-train"),
-    *("scheduled-kfac-first", "scheduled-kfac-first-own"),
+    *("scheduled-kfac-first", "scheduled-kfac-first-own", _WITHOUT_SEARCH),
 )
 # The rows of the rules that choose a scale; () leaves them out. Halving takes six times as long.
 _RULES_OF_STREAMS = tuple(rule_names("scheduled-kfac-first-own"))
@@ -338,7 +340,10 @@ PARTS: dict[str, Part] = {
         dataclasses.replace(
             split_cifar.PRESETS["full"],
             name="study",
-            methods=("fine-tuning", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
+            methods=(
+                *("fine-tuning", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
+                *("xkfac-nested-auto", _WITHOUT_SEARCH),
+            ),
             examples=5_000,
             epochs=5,
             batch_size=50,
@@ -361,6 +366,7 @@ PARTS: dict[str, Part] = {
             methods=(
                 *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
                 *_RULES_OF_TRANSFER,
+                *("scheduled-kfac-first-own", _WITHOUT_SEARCH),
             ),
             source_images=1_000,
             # Crossed: 0.03 with 10, 0.1 with 3 and with 10.
@@ -390,7 +396,10 @@ PARTS: dict[str, Part] = {
             _LITE0,
             name="study",
             every_setting=True,
-            methods=("fine-tuning", "kfac-frozen", "xkfac-nested"),
+            methods=(
+                *("fine-tuning", "kfac-frozen", "xkfac-nested"),
+                *("xkfac-nested-auto", _WITHOUT_SEARCH),
+            ),
             lrs=(0.001, 0.003),
             frozen_lrs=(0.0003, 0.001),
             scales=(1.0, 10.0),
