@@ -219,7 +219,7 @@ def test_the_budget_of_the_rule_auto_is_a_share_of_the_sources_own_loss(
     for scale in (3.0, "auto"):
         transfer(target_config(scale=scale, epochs=1).as_dict())
     ((x, y),) = transfer._in_order(data.source_train)
-    expected = nn.functional.cross_entropy(transfer._network()(x), y).item()
+    expected = nn.functional.cross_entropy(transfer._network("cpu")(x), y).item()
     assert adopted == [None, pytest.approx(expected, rel=1e-5)]
 
 
@@ -295,7 +295,7 @@ def test_fine_tuning_is_a_plain_loop_of_sgd_from_the_network_as_it_is(transfer, 
     config = target_config(curvature="none", epochs=3)
     record = transfer(config.as_dict())
 
-    model = transfer._network()
+    model = transfer._network("cpu")
     source_head, model.head = model.head, nn.Linear(6, 3)
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)

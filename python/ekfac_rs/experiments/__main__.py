@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ekfac_rs.errors import EkfacError
 from ekfac_rs.experiments.comparison import Comparison, Experiment
 from ekfac_rs.experiments.finegrained import FineGrained
-from ekfac_rs.experiments.options import positive
+from ekfac_rs.experiments.options import device, positive
 from ekfac_rs.experiments.permuted_mnist import PermutedMnist
 from ekfac_rs.experiments.settings import Preset
 from ekfac_rs.experiments.split_cifar import SplitCifar
@@ -63,6 +63,7 @@ def _study(options: argparse.Namespace, command: str) -> None:
         output,
         quick=options.quick,
         data_dir=options.data_dir,
+        device=options.device,
         command=command,
         processors=_processors(),
         workers=options.workers,
@@ -122,7 +123,9 @@ def _add_command(commands: "Commands", experiment: type[Experiment]) -> None:
         metavar="METHOD",
         help=f"some of (default: as the preset says): {', '.join(experiment.methods)}",
     )
-    _add_workers(parser, "as many as there are processors; one for a network given by path")
+    _add_workers(
+        parser, "as many as there are processors; one for a network given by path, and on a GPU"
+    )
     changes = parser.add_argument_group(
         "changes to the preset", "In brackets: what holds without --preset."
     )
@@ -168,7 +171,14 @@ def _add_study(commands: "Commands") -> None:
         help="report, a folder for each part, and finished runs (default: results/study, or "
         "results/study-quick)",
     )
-    _add_workers(parser, "as many as there are processors")
+    parser.add_argument(
+        "--device",
+        type=device,
+        default="cpu",
+        metavar="NAME",
+        help="cpu, or cuda for an NVIDIA GPU, one run at a time (default: cpu)",
+    )
+    _add_workers(parser, "as many as there are processors; one on a GPU")
 
 
 def _add_workers(parser: argparse.ArgumentParser, default: str) -> None:

@@ -136,11 +136,11 @@ class Experiment(ABC):
         return None
 
     def workers(self, processors: int) -> int:
-        """Return how many runs to make at the same time."""
-        return processors
+        """Return how many runs to make at the same time: a GPU has one."""
+        return processors if self.preset.device == "cpu" else 1
 
     def threads_each(self, processors: int, workers: int) -> int:
-        """Return how many threads each of them computes on."""
+        """Return how many threads each of them computes on: small networks on one."""
         return 1
 
     @property
@@ -510,7 +510,8 @@ class Comparison:
         }
         notes = experiment.notes(self._settings_each())
         return write_report(
-            self.output, experiment.title(), results, about, notes, experiment.layout
+            *(self.output, experiment.title(), results, about, notes, experiment.layout),
+            device=preset.device,
         )
 
 

@@ -321,6 +321,7 @@ class FineGrained(Experiment):
             "seed": seed,
             "epochs": preset.epochs,
             "momentum": preset.momentum,
+            "device": preset.device,
         }
         return TargetConfig(**{**values, **options}).as_dict()
 
@@ -368,7 +369,7 @@ class FineGrained(Experiment):
 
     def workers(self, processors: int) -> int:
         """Networks given by path may be large: one run at a time then, on all processors."""
-        return processors if self.preset.name else 1
+        return super().workers(processors) if self.preset.name else 1
 
     def threads_each(self, processors: int, workers: int) -> int:
         """Share the processors."""

@@ -5,10 +5,13 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
+
 from ekfac_rs.scales import SCALES
 
 __all__ = [
     "batch_size",
+    "device",
     "fraction",
     "natural",
     "number",
@@ -64,6 +67,23 @@ def number(text: str) -> float:
 def scale(text: str) -> float | str:
     """Read a finite number from 0 on, or the name of a rule (`ekfac_rs.scales`)."""
     return text if text in SCALES else number(text)
+
+
+def device(text: str) -> str:
+    """Read where to compute: ``cpu``, or an NVIDIA GPU that torch finds."""
+    try:
+        named = torch.device(text)
+    except RuntimeError:
+        named = None
+    if named is None or named.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:1, got {text!r}")
+    there = torch.cuda.device_count()
+    if named.type == "cuda" and (named.index or 0) >= there:
+        raise argparse.ArgumentTypeError(
+            f"expected a device that torch finds, got {text!r}: it finds {there} CUDA "
+            f"{'device' if there == 1 else 'devices'}"
+        )
+    return text
 
 
 def fraction(text: str) -> float:

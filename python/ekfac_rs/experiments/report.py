@@ -322,6 +322,7 @@ def write_report(
     about: Mapping[str, Any],
     notes: Sequence[str] = (),
     layout: Layout = STREAM,
+    device: str = "cpu",
 ) -> str:
     """Write everything about an experiment into a folder.
 
@@ -341,6 +342,8 @@ def write_report(
         Sentences below the table.
     layout
         Columns of the table, and the pictures.
+    device
+        That made the runs.
 
     Returns
     -------
@@ -352,7 +355,7 @@ def write_report(
         "title": title,
         **about,
         "notes": list(notes),
-        "environment": environment(),
+        "environment": environment(device),
         "methods": {result.key: _method_entry(result) for result in results},
     }
     write_json(output / "results.json", content)
@@ -397,9 +400,11 @@ def _grid_point(entry: Mapping[str, Any]) -> GridPoint:
     return GridPoint(**{**entry, "runs": runs})
 
 
-def environment() -> dict[str, str | int | None]:
+def environment(device: str = "cpu") -> dict[str, str | int | None]:
     """Return versions and machine size, as far as they bear on results and timings."""
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device != "cpu" else {}
     return {
+        **gpu,
         "ekfac_rs": ek.__version__,
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -4,13 +4,24 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.experiments.options import batch_size, natural, number, option, positive, scale
+from ekfac_rs.experiments.options import (
+    batch_size,
+    device,
+    natural,
+    number,
+    option,
+    positive,
+    scale,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "CURVATURES",
@@ -18,6 +29,7 @@ __all__ = [
     "Preset",
     "RunConfig",
     "Setting",
+    "config_of",
     "grid",
     "setting_text",
     "setting_words",
@@ -56,6 +68,8 @@ class RunConfig:
         A key of `CURVATURES`.
     momentum, weights, step, own, scale, damping, freeze_bn_after
         As in `ekfac_rs.ContinualLearner`.
+    device
+        That computes.
     """
 
     version: str = ek.__version__
@@ -71,6 +85,7 @@ class RunConfig:
     scale: float | str = 1.0
     damping: float = 0.0
     freeze_bn_after: float = 1.0
+    device: str = "cpu"
 
     @property
     def is_fine_tuning(self) -> bool:
@@ -108,8 +123,18 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the config in JSON's own types."""
-        fields = dataclasses.asdict(self).items()
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
+        return config_of(self)
+
+
+def config_of(run: "DataclassInstance") -> dict[str, Any]:
+    """Return what determines a run in JSON's own types."""
+    fields = dataclasses.asdict(run)
+    # Nothing is said of the usual place: runs made before there was another one are found.
+    if fields["device"] == "cpu":
+        del fields["device"]
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +176,8 @@ class Preset:
     finalists
         Best settings of each method's grid that are tried again on runs as long as the final ones
         before one of them is chosen. 0 to choose from the grid itself.
+    device
+        That makes the runs; on a GPU one at a time.
     """
 
     name: str = ""
@@ -204,6 +231,9 @@ class Preset:
         metadata=option(
             natural, "best settings of each method's grid that are tried again at full length"
         ),
+    )
+    device: str = field(
+        default="cpu", metadata=option(device, "cpu, or cuda for an NVIDIA GPU, one run at a time")
     )
     momentum: float = 0.9
     grid_seed: int = 1000

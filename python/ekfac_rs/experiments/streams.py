@@ -159,9 +159,9 @@ def learn_stream(runs: StreamRuns, config: StreamConfig) -> RunRecord:
     started = time.perf_counter()
     tasks = runs.tasks(config)
     learner = config.learner(
-        runs.network(config),
+        runs.network(config).to(config.device),
         max_examples=config.factor_examples,
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator(config.device).manual_seed(config.seed),
         **runs.learner_options(),
     )
     rows: list[list[float]] = []
@@ -257,6 +257,7 @@ class Stream(Experiment):
             "tasks": min(preset.grid_tasks, preset.tasks) if short else preset.tasks,
             "epochs": min(preset.grid_epochs, preset.epochs) if short else preset.epochs,
             "factor_examples": preset.factor_examples,
+            "device": preset.device,
             **self.own_settings(),
         }
         return self.runs_type.config_type(**{**values, **options}).as_dict()

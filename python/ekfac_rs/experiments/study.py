@@ -59,6 +59,8 @@ class Study:
         Take each part's quick form.
     data_dir
         Where to look for data; None for where they usually are.
+    device
+        That makes the runs.
     command
         The command line, for the report.
     processors
@@ -76,6 +78,7 @@ class Study:
         *,
         quick: bool = False,
         data_dir: Path | None = None,
+        device: str = "cpu",
         command: str = "",
         processors: int = 1,
         workers: int | None = None,
@@ -85,6 +88,7 @@ class Study:
         self.output = output
         self.quick = quick
         self.data_dir = data_dir
+        self.device = device
         self.command = command
         self.processors = processors
         self.workers = workers
@@ -132,7 +136,7 @@ class Study:
     def _comparison(self, name: str) -> Comparison:
         part = self.parts[name]
         preset = part.quick if self.quick else part.preset
-        experiment = part.experiment.read(preset, self.data_dir)
+        experiment = part.experiment.read(preset.changed({"device": self.device}), self.data_dir)
         workers = self.workers or experiment.workers(self.processors)
         return Comparison(
             experiment,
@@ -171,7 +175,7 @@ class Study:
             name: self.output / name for name in self.parts if _is_finished(self.output / name)
         }
         results = {name: read_results(folder / "results.json") for name, folder in finished.items()}
-        versions = ", ".join(f"{name} {value}" for name, value in environment().items())
+        versions = ", ".join(f"{name} {value}" for name, value in environment(self.device).items())
         lines = [
             "# The study",
             "",

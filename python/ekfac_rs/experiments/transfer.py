@@ -30,7 +30,7 @@ from ekfac_rs.experiments.runs import (
     finite_or_none,
     recorded,
 )
-from ekfac_rs.experiments.settings import CURVATURES, RunConfig
+from ekfac_rs.experiments.settings import CURVATURES, RunConfig, config_of
 from ekfac_rs.scales import rule_of
 
 __all__ = ["SourceConfig", "TargetConfig", "Transfer", "TransferData"]
@@ -52,7 +52,7 @@ class SourceConfig:
         Fingerprint of the file of weights.
     source
         Fingerprint of the source's images.
-    version, batch_size, seed, curvature
+    version, batch_size, seed, curvature, device
         As in `RunConfig`.
     """
 
@@ -63,10 +63,11 @@ class SourceConfig:
     batch_size: int
     seed: int
     curvature: str
+    device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the config by field."""
-        return dataclasses.asdict(self)
+        """Return the config in JSON's own types."""
+        return config_of(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +251,7 @@ class Transfer:
         started = time.perf_counter()
         clock = Clock()
         with clock.part("evaluate"):
-            before = self._accuracy_before()
+            before = self._accuracy_before(config.device)
         with clock.part("curvature"):
             self._curvature(config)
         seconds = {**clock.seconds, "total": time.perf_counter() - started}
@@ -263,12 +264,13 @@ class Transfer:
         """
         started = time.perf_counter()
         clock = Clock()
-        data, model = self._data, self._network()
+        data, model = self._data, self._network(config.device)
         with clock.part("evaluate"):
-            before = self._accuracy_before()
+            before = self._accuracy_before(config.device)
         with clock.part("curvature"):
             learner = self._learner(config, model)
-        source_head = self._exchange_head(model, _new_head(model, self._head, data.target_train))
+        new_head = _new_head(model, self._head, data.target_train).to(config.device)
+        source_head = self._exchange_head(model, new_head)
         diverged, history = None, []
         with recorded(ek.StabilityWarning) as counts:
             try:
@@ -301,18 +303,18 @@ class Transfer:
     def _head(self) -> str:
         return self._architecture.head
 
-    def _network(self) -> nn.Module:
+    def _network(self, device: str) -> nn.Module:
         image_size = self._data.source_train.images.shape[-1]
         model = self._architecture.load(self._weights, image_size)
-        return model.to(memory_format=torch.channels_last)
+        return model.to(device).to(memory_format=torch.channels_last)
 
     def _source_head(self) -> nn.Linear:
-        return _linear(self._network(), self._head)
+        return _linear(self._network("cpu"), self._head)
 
-    def _accuracy_before(self) -> float:
+    def _accuracy_before(self, device: str) -> float:
         """Return the source's accuracy before anything is learnt; measured once per process."""
         if self._source_before is None:
-            learner = ek.ContinualLearner(self._network())
+            learner = ek.ContinualLearner(self._network(device))
             (self._source_before,) = learner.evaluate([self._in_order(self._data.source_test)])
         return self._source_before
 
@@ -323,19 +325,21 @@ class Transfer:
             example, _ = next(iter(self._in_order(self._data.source_train)))
             layers = backbone_layers(model, self._head)
             # Two images show the data flow as well as a whole mini-batch does.
-            anchor = ek.merged_weights(model, layers=layers, example=example[:2])
+            anchor = ek.merged_weights(model, layers=layers, example=example[:2].to(config.device))
             # The budget of scale="auto" is a share of it.
-            loss = self._source_loss() if rule_of(config.scale).needs_losses else None
+            needed = rule_of(config.scale).needs_losses
+            loss = self._source_loss(config.device) if needed else None
             learner.adopt(self._curvature(config.at_source), anchor, loss)
         return learner
 
     @torch.no_grad()
-    def _source_loss(self) -> float:
+    def _source_loss(self, device: str) -> float:
         """Return the source's mean training loss before anything is learnt; once per process."""
         if self._loss_before is None:
-            model, data = self._network(), self._data.source_train
+            model, data = self._network(device), self._data.source_train
             losses = [
-                F.cross_entropy(model(x), y, reduction="sum") for x, y in self._in_order(data)
+                F.cross_entropy(model(x.to(device)), y.to(device), reduction="sum")
+                for x, y in self._in_order(data)
             ]
             self._loss_before = float(sum(losses)) / len(data)
         return self._loss_before
@@ -352,7 +356,7 @@ class Transfer:
             return self._kept[1]
         self._kept = None
         if path.exists():
-            curvature = ek.Curvature.load(path)
+            curvature = ek.Curvature.load(path, config.device)
         else:
             curvature = self._estimated(config, approximation, options)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -364,12 +368,12 @@ class Transfer:
         self, config: SourceConfig, approximation: str, options: Mapping[str, Any]
     ) -> ek.Curvature:
         """Return the curvature of the source's loss, under its own head, in the backbone."""
-        model = self._network()
+        model = self._network(config.device)
         return ek.estimate_curvature(
             model,
             self._loader(self._data.source_train, config, augment=False),
             approximation=approximation,
-            generator=torch.Generator().manual_seed(config.seed),
+            generator=torch.Generator(config.device).manual_seed(config.seed),
             layers=backbone_layers(model, self._head),
             progress=self._progress,
             **options,
