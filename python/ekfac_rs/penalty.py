@@ -559,11 +559,11 @@ class _LastBatch:
             )
         # Half precision, as under autocast, would not hold a variance.
         values = self._values.to(accumulation_dtype(self._layer.like.dtype))
-        batchnorm = self._layer.batchnorm
+        name, batchnorm = str(self._layer.batchnorm_name), self._layer.batchnorm
         if not isinstance(batchnorm, nn.SyncBatchNorm):
-            return moments_of(values)
-        require_over(str(self._layer.batchnorm_name), batchnorm, self._ranks)
-        return moments_of(values, self._ranks)
+            return moments_of(values, name)
+        require_over(name, batchnorm, self._ranks)
+        return moments_of(values, name, self._ranks)
 
     def situation(self) -> Situation:
         """Return the moments as values, and how they move with the layer's weights."""

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 import ekfac_rs as ek
+from ekfac_rs._ranks import Ranks
+from ekfac_rs.batchnorm.statistics import moments_of
+from ekfac_rs.batchnorm.statistics import synchronised as over_ranks
 from nets import classification_loader, mlp
 from team import Failure, team_of
 
@@ -305,6 +308,25 @@ def test_synchronised_processes_with_different_numbers_of_mini_batches_all_hear_
         assert isinstance(failure, Failure)
         assert failure.kind == "DistributedError"
         assert "equally many" in failure.message
+
+
+def one_value(rank, how):
+    """Of all ranks together: the second one has no example."""
+    ranks = Ranks(dist.group.WORLD)
+    x = torch.zeros(1 - rank, 3, dtype=torch.float64)
+    if how == "moments":
+        moments_of(x, "body.norm", ranks)
+    batchnorm = nn.SyncBatchNorm(3, track_running_stats=False).double()
+    with over_ranks({"body.norm": batchnorm}, ranks):
+        batchnorm(x)
+
+
+@pytest.mark.parametrize("how", ["moments", "forward"])
+def test_one_value_a_channel_of_all_ranks_is_refused_by_the_layers_name(team, how):
+    for failure in team.run(one_value, how):
+        assert isinstance(failure, Failure)
+        assert failure.kind == "BatchNormError"
+        assert "layer 'body.norm': expected at least 2 values a channel" in failure.message
 
 
 def failing(rank, change):

@@ -213,6 +213,10 @@ def test_a_wrapped_models_penalty_is_the_mean_of_the_processes_own(team):
     torch.testing.assert_close(first, gradients(model), rtol=1e-10, atol=1e-12)
 
 
+def synchronised_of(model):
+    return {n: m for n, m in model.named_children() if isinstance(m, nn.SyncBatchNorm)}
+
+
 def over_all(rank):
     model = mlp(4, 6, 5, 3).train()
     curvature, anchor = penalised(model)
@@ -221,8 +225,8 @@ def over_all(rank):
     penalty = ek.QuadraticPenalty(
         model, curvature, anchor, scale=50.0, process_group=dist.group.WORLD
     )
-    batchnorms = [m for m in model if isinstance(m, nn.SyncBatchNorm)]
-    for batchnorm in batchnorms:
+    batchnorms = synchronised_of(model)
+    for batchnorm in batchnorms.values():
         batchnorm.track_running_stats = False
     x, y = task(1)[0]
     x, y = (x[:11], y[:11]) if rank == 0 else (x[11:], y[11:])
@@ -254,8 +258,7 @@ def synchronised_without_group(rank):
     curvature, anchor = penalised(model)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     penalty = ek.QuadraticPenalty(model, curvature, anchor)
-    batchnorms = [m for m in model if isinstance(m, nn.SyncBatchNorm)]
-    with synchronised(batchnorms, Ranks(dist.group.WORLD)):
+    with synchronised(synchronised_of(model), Ranks(dist.group.WORLD)):
         model(task(1, rank)[0][0])
     penalty()
 

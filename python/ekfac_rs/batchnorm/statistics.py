@@ -1,7 +1,7 @@
 """The statistics of BatchNorms: taken over a loader, used and protected during passes."""
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -104,8 +104,8 @@ def use_batch_statistics(model: nn.Module, frozen: tuple[str, ...]) -> list[Remo
 
 def synchronised_batchnorms(
     model: nn.Module, frozen: Collection[str], ranks: Ranks
-) -> list[nn.SyncBatchNorm]:
-    """Return the BatchNorms whose mini-batch is that of all ranks, be it this one alone.
+) -> dict[str, nn.SyncBatchNorm]:
+    """Return the BatchNorms, by name, whose mini-batch is that of all ranks, be it this one alone.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def synchronised_batchnorms(
 
     Returns
     -------
-    list of torch.nn.SyncBatchNorm
+    dict of str to torch.nn.SyncBatchNorm
         None where processes know nothing of each other.
 
     Raises
@@ -134,7 +134,7 @@ def synchronised_batchnorms(
         name: module for name, module in of_batch.items() if isinstance(module, nn.SyncBatchNorm)
     }
     if not _is_distributed():
-        return []
+        return {}
     for name, module in found.items():
         require_over(name, module, ranks)
         if "forward" in vars(module) or type(module).forward is not nn.SyncBatchNorm.forward:
@@ -149,7 +149,7 @@ def synchronised_batchnorms(
                 f"{type(of_batch[name]).__name__} beside {next(iter(found))!r}: convert it, or "
                 "freeze it (in eval mode, within a model in train mode)"
             )
-    return list(found.values())
+    return found
 
 
 def require_over(name: str, batchnorm: nn.SyncBatchNorm, ranks: Ranks) -> None:
@@ -167,19 +167,19 @@ def _is_distributed() -> bool:
 
 
 @contextmanager
-def synchronised(batchnorms: Sequence[nn.SyncBatchNorm], ranks: Ranks) -> Iterator[None]:
-    """Let these take their statistics over the mini-batches of all ranks, on any device.
+def synchronised(batchnorms: Mapping[str, nn.SyncBatchNorm], ranks: Ranks) -> Iterator[None]:
+    """Let these, by name, take their statistics over the mini-batches of all ranks, on any device.
 
     Torch's own do so on GPUs alone, and in a function of their own. Here it is the one that every
     other BatchNorm calls, so that calls are watched in the same way.
     """
     with _OverRanks(ranks) as mode:
         try:
-            for batchnorm in batchnorms:
-                batchnorm.forward = mode.forward_of(batchnorm)  # type: ignore[method-assign]
+            for name, batchnorm in batchnorms.items():
+                batchnorm.forward = mode.forward_of(name, batchnorm)  # type: ignore[method-assign]
             yield
         finally:
-            for batchnorm in batchnorms:
+            for batchnorm in batchnorms.values():
                 vars(batchnorm).pop("forward", None)
 
 
@@ -189,15 +189,16 @@ class _OverRanks(TorchFunctionMode):
     def __init__(self, ranks: Ranks) -> None:
         super().__init__()
         self._ranks = ranks
-        self._calling = False
+        # The name of the one that is called and normalises.
+        self._called: str | None = None
 
-    def forward_of(self, batchnorm: nn.SyncBatchNorm) -> Callable[[Tensor], Tensor]:
+    def forward_of(self, name: str, batchnorm: nn.SyncBatchNorm) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:  # noqa: A002  (torch's own name)
-            self._calling = batchnorm.training
+            self._called = name if batchnorm.training else None
             try:
                 return _BatchNorm.forward(batchnorm, input)
             finally:
-                self._calling = False
+                self._called = None
 
         return forward
 
@@ -208,12 +209,13 @@ class _OverRanks(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is F.batch_norm and self._calling:
-            return self._batch_norm(*args, **(kwargs or {}))
+        if func is F.batch_norm and self._called is not None:
+            return self._batch_norm(self._called, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _batch_norm(
         self,
+        name: str,
         x: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -224,7 +226,7 @@ class _OverRanks(TorchFunctionMode):
         eps: float = 1e-5,
     ) -> Tensor:
         values = x.to(accumulation_dtype(x.dtype))
-        mean, variance = moments_of(values, self._ranks)
+        mean, variance = moments_of(values, name, self._ranks)
         gain = torch.rsqrt(variance + eps)
         if weight is not None:
             gain = weight * gain
@@ -331,21 +333,24 @@ class Moments:
         return self.sum_of_squares / self.count
 
 
-def moments_of(values: Tensor, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
+def moments_of(values: Tensor, name: str, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, each ``[C]``, of a BatchNorm's input ``[N, C, ...]``.
 
-    Differentiable once. With ranks, over the values of all of them together.
+    Differentiable once. With ranks, over the values of all of them together; messages name the
+    BatchNorm.
     """
     mean, variance = _MomentsOf.apply(values)
     if ranks is None or ranks.alone:
         return mean, variance
     own = values.numel() // values.shape[1]
-    sums = ranks.summed(torch.cat([own * mean, mean.new_tensor([own])]), "batch means")
+    sums = ranks.summed(torch.cat([own * mean, mean.new_tensor([own])]), f"{name}: batch means")
     count, common = sums[-1].detach(), sums[:-1] / sums[-1].detach()
     if count < 2:
-        raise BatchNormError("expected at least 2 values a channel over all ranks, got 1")
+        raise BatchNormError(
+            f"layer {name!r}: expected at least 2 values a channel over all ranks, got 1"
+        )
     squares = own * (variance + (mean - common).square())
-    return common, ranks.summed(squares, "batch variances") / count
+    return common, ranks.summed(squares, f"{name}: batch variances") / count
 
 
 class _MomentsOf(torch.autograd.Function):

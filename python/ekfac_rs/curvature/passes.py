@@ -1,7 +1,7 @@
 """Passes over a loader that accumulate curvature."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -307,10 +307,12 @@ def _require_possible(
     require_finite_parameters(model)
 
 
-def _in_step(model: nn.Module, settings: PassSettings, ranks: Ranks) -> Sequence[nn.SyncBatchNorm]:
-    """Return the BatchNorms that take the mini-batches of all ranks for one."""
+def _in_step(
+    model: nn.Module, settings: PassSettings, ranks: Ranks
+) -> Mapping[str, nn.SyncBatchNorm]:
+    """Return the BatchNorms, by name, that take the mini-batches of all ranks for one."""
     if settings.statistics != "batch":
-        return []
+        return {}
     found = synchronised_batchnorms(model, settings.frozen, ranks)
     for option, supported in (
         ("correction", settings.correction is None),
