@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ekfac_rs._checks import require_choice, require_count, require_nonnegative
 from ekfac_rs._pictures import in_lines, new_figure
@@ -76,15 +76,7 @@ class _BoundedControl(Control):
 
 
 class ScaleRule(ABC):
-    """Chooses the scale of every task's penalty.
-
-    Attributes
-    ----------
-    needs_losses : bool
-        Whether it has to know the earlier tasks' losses.
-    """
-
-    needs_losses: ClassVar[bool] = False
+    """Chooses the scale of every task's penalty."""
 
     @abstractmethod
     def first_scale(self) -> float:
@@ -98,8 +90,8 @@ class ScaleRule(ABC):
         Parameters
         ----------
         losses : sequence of float or None
-            Of each earlier task, at least one: its mean loss when it was consolidated, where
-            that is known.
+            Of each earlier task, at least one: its mean loss when it was consolidated; None where
+            it has no curvature.
         steps : int
             That the task takes.
         before : Selection, optional
@@ -242,7 +234,6 @@ class Budget(ScaleRule):
     bound: float = 1000.0
     rate: float = 3.0
     settle: float = 0.3
-    needs_losses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("share", "start"):
@@ -262,8 +253,8 @@ class Budget(ScaleRule):
         if len(known) < len(losses):
             raise OptionError(
                 f"scale: expected the losses of all earlier tasks for {self!r}, got those of "
-                f"{len(known)} of {len(losses)}: consolidate takes them where the scale is such a "
-                "rule by then, adopt as loss=, and learner.losses can be filled in"
+                f"{len(known)} of {len(losses)}: a state of an older version kept none (fill in "
+                "learner.losses), and a task without a curvature has none"
             )
         if sum(known) < 0.0:
             raise OptionError(

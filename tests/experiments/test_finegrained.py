@@ -205,24 +205,6 @@ def test_a_run_learns_the_target_and_measures_both(transfer, method):
     assert len(record.history[1]) == 8
 
 
-def test_the_budget_of_the_rule_auto_is_a_share_of_the_sources_own_loss(
-    transfer, data, monkeypatch
-):
-    adopted = []
-    adopt = ek.ContinualLearner.adopt
-
-    def watched(learner, curvature, anchor, loss=None):
-        adopted.append(loss)
-        adopt(learner, curvature, anchor, loss)
-
-    monkeypatch.setattr(ek.ContinualLearner, "adopt", watched)
-    for scale in (3.0, "auto"):
-        transfer(target_config(scale=scale, epochs=1).as_dict())
-    ((x, y),) = transfer._in_order(data.source_train)
-    expected = nn.functional.cross_entropy(transfer._network("cpu")(x), y).item()
-    assert adopted == [None, pytest.approx(expected, rel=1e-5)]
-
-
 def test_a_run_is_the_same_with_the_curvature_from_the_file_and_in_any_order(
     data, weights, tmp_path
 ):

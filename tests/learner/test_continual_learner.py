@@ -591,7 +591,7 @@ def test_a_call_that_fails_before_its_first_step_changes_no_tensor(weights, fail
     if failing == "scheduler":
         learner.scheduler = fail
     elif failing == "scale":
-        learner.scale = "auto"  # whose losses were not taken
+        learner.scale, learner.losses = "auto", [None]
     else:
         learner.target_fn = lambda batch: batch[1] + 3
     with pytest.raises((ZeroDivisionError, ek.EkfacError)):

@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import ekfac_rs as ek
 from ekfac_rs.errors import OptionError
@@ -31,7 +30,6 @@ from ekfac_rs.experiments.runs import (
     recorded,
 )
 from ekfac_rs.experiments.settings import CURVATURES, RunConfig, config_of
-from ekfac_rs.scales import rule_of
 
 __all__ = ["SourceConfig", "TargetConfig", "Transfer", "TransferData"]
 
@@ -231,7 +229,6 @@ class Transfer:
         self._folder = folder
         self._progress = progress
         self._source_before: float | None = None
-        self._loss_before: float | None = None
         self._kept: tuple[Path, ek.Curvature] | None = None
         outputs, classes = self._source_head().out_features, len(data.source_train.classes)
         if outputs != classes:
@@ -326,23 +323,8 @@ class Transfer:
             layers = backbone_layers(model, self._head)
             # Two images show the data flow as well as a whole mini-batch does.
             anchor = ek.merged_weights(model, layers=layers, example=example[:2].to(config.device))
-            # The budget of scale="auto" is a share of it.
-            needed = rule_of(config.scale).needs_losses
-            loss = self._source_loss(config.device) if needed else None
-            learner.adopt(self._curvature(config.at_source), anchor, loss)
+            learner.adopt(self._curvature(config.at_source), anchor)
         return learner
-
-    @torch.no_grad()
-    def _source_loss(self, device: str) -> float:
-        """Return the source's mean training loss before anything is learnt; once per process."""
-        if self._loss_before is None:
-            model, data = self._network(device), self._data.source_train
-            losses = [
-                F.cross_entropy(model(x.to(device)), y.to(device), reduction="sum")
-                for x, y in self._in_order(data)
-            ]
-            self._loss_before = float(sum(losses)) / len(data)
-        return self._loss_before
 
     def _curvature(self, config: SourceConfig) -> ek.Curvature | None:
         """Return the source's curvature, from the file kept if it has been taken before."""

@@ -233,8 +233,8 @@ class ContinualLearner:
         all.
     anchor : Anchor or None
     losses : list of float or None
-        Mean loss of each of them when it was consolidated, on its own data in eval mode: taken
-        where ``scale`` has to know it, otherwise None.
+        Mean loss of each of them on its own data, as its curvature found it (`Curvature.loss`);
+        None where there is no curvature.
     selection : list of Selection
         What the rule for the scale did, one for each call of `fit` under a penalty.
 
@@ -711,9 +711,7 @@ class ContinualLearner:
             As `estimate_curvature`, `reparameterize` and `merged_weights`.
         """
         source = self._loader(loader)
-        needs_loss = self._rule().needs_losses and self._protects
-        if needs_loss:
-            source.require_passes(2, "consolidate, which takes the loss for the scale")
+        self._rule()  # It may have been changed since, and is refused before a pass.
         # Called again, a pass before the curvature's has to go the same way, too.
         again = (
             nullcontext() if checkpoint is None else rewound_on_failure(self._generators(source))
@@ -728,7 +726,7 @@ class ContinualLearner:
                     curvature, anchor = self._consolidated(source, checkpoint, every)
                     new = [] if curvature is None else [curvature]
                     curvatures = self._kept([*self.curvatures, *new])
-                    loss = self._mean_loss(source) if needs_loss else None
+                    loss = None if curvature is None else curvature.loss
                     self._share(anchor, undo)
                 self.curvatures, self.anchor = curvatures, anchor
             undo.pop_all()
@@ -745,7 +743,7 @@ class ContinualLearner:
         anchor : Anchor
             The present weights, from `merged_weights` or `raw_weights`.
         loss : float, optional
-            The task's mean loss there, in eval mode; ``scale="auto"`` needs it.
+            The task's mean loss there. Default: the curvature's.
 
         Raises
         ------
@@ -762,6 +760,7 @@ class ContinualLearner:
             _require_finite_loss("loss", loss)
         if curvature is not None:
             self._require_of_this_kind(curvature)
+            loss = curvature.loss if loss is None else loss
         elif self.approximation is not None:
             raise IncompatibleError(
                 f"curvature: expected one of kind {self.approximation!r}, got none"
@@ -890,21 +889,6 @@ class ContinualLearner:
             with self._heads.used(task):
                 results.append(self._evaluated(loader))
         return results
-
-    @torch.no_grad()
-    def _mean_loss(self, source: Loader) -> float:
-        """Mean loss in eval mode, over as many examples as the curvature is taken of."""
-        means = Means(device_of(self.model))
-        with as_found(self.model):
-            self.model.eval()
-            for batch in source.batches():
-                loss = self.likelihood.loss(*self._outputs(batch))
-                means.add(loss, zero := torch.zeros_like(loss), batch.examples, zero, zero)
-                if self.max_examples is not None and means.examples >= self.max_examples:
-                    break
-        mean = means.over(self._ranks).result()["loss"]
-        _require_finite_loss("consolidate", mean)
-        return mean
 
     @torch.no_grad()
     def _evaluated(self, loader: Source) -> float:
