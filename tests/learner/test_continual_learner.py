@@ -58,7 +58,7 @@ def learn(loaders, model=None, epochs=8, lr=0.05, **options):
 def test_curvature_keeps_earlier_tasks_that_fine_tuning_forgets(options):
     loaders = shifted_tasks()
     plain = learn(loaders, approximation=None)
-    kept = learn(loaders, damping=0.01, **options)
+    kept = learn(loaders, scale=1.0, damping=0.01, **options)
     accuracy_plain, accuracy_kept = plain.evaluate(loaders), kept.evaluate(loaders)
     assert accuracy_kept[0] > accuracy_plain[0] + 0.04
     assert sum(accuracy_kept[:2]) > sum(accuracy_plain[:2]) + 0.15

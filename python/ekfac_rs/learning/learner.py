@@ -166,9 +166,10 @@ class ContinualLearner:
     weights : {"kept", "first", "merged"}
         What `reparameterize` does with the weights when a task begins; "first" brings rows back to
         the norms that they had when the learner was made.
-    scale : float, {"counting", "adaptive", "auto", "halving"} or ScaleRule
+    scale : float, {"counting", "adaptive", "auto", "halving"} or ScaleRule, optional
         Of the penalty: a number, or the rule that chooses it (`ekfac_rs.scales`). It multiplies
-        the curvatures alone; where ``approximation`` is None it has to be a number.
+        the curvatures alone; where ``approximation`` is None it has to be a number. Default:
+        "auto", or 1 without curvatures.
     damping : float
         Of the penalty.
     max_terms : int, optional
@@ -270,7 +271,7 @@ class ContinualLearner:
         output_layer: str | None = None,
         layers: Collection[str] | None = None,
         weights: str = "kept",
-        scale: float | str | ScaleRule = 1.0,
+        scale: float | str | ScaleRule | None = None,
         damping: float = 0.0,
         max_terms: int | None = None,
         dropped: float = 0.0,
@@ -328,7 +329,7 @@ class ContinualLearner:
         self.correction_batches = correction_batches
         self.layers = layers if layers is None else tuple(layers)
         self.weights = weights
-        self.scale = scale
+        self.scale = scale if scale is not None else 1.0 if approximation is None else "auto"
         self.damping = damping
         self._rule()
         self.max_terms = max_terms
