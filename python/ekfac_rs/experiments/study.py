@@ -380,7 +380,7 @@ PARTS: dict[str, Part] = {
             scales=(3.0, 10.0),
             diagonal_scales=(1.0, 3.0),
             l2=(0.01, 0.1),
-            plain_lrs=(0.003, 0.01, 0.03),
+            plain_lrs=(0.003, 0.01, 0.03, 0.1),
             plain_epochs=(1, 2),
             rule_lrs=(0.1,),
         ),
