@@ -290,9 +290,12 @@ def test_tolerance_is_a_share_of_the_reference(reference, tolerance, missing):
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "scale", [-1.0, math.nan, math.inf, "largest", None, [1.0], Budget], ids=repr
-)
+def test_unless_told_it_chooses_itself_where_there_is_a_curvature():
+    assert ek.ContinualLearner(mlp(4, 6, 3)).scale == "auto"
+    assert ek.ContinualLearner(mlp(4, 6, 3), approximation=None, damping=0.1).scale == 1.0
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf, "largest", [1.0], Budget], ids=repr)
 def test_no_other_scale_is_taken(scale):
     with pytest.raises(OptionError, match="scale: expected"):
         learner_of(scale)
