@@ -12,7 +12,7 @@ from torch import nn
 import ekfac_rs as ek
 from ekfac_rs.errors import EkfacError, NumericalError, OptionError
 from ekfac_rs.scales import Adaptive, Budget, Fixed, Halving, Selection, rule_of
-from nets import classification_loader
+from nets import classification_loader, mlp
 
 LOADERS = [
     classification_loader(6, 3, examples=64, batch_size=16, dtype=torch.float32, seed=seed)
