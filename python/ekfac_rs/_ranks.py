@@ -209,14 +209,26 @@ class Ranks:
         shares : mapping of str to Share
             The same on all ranks, and so is who makes what.
         make : callable
-            Makes one: tensors with names.
+            Makes one, given its name: tensors with names of their own, of any shapes and dtypes.
         what : str
             Names them.
+
+        Returns
+        -------
+        dict of str to dict of str to Tensor
+            In the order of the shares, detached, with the same bits on all ranks.
+
+        Raises
+        ------
+        DistributedError
+            Another rank failed, is elsewhere, or is gone.
         """
         makers = assigned({name: share.cost for name, share in shares.items()}, self.count)
         with self.agreed(what):
             made = {
-                name: dict(make(name)) for name, maker in makers.items() if maker == self.number
+                name: {key: t.detach().to(shares[name].device) for key, t in make(name).items()}
+                for name, maker in makers.items()
+                if maker == self.number
             }
         if self.alone:
             return made
@@ -230,16 +242,16 @@ class Ranks:
     ) -> dict[str, Tensor]:
         """Return the tensors of a rank, which alone has them, on every rank."""
         self._meet(what)
-        forms = json.dumps(
-            {key: (str(t.dtype).removeprefix("torch."), t.shape) for key, t in (own or {}).items()}
-        )
-        forms = json.loads(self._text_from(rank, forms, what))
+        of_own = {
+            key: (str(t.dtype).removeprefix("torch."), t.shape) for key, t in (own or {}).items()
+        }
+        forms = json.loads(self._text_from(rank, json.dumps(of_own), what))
         tensors = {}
         for key, (dtype, shape) in forms.items():
             if own is None:
                 tensors[key] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
             else:
-                tensors[key] = own.pop(key).detach().to(device).contiguous()
+                tensors[key] = own.pop(key).contiguous()
             self._send(tensors[key], what, rank)
         return tensors
 
@@ -387,8 +399,8 @@ def on_all_ranks(function: Callable[_Parameters, _Result]) -> Callable[_Paramete
 def assigned(costs: Mapping[str, float], count: int) -> dict[str, int]:
     """Tell of each thing which of several ranks makes it: the most costly first, who has least.
 
-    The rank with most has at most 4/3 of what the best assignment leaves one with (Graham, "Bounds
-    on Multiprocessing Timing Anomalies", 1969).
+    Costs are in any unit, ranks are counted from 0. The rank with most has at most 4/3 of what the
+    best assignment leaves one with (Graham, "Bounds on Multiprocessing Timing Anomalies", 1969).
     """
     loads = [0.0] * count
     makers = {}
