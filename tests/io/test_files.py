@@ -79,9 +79,19 @@ def test_a_file_cut_changed_or_swapped_anywhere_is_refused(kind, files, tmp_path
             )
             other %= len(content)
             damaged[place], damaged[other] = damaged[other], damaged[place]
+        if _says_the_same(damaged, content):
+            continue
         path.write_bytes(damaged)
         with pytest.raises(ek.errors.FileFormatError, match="damaged"):
             read(path)
+
+
+def _says_the_same(damaged, content):
+    """Whether a space of the header only stands elsewhere between its words."""
+    try:
+        return len(damaged) == len(content) and header_of(damaged) == header_of(content)
+    except ValueError:
+        return False
 
 
 def _differ(content, place, other):
