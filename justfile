@@ -103,7 +103,7 @@ lint-rust:
 lint-python:
     {{python}} -m ruff format --check python tests benchmarks scripts
     {{python}} -m ruff check python tests benchmarks scripts
-    {{python}} -m mypy.stubtest ekfac_rs._core
+    {{python}} -m mypy.stubtest ekfac_rs._core --mypy-config-file tests/stubtest.ini
 
 [private]
 check-types: setup

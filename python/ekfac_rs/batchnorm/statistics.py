@@ -173,6 +173,10 @@ def synchronised(batchnorms: Mapping[str, nn.SyncBatchNorm], ranks: Ranks) -> It
     Torch's own do so on GPUs alone, and in a function of their own. Here it is the one that every
     other BatchNorm calls, so that calls are watched in the same way.
     """
+    if not batchnorms:
+        # Even a mode that changes nothing is asked about every operation on a tensor.
+        yield
+        return
     with _OverRanks(ranks) as mode:
         try:
             for name, batchnorm in batchnorms.items():
