@@ -194,7 +194,7 @@ def _refuse_unknown(
         parser.error(f"expected some of {', '.join(known)}, got {', '.join(unknown)}")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "names",
@@ -215,7 +215,7 @@ def main() -> None:
         "--beside", nargs="*", default=NAMES, help="some candidates, beside bare and ours"
     )
     parser.add_argument("--output", type=Path, default=Path("docs/results/speed"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     _refuse_unknown(parser, arguments.beside, NAMES)
     candidates = [name for name in NAMES if name in {BARE, OURS, *arguments.beside}]
     if arguments.check:

@@ -1,11 +1,13 @@
 """Fixtures shared by all tests."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 
 import ekfac_rs as ek
+from pairs import choices_of, covering
 
 # The networks here are tiny: more threads would only wait for each other.
 torch.set_num_threads(1)
@@ -32,9 +34,45 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long files first; the order within a file stays."""
+# A test of more options than this in all combinations is made with every pair of them instead.
+MANY_CASES = 12
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let all combinations be asked for."""
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help=f"of tests with more than {MANY_CASES} combinations of options, all, instead of some "
+        "in which every pair of two options occurs",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out combinations, and put long files first; the order within a file stays."""
+    if not config.getoption("all_combinations"):
+        enough = with_every_pair(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in enough])
+        items[:] = [item for item in items if item in enough]
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
+def with_every_pair(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Return items such that each test has every pair of its options, on each device."""
+    enough, cases = set(), defaultdict(list)
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is None:
+            enough.add(item)
+        else:
+            test = item.nodeid.partition("[")[0]
+            cases[test, callspec.params.get("device")].append(item)
+    for group in cases.values():
+        if len(group) > MANY_CASES:
+            specs = [item.callspec for item in group]
+            group = [group[i] for i in covering([choices_of(spec.params) for spec in specs])]
+        enough.update(group)
+    return enough
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
-"""Threads and forked children, for tests of both."""
+"""Threads, forked children and fresh processes, for tests of them."""
 
 import multiprocessing
+import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -43,3 +47,32 @@ def in_child(work: Callable[[], None]) -> None:
         child.join()
         pytest.fail(f"the child did not come back within {SECONDS} s")
     assert child.exitcode == 0
+
+
+def in_fresh_process(script: str) -> str:
+    """Run a script where torch has been imported and nothing computed; return what it printed.
+
+    Forked off a process that has done no more than that, which takes seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    connection, there = context.Pipe()
+    process = context.Process(target=_print_back, args=(textwrap.dedent(script), there))
+    process.start()
+    there.close()
+    assert connection.poll(SECONDS), f"the script did not come back within {SECONDS} s"
+    error, printed = connection.recv()
+    process.join()
+    assert error is None, error
+    return printed.strip()
+
+
+def _print_back(script: str, connection: Connection) -> None:
+    warnings.simplefilter("ignore", DeprecationWarning)
+    error = None
+    with redirect_stdout(StringIO()) as printed:
+        try:
+            exec(script, {"__name__": "__main__"})
+        except BaseException:
+            error = traceback.format_exc()
+    connection.send((error, printed.getvalue()))

@@ -1,6 +1,7 @@
 """Imports run downwards: the floors of docs/architecture.md, read from the source with ast."""
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def modules(folder):
 def imports(name, sources):
     """Names of the modules of ekfac_rs that one imports, anywhere in its code."""
     found = set()
-    for node in ast.walk(ast.parse(sources[name])):
+    for node in _parsed(sources[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -59,6 +60,16 @@ def imports(name, sources):
                 inner = f"{node.module}.{alias.name}"
                 found.add(inner if _below(inner) in sources else node.module)
     return {_below(module) for module in found if module.split(".")[0] == "ekfac_rs"} - {name}
+
+
+@cache
+def _parsed(source):
+    """Every import; most sources are read over and over, with one that was changed."""
+    return tuple(
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    )
 
 
 def _below(module):

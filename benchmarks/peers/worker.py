@@ -52,7 +52,9 @@ class Worker:
         device: str = "cpu",
         precision: str = "ieee",
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked off a process that has imported torch, which takes seconds, and no more.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
         self._connection, there = context.Pipe()
         self._process = context.Process(
             target=_serve,

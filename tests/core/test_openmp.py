@@ -2,9 +2,7 @@
 
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import ekfac_rs as ek
 from ekfac_rs import _core
 from ekfac_rs._tensors import borrow
-from processes import SECONDS, forks_allowed, in_child, with_threads
+from processes import SECONDS, forks_allowed, in_child, in_fresh_process, with_threads
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not torch.backends.openmp.is_available(),
@@ -28,19 +26,6 @@ pytestmark = pytest.mark.skipif(
 def _threads():
     with with_threads(2):
         yield
-
-
-def in_process_of_its_own(script: str) -> str:
-    """Run a script, before which nothing has been computed; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -67,10 +52,12 @@ def results() -> list[Tensor]:
 
 
 def test_no_thread_is_started_where_torch_has_its_team():
-    printed = in_process_of_its_own(
+    printed = in_fresh_process(
         """
         import os, torch
         import ekfac_rs as ek
+
+        torch.set_num_threads(2)
 
         def threads():
             return len(os.listdir("/proc/self/task"))
@@ -91,11 +78,12 @@ def test_no_thread_is_started_where_torch_has_its_team():
 
 
 def test_the_number_of_threads_is_torch_s_until_one_is_set():
-    printed = in_process_of_its_own(
+    printed = in_fresh_process(
         """
         import threading, torch
         import ekfac_rs as ek
 
+        torch.set_num_threads(2)
         seen = [ek.num_threads()]
         torch.set_num_threads(1)
         seen.append(ek.num_threads())
@@ -149,11 +137,12 @@ def test_a_pool_of_our_own_gives_the_same_bits():
 
 
 def test_a_child_computes_though_its_parent_s_team_was_used_by_torch_alone():
-    printed = in_process_of_its_own(
+    printed = in_fresh_process(
         """
         import os, torch
         import ekfac_rs as ek
 
+        torch.set_num_threads(2)
         x = torch.randn(512, 512)
         (x @ x).exp()
         child = os.fork()

@@ -1,40 +1,41 @@
 """The comparison with other libraries works where none of them is there, and says so."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from memory import needs_proc
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "bench_peers.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BY_HAND = "torch, written by hand"
 
 pytestmark = needs_proc
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARK), *arguments],
+@pytest.fixture(scope="module")
+def bench_peers() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
         # Tiny sizes: more threads would only wait for each other.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield import_module("bench_peers")
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(bench_peers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("matplotlib")
     path = tmp_path_factory.mktemp("speed")
-    done = run("conv", "eigh", "--quick", "--beside", BY_HAND, "nngeometry", "--output", str(path))
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.strip() == (path / "peers.md").read_text().strip()
+    told = StringIO()
+    with redirect_stdout(told):
+        beside = ["--beside", BY_HAND, "nngeometry"]
+        bench_peers.main(["conv", "eigh", "--quick", *beside, "--output", str(path)])
+    assert told.getvalue().strip() == (path / "peers.md").read_text().strip()
     return path
 
 
@@ -59,16 +60,17 @@ def test_a_library_that_is_not_there_is_told(output):
         assert "No module named 'nngeometry'" in (output / "peers.md").read_text()
 
 
-def test_a_candidate_that_nobody_knows_is_refused():
-    done = run("--beside", "unheard-of")
-    assert done.returncode == 2
-    assert "unheard-of" in done.stderr
+def test_a_candidate_that_nobody_knows_is_refused(bench_peers, capsys):
+    with pytest.raises(SystemExit) as caught:
+        bench_peers.main(["--beside", "unheard-of"])
+    assert caught.value.code == 2
+    assert "unheard-of" in capsys.readouterr().err
 
 
-def test_by_hand_is_what_we_compute(tmp_path):
-    done = run("MLP with BN", "grouped convolution", "--check", "--beside", BY_HAND)
-    assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+def test_by_hand_is_what_we_compute(bench_peers, capsys):
+    bench_peers.main(["MLP with BN", "grouped convolution", "--check", "--beside", BY_HAND])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
     compared = [row for row in rows if row[0] == f"| {BY_HAND}"]
     assert len(compared) == 2
     for row in compared:
@@ -76,8 +78,7 @@ def test_by_hand_is_what_we_compute(tmp_path):
         assert float(row[3]) > 0.9  # G does, which are drawn
 
 
-def test_candidates_tell_their_times_in_turns_after_a_warm_up(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+def test_candidates_tell_their_times_in_turns_after_a_warm_up(bench_peers):
     asked = []
     times = {"ours": iter([900.0, 3.0, 1.0, 2.0]), "theirs": iter([800.0, 6.0, 5.0, 4.0])}
 
@@ -89,5 +90,5 @@ def test_candidates_tell_their_times_in_turns_after_a_warm_up(monkeypatch):
         return ask
 
     able = {name: told_by(name) for name in times}
-    assert import_module("bench_peers").medians_told(able, 3) == {"ours": 2.0, "theirs": 5.0}
+    assert bench_peers.medians_told(able, 3) == {"ours": 2.0, "theirs": 5.0}
     assert asked == ["ours", "theirs"] * 4

@@ -11,7 +11,7 @@ from cases import LOSSES, NETWORKS, dense_block, estimate
 from oracle import Units, dense, relative_error, strata_terms, units_of
 
 LAYER = "0"
-REPEATS = 200
+REPEATS = 100
 
 
 def sample_mean(draw: Callable[[], Tensor], repeats: int = REPEATS) -> tuple[Tensor, float]:

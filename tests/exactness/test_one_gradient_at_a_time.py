@@ -1,10 +1,7 @@
 """Gradients come one at a time: the same numbers, without all of them in memory at once."""
 
-import subprocess
-import sys
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from ekfac_rs.curvature.accumulators import KroneckerAccumulator
 from ekfac_rs.curvature.gradients import Gradients
 from ekfac_rs.errors import UnsupportedLayerError
 from memory import needs_proc
+from processes import in_fresh_process
 
 
 class AllAtOnce(Gradients):
@@ -255,7 +253,6 @@ def test_no_layer_that_the_loss_depends_on_is_no_error_of_torch():
 
 # One process for each: what it once had in memory is its own.
 PEAK = """
-import sys
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -275,7 +272,8 @@ def bare(x, y):
 def ours(x, y):
     ek.estimate_curvature(model, [(x, y)], approximation="kfac-expand")
 
-work = {"bare": bare, "ours": ours}[sys.argv[1]]
+torch.set_num_threads(1)
+work = {"bare": bare, "ours": ours}[which]
 work(x[:2, :, :8, :8], y[:2])
 print(peak_above(lambda: work(x, y)))
 """
@@ -284,14 +282,7 @@ print(peak_above(lambda: work(x, y)))
 @needs_proc
 def test_a_pass_peaks_hardly_above_bare_forward_and_backward():
     def peak(which):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, which],
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return int(done.stdout)
+        return int(in_fresh_process(f"which = {which!r}\n{PEAK}"))
 
     activation = 32 * 4 * 96 * 96 * 4
     bare, ours = peak("bare"), peak("ours")

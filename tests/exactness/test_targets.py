@@ -98,7 +98,7 @@ def test_scores_make_the_hessian_of_torchs_loss(case, reduction, generator):
     for labels in ("exact", "type2"):
         found = outer_products(likelihood, z, t, labels, generator)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    drawn = outer_products(likelihood, z, t, "mc", generator, draws=4000)
+    drawn = outer_products(likelihood, z, t, "mc", generator, draws=2000)
     assert (drawn - expected).norm() <= 0.1 * expected.norm()
 
 
@@ -191,7 +191,7 @@ def masked_targets(kind, examples):
 def test_masked_classes_are_as_good_as_absent(labels, kind):
     model, x = NETWORKS["mlp"].make(), random(6, 4)
     y, y_masked = masked_targets(kind, 6)
-    draws = 3000 if labels == "mc" else 1
+    draws = 1000 if labels == "mc" else 1
     options = {"labels": labels, "approximation": "xkfac", "draws": draws}
     expected = ek.estimate_curvature(model, [(x, y)], **options)
     masked = nn.Sequential(*model, Masked(count=2))

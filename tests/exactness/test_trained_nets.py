@@ -193,12 +193,12 @@ def summarize(rows: list[Row]) -> Summary:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return measure(seeds=SEEDS[:2])
+    return measure(seeds=SEEDS[:1])
 
 
 def test_xkfac_halves_the_error_where_a_relu_feeds_a_layer_before_batchnorm(rows):
     chosen = [row for row in rows if row.interacting]
-    assert len(chosen) == 48
+    assert len(chosen) == 24
     summary = summarize(chosen)
     assert summary.geometric_mean <= 0.55, summary
     assert summary.worst <= 0.8, max(chosen, key=lambda row: row.ratio)
@@ -206,7 +206,7 @@ def test_xkfac_halves_the_error_where_a_relu_feeds_a_layer_before_batchnorm(rows
 
 def test_xkfac_is_not_worse_on_any_other_layer(rows):
     others = [row for row in rows if not row.interacting]
-    assert len(others) == 80
+    assert len(others) == 40
     assert summarize(others).worst <= 1.02, max(others, key=lambda row: row.ratio)
 
 

@@ -1,12 +1,10 @@
 """Without the other library each integration says what to install."""
 
-import subprocess
-import sys
-
 import pytest
 
 import ekfac_rs as ek
 from ekfac_rs._packages import missing
+from processes import in_fresh_process
 
 MODULES = [("avalanche", "avalanche-lib"), ("lightning", "lightning")]
 
@@ -25,15 +23,10 @@ except MissingPackageError as error:
 @pytest.mark.parametrize(("library", "package"), MODULES)
 def test_a_missing_library_is_named_with_what_installs_it(library, package):
     # A process of its own: in this one the library may have been imported.
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(library=library)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.startswith(library)
-    assert f"expected the package {package}, " in done.stdout
-    assert f"pip install 'ekfac-rs[{library}]'" in done.stdout
+    printed = in_fresh_process(WITHOUT.format(library=library))
+    assert printed.startswith(library)
+    assert f"expected the package {package}, " in printed
+    assert f"pip install 'ekfac-rs[{library}]'" in printed
 
 
 def test_the_error_is_an_import_error_too():
@@ -54,8 +47,7 @@ def test_a_submodule_that_an_old_version_lacks_is_a_missing_package():
 
 
 def test_the_package_imports_neither():
-    code = (
+    in_fresh_process(
         "import sys, ekfac_rs.integrations; "
         "assert not {'avalanche', 'lightning'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 import warnings
 from collections import Counter
@@ -14,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import RLock, Thread
 from typing import Any, Self
@@ -210,7 +212,7 @@ class Workers:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self.count,
-                get_context("spawn"),
+                _context(),
                 _start_worker,
                 (self.threads_each, self._prepare, self._arguments),
             )
@@ -225,6 +227,16 @@ class Workers:
                     "workers); finished runs are kept"
                 ) from error
             yield futures[future], record
+
+
+def _context() -> BaseContext:
+    """Have workers forked off a process that has imported torch, which takes seconds."""
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")
+    # Not this package: it knows forked processes, and has them keep away from torch's threads.
+    context.set_forkserver_preload(["torch"])
+    return context
 
 
 @contextmanager

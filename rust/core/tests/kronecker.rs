@@ -429,7 +429,7 @@ fn grouped_dense(terms: &GroupedTerms) -> Array2<f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 30, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn groups_are_blocks_of_the_dense_matrix(
