@@ -332,12 +332,12 @@ COORDINATES = ("raw", "merged")
 def estimate(
     model: nn.Module, batches: Iterable[Batch], loss: str, device: str = "cpu", **options: Any
 ) -> ek.Curvature:
-    """A curvature pass of the package over a copy of the model on ``device``.
+    """A curvature pass of the package over the model, elsewhere than on a CPU over a copy there.
 
     Labels are summed over exactly and coordinates are raw unless the options say otherwise.
     """
     options = {"labels": "exact", "coordinates": "raw", **options}
-    model = copy.deepcopy(model).to(device)
+    model = model if device == "cpu" else copy.deepcopy(model).to(device)
     return ek.estimate_curvature(model, batches, loss=LOSSES[loss].argument, **options)
 
 

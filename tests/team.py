@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class Team:
 @contextmanager
 def team_of(count: int, patience: float = 30.0) -> Iterator[Team]:
     """Have a team for a while, whose ranks give up on one that is silent for so many seconds."""
-    # What a first pass loads, every process would load by itself.
+    # What a first pass loads, and a first optimiser, every process would load by itself.
+    import_module("torch._dynamo")
     ek.estimate_curvature(mlp(2, 3, 2), classification_loader(2, 2))
     with tempfile.TemporaryDirectory() as folder:
         team = Team(count, folder, timedelta(seconds=patience))

@@ -191,7 +191,7 @@ def masked_targets(kind, examples):
 def test_masked_classes_are_as_good_as_absent(labels, kind):
     model, x = NETWORKS["mlp"].make(), random(6, 4)
     y, y_masked = masked_targets(kind, 6)
-    draws = 1000 if labels == "mc" else 1
+    draws = 2000 if labels == "mc" else 1
     options = {"labels": labels, "approximation": "xkfac", "draws": draws}
     expected = ek.estimate_curvature(model, [(x, y)], **options)
     masked = nn.Sequential(*model, Masked(count=2))

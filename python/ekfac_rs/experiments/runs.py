@@ -230,12 +230,13 @@ class Workers:
 
 
 def _context() -> BaseContext:
-    """Have workers forked off a process that has imported torch, which takes seconds."""
+    """Have workers forked off a process that has imported what takes seconds."""
     if sys.platform != "linux":
         return get_context("spawn")
     context = get_context("forkserver")
-    # Not this package: it knows forked processes, and has them keep away from torch's threads.
-    context.set_forkserver_preload(["torch"])
+    # Torch, with what its first optimiser imports. Not this package: it knows forked processes, and
+    # has them keep away from torch's threads.
+    context.set_forkserver_preload(["torch._dynamo"])
     return context
 
 

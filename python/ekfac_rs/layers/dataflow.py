@@ -72,8 +72,6 @@ class _Stored:
         self, args: tuple[Any, ...], kwargs: Arguments
     ) -> tuple[tuple[Any, ...], Arguments]:
         """Return arguments with copies of stored tensors: nothing refused may write to these."""
-        if not any(self.misused(tree_leaves((args, kwargs)))):
-            return args, kwargs
         copied: tuple[tuple[Any, ...], Arguments] = tree_map_only(
             Tensor, lambda x: x.clone() if id(x) in self.place else x, (args, kwargs)
         )
@@ -82,6 +80,16 @@ class _Stored:
     def misused(self, values: Iterable[Any]) -> Iterator[tuple[nn.Module, str]]:
         """Modules and names of the tensors among the values that a module keeps."""
         return (self.place[id(value)] for value in values if id(value) in self.place)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Take what torch's own functions take and return out of tuples, lists and dictionaries.
+
+    Torch's trees know of more, which takes several times as long, for every operation of a model.
+    """
+    if isinstance(value, tuple | list):
+        return [leaf for inner in value for leaf in _leaves(inner)]
+    return _leaves([*value.values()]) if isinstance(value, dict) else [value]
 
 
 def _kind(module: nn.Module) -> Any:
@@ -155,17 +163,21 @@ class AffineCalls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = _leaves((args, kwargs))
         seen = self.before(leaves)
         call, names = None, argument_names(func)
         if names is not None:
             arguments = dict(zip(names, args, strict=False)) | kwargs
             call = self._stored.call(func, arguments, self._active[-1] if self._active else None)
-        if call is None and _name_of(func) not in _NAMES_OF_FACTS:
+        if (
+            call is None
+            and any(self._stored.misused(leaves))
+            and _name_of(func) not in _NAMES_OF_FACTS
+        ):
             args, kwargs = self._stored.stood_in_for(args, kwargs)
         result = func(*args, **kwargs)
         if call is not None:
-            leaves = tree_leaves(_others(call))
+            leaves = _leaves(_others(call))
             problem = _kind(call.module).why_refused(call)
             if problem is not None:
                 self.on_problem(call.module, problem)
@@ -183,7 +195,7 @@ def _is_fact(function: Function, result: Any) -> bool:
     """Whether a function told something about a tensor that does not depend on its values."""
     if result is None:
         return getattr(function, "__name__", "") == "__get__"
-    return all(isinstance(leaf, _FACTS) for leaf in tree_leaves(result))
+    return all(isinstance(leaf, _FACTS) for leaf in _leaves(result))
 
 
 def _name_of(function: Function) -> str:
@@ -405,7 +417,7 @@ class _Observer(AffineCalls):
         self.flow.problems.setdefault(self._watched[module], problem)
 
     def on_other(self, name: str, arguments: list[Hashable], result: Any) -> None:
-        if any(isinstance(x, Tensor) for x in tree_leaves(result)):
+        if any(isinstance(x, Tensor) for x in _leaves(result)):
             for value in arguments:
                 self.flow.consumers[value].append(name)
 
