@@ -5,7 +5,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -309,14 +309,14 @@ def write_report(setting: Setting, names: Iterable[str]) -> Iterator[str]:
             yield f"{FAILED} {type(error).__name__}: {error}"
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Print the report; exit with 1 if a section failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds")
     parser.add_argument("--only", choices=SECTIONS, help="one section")
     parser.add_argument("--output", type=Path, help="write the report to this file, too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     setting = Setting(torch.device(arguments.device), arguments.quick)
     own_stream = nullcontext()
     if setting.on_gpu:

@@ -1,9 +1,6 @@
 """The GPU benchmark works from the first line to the last, shown by a dry run on the CPU."""
 
-import os
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -22,33 +19,36 @@ SECTIONS = (
 TABLE = r"^\|.*\|\n\|-[-:|]*\|\n(\|.*\|\n)+"
 
 
-def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(BENCHMARK), "--quick", *arguments],
-        # Tiny sizes: more threads would only wait for each other.
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
 
 
-def test_every_section_of_the_gpu_benchmark_prints_a_table(tmp_path):
-    done = dry_run("--device", "cpu", "--output", str(tmp_path / "report.md"))
-    assert done.returncode == 0, done.stderr + done.stdout
-    machine, *sections = re.split(r"^## ", done.stdout, flags=re.MULTILINE)
+def dry_run(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as caught, torch.random.fork_rng(devices=[]):
+        import_module("bench_gpu").main(["--quick", "--device", "cpu", *arguments])
+    assert not caught.value.code
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_every_section_of_the_gpu_benchmark_prints_a_table(tmp_path, capsys):
+    dry_run("--output", str(tmp_path / "report.md"))
+    printed = capsys.readouterr().out
+    machine, *sections = re.split(r"^## ", printed, flags=re.MULTILINE)
     assert "dry run" in machine
     for library in ("libcuda", "libcublas", "libcusolver", "libnvrtc"):
         assert f"- {library}: " in machine
     assert tuple(section.splitlines()[0] for section in sections) == SECTIONS
     for section in sections:
         assert re.search(TABLE, section, re.MULTILINE), section
-    assert (tmp_path / "report.md").read_text() == done.stdout
+    assert (tmp_path / "report.md").read_text() == printed
 
 
-def test_one_section_can_be_run_alone():
-    done = dry_run("--device", "cpu", "--only", "product")
-    assert re.findall(r"^## (.*)$", done.stdout, re.MULTILINE) == ["Product of the penalty"]
+@pytest.mark.usefixtures("benchmarks")
+def test_one_section_can_be_run_alone(capsys):
+    dry_run("--only", "product")
+    titles = re.findall(r"^## (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert titles == ["Product of the penalty"]
 
 
 def precisions() -> tuple[str, str]:
@@ -57,11 +57,6 @@ def precisions() -> tuple[str, str]:
         torch.backends.cuda.matmul.fp32_precision,
         torch.backends.cudnn.conv.fp32_precision,
     )
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
 
 
 @pytest.mark.usefixtures("benchmarks")
