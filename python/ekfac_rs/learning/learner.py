@@ -191,7 +191,7 @@ class ContinualLearner:
         Whether stable steps also count with the curvature of the task that is being learnt, taken
         of the last four mini-batches from time to time (`QuadraticPenalty.precondition`): a
         learning rate that its own loss would not bear, as with frozen BatchNorms, does not diverge
-        then, as far as that is seen in layers one by one: a deep network can, still (docs/method.md,
+        then, as far as that is seen in layers one by one: a deep network still can (docs/method.md,
         stable step). Under a penalty alone, from the second task on, and with stable steps alone.
     optimizer : callable, optional
         Called as ``optimizer(parameters, lr=lr)`` when a task's training begins, with the list of
