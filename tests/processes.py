@@ -60,8 +60,14 @@ def in_fresh_process(script: str) -> str:
     process = context.Process(target=_print_back, args=(textwrap.dedent(script), there))
     process.start()
     there.close()
-    assert connection.poll(SECONDS), f"the script did not come back within {SECONDS} s"
-    error, printed = connection.recv()
+    if not connection.poll(SECONDS):
+        process.kill()
+        pytest.fail(f"the script did not come back within {SECONDS} s")
+    try:
+        error, printed = connection.recv()
+    except EOFError:
+        process.join()
+        pytest.fail(f"the script's process died ({process.exitcode})")
     process.join()
     assert error is None, error
     return printed.strip()
