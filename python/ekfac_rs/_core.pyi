@@ -118,12 +118,12 @@ def accumulate_gram(
     """Add ``scale * N * F_k`` of a mini-batch to the lower triangle of ``out[k]``, per stratum k.
 
     ``x`` is ``[N, K]`` or ``[N, T, K]``; ``role`` is "input" or "gradient"; ``append_one`` (inputs
-    only) appends a constant 1 to every unit. Outputs are ``[K', K']`` with K' = K or K + 1, float32
-    or float64. Outputs ``[groups, K', K']`` split the features into consecutive blocks with a
-    factor each: K' is then K / groups, or one more. The output of the stratum "mean", whose factor
-    has rank one, may be a row ``[K']`` or ``[groups, K']``: its root is added then, the row whose
-    square is ``scale * N * F_k``. ``precision`` of float32 products on a GPU is
-    "ieee", "tf32" or "bf16". Returns the strata's degrees of freedom.
+    only) appends a constant 1 to every unit. Outputs are ``[K', K']`` with K' = K or K + 1, of the
+    dtype of ``x``, or float32 for half precision. Outputs ``[groups, K', K']`` split the features
+    into consecutive blocks with a factor each: K' is then K / groups, or one more. The output of
+    the stratum "mean", whose factor has rank one, may be a row ``[K']`` or ``[groups, K']``: its
+    root is added then, the row whose square is ``scale * N * F_k``. ``precision`` of float32
+    products on a GPU is "ieee", "tf32" or "bf16". Returns the strata's degrees of freedom.
 
     NaN or infinity in ``x`` is an error, before any output changes. With a ``note``, which is for
     GPUs, nobody waits to hear of it: the number of the first such example, counted from the number

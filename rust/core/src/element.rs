@@ -33,6 +33,15 @@ impl Dtype {
         }
     }
 
+    /// The dtype in which sums over elements of this one are kept: its own, or single precision for
+    /// half.
+    pub fn of_sums(self) -> Self {
+        match self {
+            Self::Float64 => Self::Float64,
+            Self::Float32 | Self::Float16 | Self::BFloat16 => Self::Float32,
+        }
+    }
+
     /// Bytes per element, which is the required alignment, too.
     pub fn size(self) -> usize {
         match self {
@@ -80,6 +89,24 @@ pub trait Real: Element + faer::traits::RealField + Copy + Default + fmt::Debug 
     fn from_f64(value: f64) -> Self;
     /// Reads any element into this type.
     fn from_element<S: Element>(value: S) -> Self;
+    /// Runs a reader for elements of this dtype, whose sums must be kept in this type: no other pair
+    /// of types is compiled.
+    fn read<R: Reader>(dtype: Dtype, reader: R) -> Result<R::Output>;
+}
+
+/// What is done with elements of a type that is known at run time.
+pub trait Reader {
+    /// What comes of it.
+    type Output;
+    /// Does it.
+    fn read<S: Element>(self) -> Result<Self::Output>;
+}
+
+fn not_summed<T>(dtype: Dtype, sums: Dtype) -> Result<T> {
+    Err(Error::Dtype(format!(
+        "sums over elements of {dtype} are kept in {}, got {sums}",
+        dtype.of_sums()
+    )))
 }
 
 macro_rules! element {
@@ -124,6 +151,14 @@ impl Real for f32 {
     fn from_element<S: Element>(value: S) -> Self {
         value.to_f32()
     }
+    fn read<R: Reader>(dtype: Dtype, reader: R) -> Result<R::Output> {
+        match dtype {
+            Dtype::Float32 => reader.read::<f32>(),
+            Dtype::Float16 => reader.read::<f16>(),
+            Dtype::BFloat16 => reader.read::<bf16>(),
+            Dtype::Float64 => not_summed(dtype, Self::DTYPE),
+        }
+    }
 }
 
 impl Real for f64 {
@@ -135,6 +170,12 @@ impl Real for f64 {
     #[inline(always)]
     fn from_element<S: Element>(value: S) -> Self {
         value.to_f64()
+    }
+    fn read<R: Reader>(dtype: Dtype, reader: R) -> Result<R::Output> {
+        match dtype {
+            Dtype::Float64 => reader.read::<f64>(),
+            _ => not_summed(dtype, Self::DTYPE),
+        }
     }
 }
 

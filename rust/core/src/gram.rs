@@ -3,7 +3,7 @@
 use crate::backend::Backend;
 use crate::backend::dispatch::on_device;
 use crate::cancel::Cancel;
-use crate::element::{Dtype, Real};
+use crate::element::{Dtype, Real, with_real};
 use crate::error::{Error, Result};
 use crate::geometry::Geometry;
 use crate::strata::{Approximation, Role, Stratum};
@@ -37,8 +37,8 @@ pub struct GramOptions {
 /// squares and products divided by the number of units U, for gradients multiplied by
 /// `U / (dof_k N)` (0 without degrees of freedom). Their product is that of the analysis of
 /// variance; divided this way both factors keep their size as N varies, so that they may be
-/// averaged separately over mini-batches of different sizes. Half-precision input is accumulated in
-/// the outputs' dtype. What is centred has the precision of strata centred before they are squared,
+/// averaged separately over mini-batches of different sizes. Outputs have the dtype of
+/// [`Dtype::of_sums`]: that of the units, or float32 for half precision. What is centred has the precision of strata centred before they are squared,
 /// with means in double precision.
 ///
 /// The mean's sum of squares and products has rank one, and an update of a whole matrix for it takes
@@ -152,20 +152,15 @@ impl MiniBatch<'_> {
             precision: options.precision,
             note: options.note,
         };
-        match out.first().map(TensorViewMut::dtype) {
-            Some(Dtype::Float32) => self.run::<f32>(out, &task, cancel)?,
-            Some(Dtype::Float64) => self.run::<f64>(out, &task, cancel)?,
-            other => {
-                return Err(Error::Dtype(format!(
-                    "outputs must be float32 or float64, got {}",
-                    other.map_or_else(|| "none".to_owned(), |dtype| dtype.to_string())
-                )));
-            }
-        }
+        with_real!(self.dtype_of_sums(), T => self.run::<T>(out, &task, cancel))?;
         let strata = options.approximation.strata().iter();
         Ok(strata
             .map(|stratum| stratum.degrees_of_freedom(self.examples, self.locations))
             .collect())
+    }
+
+    fn dtype_of_sums(&self) -> Dtype {
+        self.units.tensor().dtype().of_sums()
     }
 
     fn run<T: Real>(
@@ -249,10 +244,10 @@ impl MiniBatch<'_> {
                     tensor.shape()
                 )));
             }
-            if tensor.dtype() != out[0].dtype() {
+            let (of_units, expected) = (self.units.tensor().dtype(), self.dtype_of_sums());
+            if tensor.dtype() != expected {
                 return Err(Error::Dtype(format!(
-                    "all outputs must have one dtype, got {} and {}",
-                    out[0].dtype(),
+                    "output {index} must be {expected}, as sums over units of {of_units} are, got {}",
                     tensor.dtype()
                 )));
             }

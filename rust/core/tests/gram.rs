@@ -211,9 +211,11 @@ fn half_precision_is_read_exactly() {
     let half = x.mapv(half::bf16::from_f64);
     let exact = half.mapv(f64::from).insert_axis(Axis(1));
     let options = options(Approximation::Xkfac, Role::Input, true, 1.0);
-    let got = factors(&view(half.view()), 8, options).unwrap();
-    for (got, expected) in got.iter().zip(expected(exact.view(), options)) {
-        assert!(error(&mirrored(got), &expected) < 1e-12);
+    let mut out = vec![Array2::<f32>::zeros((8, 8)); 2];
+    let mut views: Vec<_> = out.iter_mut().map(|out| view_mut(out.view_mut())).collect();
+    accumulate(&view(half.view()), &mut views, options, &Cancel::new()).unwrap();
+    for (got, expected) in out.iter().zip(expected(exact.view(), options)) {
+        assert!(error(&mirrored(&got.mapv(f64::from)), &expected) < 1e-6);
     }
 }
 
@@ -288,6 +290,15 @@ fn wrong_arguments_are_named() {
         run(&view(row.view()), &[3, 3], fine),
         Err(Error::Shape(_))
     ));
+    for units in [
+        view(x.mapv(|value| value as f32).view()),
+        view(x.mapv(half::f16::from_f64).view()),
+    ] {
+        let refused = run(&units, &[3, 3], fine);
+        assert!(
+            matches!(refused, Err(Error::Dtype(message)) if message.contains("must be float32"))
+        );
+    }
     let gradient = options(Approximation::Xkfac, Role::Gradient, true, 1.0);
     assert!(matches!(
         run(&x_view, &[4, 4], gradient),

@@ -429,7 +429,7 @@ fn grouped_dense(terms: &GroupedTerms) -> Array2<f64> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 30, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 20, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn groups_are_blocks_of_the_dense_matrix(
@@ -546,7 +546,7 @@ proptest! {
 #[test]
 fn large_groups_agree_with_the_product() {
     let mut noise = Noise::new(9);
-    for (groups, d, k) in [(1000, 1, 70), (64, 8, 72), (3, 100, 120)] {
+    for (groups, d, k) in [(700, 1, 70), (48, 8, 72), (3, 70, 90)] {
         let terms = grouped_terms(&mut noise, 2, groups, d, k);
         let narrow: Vec<_> = terms
             .iter()

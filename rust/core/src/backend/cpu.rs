@@ -6,12 +6,10 @@ use std::sync::Arc;
 use faer::{Accum, MatRef};
 
 use self::packed::Packed;
-use self::patches::Patches;
-use self::source::Dense;
 use self::team::Team;
 use super::{Backend, Triangle};
 use crate::cancel::Cancel;
-use crate::element::{Dtype, Real};
+use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, non_finite};
 use crate::place::{Device, Place};
@@ -107,27 +105,15 @@ impl Backend for Cpu {
         }
         let out = out.into_iter().map(host::write_all);
         let out = out.collect::<Result<_>>()?;
-        let (team, strata, append_one) = (&*self.team, &task.strata, task.append_one);
-        macro_rules! accumulate {
-            ($element:ty) => {
-                match units {
-                    Units::Dense(x) => {
-                        let source = Dense::<$element>::new(x)?;
-                        gram::accumulate(team, &source, out, strata, append_one, cancel)
-                    }
-                    Units::Patches(x, geometry) => {
-                        let source = Patches::<$element>::new(x, geometry)?;
-                        gram::accumulate(team, &source, out, strata, append_one, cancel)
-                    }
-                }
-            };
-        }
-        match units.tensor().dtype() {
-            Dtype::Float32 => accumulate!(f32),
-            Dtype::Float64 => accumulate!(f64),
-            Dtype::Float16 => accumulate!(half::f16),
-            Dtype::BFloat16 => accumulate!(half::bf16),
-        }
+        let squares = gram::Squares {
+            team: &self.team,
+            units,
+            strata: &task.strata,
+            append_one: task.append_one,
+            out,
+            cancel,
+        };
+        T::read(units.tensor().dtype(), squares)
     }
 
     fn symmetrize<T: Real>(&self, x: Vec<MatrixMut<'_, T>>, divisor: f64) -> Result<()> {

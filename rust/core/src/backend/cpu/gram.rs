@@ -4,41 +4,60 @@ use std::ops::Range;
 
 use faer::{MatMut, MatRef};
 
+use super::patches::Patches;
 use super::simd::{self, Loop};
-use super::source::{COST_OF_READING, Lines, Means, Source, Total, chunks, runs};
+use super::source::{COST_OF_READING, Dense, Lines, Means, Source, Total, chunks, runs};
 use super::syrk;
 use super::team::Team;
 use crate::cancel::Cancel;
-use crate::element::Real;
+use crate::element::{Element, Reader, Real};
 use crate::error::{Error, Result};
 use crate::strata::Stratum;
-use crate::units::StratumWeight;
+use crate::units::{StratumWeight, Units};
 
-/// Adds the weighted sum of squares and products of each stratum to the lower triangles of its
-/// outputs, one for each group of consecutive features.
-pub(super) fn accumulate<S: Source, T: Real>(
-    team: &Team,
-    source: &S,
-    out: Vec<Vec<MatMut<'_, T>>>,
-    strata: &[StratumWeight],
-    append_one: bool,
-    cancel: &Cancel,
-) -> Result<()> {
-    let batch = SummedBatch::new(team, source, strata, cancel)?;
-    for (out, weighted) in out.into_iter().zip(strata) {
-        let stratum = if batch.locations == 1 {
-            weighted.stratum.with_one_location()
-        } else {
-            Some(weighted.stratum)
-        };
-        let weight = weighted.weight;
-        match stratum.filter(|_| weight != 0.0) {
-            Some(Stratum::Mean) if weighted.as_root => batch.add_root(out, weight, append_one),
-            Some(stratum) => batch.add_stratum(out, stratum, weight, append_one, cancel)?,
-            None => {}
+/// What is to be added: the weighted sum of squares and products of each stratum, to the lower
+/// triangles of its outputs, one for each group of consecutive features.
+pub(super) struct Squares<'a, 'x, T: 'static> {
+    pub(super) team: &'a Team,
+    pub(super) units: &'a Units<'x>,
+    pub(super) strata: &'a [StratumWeight],
+    pub(super) append_one: bool,
+    pub(super) out: Vec<Vec<MatMut<'a, T>>>,
+    pub(super) cancel: &'a Cancel,
+}
+
+impl<T: Real> Reader for Squares<'_, '_, T> {
+    type Output = ();
+
+    fn read<S: Element>(self) -> Result<()> {
+        match self.units {
+            Units::Dense(x) => self.add(&Dense::<S>::new(x)?),
+            Units::Patches(x, geometry) => self.add(&Patches::<S>::new(x, geometry)?),
         }
     }
-    Ok(())
+}
+
+impl<T: Real> Squares<'_, '_, T> {
+    fn add<S: Source>(self, source: &S) -> Result<()> {
+        let Self {
+            append_one, cancel, ..
+        } = self;
+        let batch = SummedBatch::new(self.team, source, self.strata, cancel)?;
+        for (out, weighted) in self.out.into_iter().zip(self.strata) {
+            let stratum = if batch.locations == 1 {
+                weighted.stratum.with_one_location()
+            } else {
+                Some(weighted.stratum)
+            };
+            let weight = weighted.weight;
+            match stratum.filter(|_| weight != 0.0) {
+                Some(Stratum::Mean) if weighted.as_root => batch.add_root(out, weight, append_one),
+                Some(stratum) => batch.add_stratum(out, stratum, weight, append_one, cancel)?,
+                None => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A mini-batch with the sums its strata need.
