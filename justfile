@@ -69,8 +69,8 @@ lint-and-test-rust: dev
 test-rust:
     {{clippy}} test {{checked}}
 
-# Tests of the Python package, files side by side (--all-combinations: of options, not only every pair of
-# two); those that need data find it through EKFAC_DATA or ../shared/data
+# Tests of the Python package, files side by side (--thorough: long ones, and all combinations of
+# options); those that need data find it through EKFAC_DATA or ../shared/data
 test-python *args: dev
     {{python}} -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder {{args}}
 
@@ -83,7 +83,7 @@ alias test-avalanche := test-integrations
 
 # Tests of the Python package that need an NVIDIA GPU
 test-gpu *args: dev
-    {{python}} -m pytest -m cuda --all-combinations {{args}}
+    {{python}} -m pytest -m cuda --thorough {{args}}
 
 # The same under compute-sanitizer, which is part of the CUDA toolkit
 sanitize-gpu *args: dev

@@ -177,7 +177,7 @@ if [ -d wheels ]; then
 fi
 part information 30 information.txt bash -c information
 
-pytest=("$PYTHON" -m pytest -q --all-combinations -p no:benchmark -p no:cacheprovider)
+pytest=("$PYTHON" -m pytest -q --thorough -p no:benchmark -p no:cacheprovider)
 if [ -n "$dry" ]; then
     part tests 100 tests.txt "${pytest[@]}" -n 0 tests/gpu/test_warnings.py tests/test_info.py
 else

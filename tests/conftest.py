@@ -34,31 +34,34 @@ LONG = (
 )
 
 
-# A test of more options than this in all combinations is made with every pair of them instead.
-MANY_CASES = 12
+# A test of options with more combinations than the first is made with every pair of two choices
+# instead; where these are more than the second, with every choice.
+MANY_CASES, MANY_PAIRS = 12, 50
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let all combinations be asked for."""
     parser.addoption(
-        "--all-combinations",
+        "--thorough",
         action="store_true",
-        help=f"of tests with more than {MANY_CASES} combinations of options, all, instead of some "
-        "in which every pair of two options occurs",
+        help="also tests marked as thorough, and all combinations of options where they are more "
+        f"than {MANY_CASES}, not only every pair of two choices or, of a great many, every choice",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out combinations, and put long files first; the order within a file stays."""
-    if not config.getoption("all_combinations"):
-        enough = with_every_pair(items)
+    """Leave out what is for thorough runs; put long files first, their order stays."""
+    if not config.getoption("thorough"):
+        enough = with_enough_combinations(
+            x for x in items if x.get_closest_marker("thorough") is None
+        )
         config.hook.pytest_deselected(items=[item for item in items if item not in enough])
         items[:] = [item for item in items if item in enough]
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
 
-def with_every_pair(items: Iterable[pytest.Item]) -> set[pytest.Item]:
-    """Return items such that each test has every pair of its options, on each device."""
+def with_enough_combinations(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Return items such that tests have pairs of their options, or all options, on each device."""
     enough, cases = set(), defaultdict(list)
     for item in items:
         callspec = getattr(item, "callspec", None)
@@ -69,8 +72,11 @@ def with_every_pair(items: Iterable[pytest.Item]) -> set[pytest.Item]:
             cases[test, callspec.params.get("device")].append(item)
     for group in cases.values():
         if len(group) > MANY_CASES:
-            specs = [item.callspec for item in group]
-            group = [group[i] for i in covering([choices_of(spec.params) for spec in specs])]
+            choices = [choices_of(item.callspec.params) for item in group]
+            chosen = covering(choices)
+            if len(chosen) > MANY_PAIRS:
+                chosen = covering(choices, together=1)
+            group = [group[i] for i in chosen]
         enough.update(group)
     return enough
 

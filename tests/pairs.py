@@ -1,5 +1,6 @@
 """Of a product of many options, cases in which every pair of two options occurs."""
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -23,16 +24,28 @@ def _told_apart(value: Any) -> Hashable:
     return value if isinstance(value, str | int | float | None) else id(value)
 
 
-def covering(cases: Sequence[Choices]) -> list[int]:
-    """Return which cases are enough for every pair of two options' choices that any of them has.
+def covering(cases: Sequence[Choices], together: int = 2) -> list[int]:
+    """Return which cases are enough for what any of them has chosen of so many options together.
 
-    The one that has most new pairs comes next, the first of several.
+    The one that has most that is new comes next; of several, the one whose choices have been
+    made least so far; of several of those, the first.
     """
-    pairs_of = [frozenset(combinations(sorted(case.items()), min(2, len(case)))) for case in cases]
-    missing = frozenset().union(*pairs_of)
-    chosen = []
+    parts_of = [
+        frozenset(combinations(sorted(case.items()), min(together, len(case)))) for case in cases
+    ]
+    missing = frozenset().union(*parts_of)
+    chosen, made = [], Counter[tuple[str, Hashable]]()
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(pairs_of[i] & missing))
-        missing -= pairs_of[best]
+        new = [len(parts & missing) for parts in parts_of]
+        most = [i for i, count in enumerate(new) if count == max(new)]
+        best = min(most, key=lambda i: sum(made[choice] for choice in cases[i].items()))
+        missing -= parts_of[best]
         chosen.append(best)
+        made.update(cases[best].items())
+    # Later ones may together have all that an earlier one has.
+    there = Counter(part for i in chosen for part in parts_of[i])
+    for i in list(chosen):
+        if all(there[part] > 1 for part in parts_of[i]):
+            chosen.remove(i)
+            there.subtract(parts_of[i])
     return sorted(chosen)

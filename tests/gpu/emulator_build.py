@@ -17,15 +17,18 @@ of the process's products whose operands are rounded to ``float16``, ``bfloat16`
 ``float32`` or ``float64``.
 """
 
-import atexit
 import functools
+import hashlib
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent / "emulator"
+# Where Cargo builds, too.
+_BUILT = Path(__file__).parents[2] / "target"
 _LIBRARIES = ("cuda", "cublas", "cusolver", "nvrtc")
 
 
@@ -58,9 +61,22 @@ def build(directory: Path, without: Sequence[str] = ()) -> Path:
 
 @functools.cache
 def _objects() -> Path:
-    """A folder with the compiled sources, once for this process: linking takes no time."""
-    directory = Path(tempfile.mkdtemp(prefix="emulator-objects-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    """A folder with the compiled sources, for all processes: linking takes no time."""
+    sources = b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))
+    objects = _BUILT / f"emulator-{hashlib.sha256(sources).hexdigest()[:16]}"
+    if not objects.is_dir():
+        _BUILT.mkdir(exist_ok=True)
+        # Whole or not there: another process may be at it, too.
+        with tempfile.TemporaryDirectory(prefix="emulator-", dir=_BUILT) as directory:
+            made = Path(directory, "objects")
+            made.mkdir()
+            _compile_into(made)
+            with suppress(OSError):
+                made.rename(objects)
+    return objects
+
+
+def _compile_into(directory: Path) -> None:
     _run_compiler(
         lambda library: [
             *("-std=c++17", "-O3", "-fPIC", "-c", "-Wall"),
@@ -70,7 +86,6 @@ def _objects() -> Path:
             str(_SOURCES / f"{library}.cpp"),
         ]
     )
-    return directory
 
 
 def _run_compiler(arguments: Callable[[str], Sequence[str]]) -> None:

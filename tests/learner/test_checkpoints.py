@@ -482,7 +482,10 @@ def killed_at(seconds, work, path, result):
     return killed
 
 
-@pytest.mark.parametrize("work", [_learn, _learn_by_halving, _accumulate])
+@pytest.mark.parametrize(
+    "work",
+    [_learn, pytest.param(_learn_by_halving, marks=pytest.mark.thorough), _accumulate],
+)
 def test_killed_at_any_moment_it_ends_in_the_same_weights(work, tmp_path):
     # What torch imports with the first optimiser takes longer than all the work: children would be
     # killed in that.
