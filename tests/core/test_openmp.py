@@ -193,7 +193,7 @@ def stop(signum: int, frame: object) -> None:
     raise Stopped
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.thorough), 4])
 @pytest.mark.parametrize(
     ("handler", "raised"), [(signal.default_int_handler, KeyboardInterrupt), (stop, Stopped)]
 )

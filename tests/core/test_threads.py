@@ -134,7 +134,9 @@ def results_of(cases: dict[str, Callable[[], list[Tensor]]], threads: int) -> di
     return {name: work() for name, work in cases.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("cases", [gram_cases, kronecker_cases])
 def test_results_do_not_depend_on_the_number_of_threads(cases, dtype):
     made = cases(dtype)

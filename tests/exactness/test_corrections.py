@@ -112,9 +112,9 @@ def positive(block):
     ("name", "approximation", "modes"),
     [(name, *row) for name in ("mlp-bn", "convolutions") for row in MODES]
     + [
-        (name, *row)
+        pytest.param(name, *row, marks=[pytest.mark.thorough] if i else [])
         for name in NETS
-        for row in MODES[1:4]
+        for i, row in enumerate(MODES[1:4])
         if name not in ("mlp-bn", "convolutions")
     ],
     ids=lambda m: m if isinstance(m, str) else "-".join(m.values()),

@@ -320,6 +320,7 @@ def test_neither_expand_nor_reduce_is_safe(rows):
     assert summarize(list(in_eval_mode)).geometric_mean[EXPAND] > 1.3
 
 
+@pytest.mark.thorough
 def test_nested_overestimates_before_global_pooling_where_xkfac_does_not(pooled_rows):
     chosen = [row for row in pooled_rows if row.interacting]
     assert len(chosen) == 24
