@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from peers.candidates import BARE, OURS
+from peers.candidates import BARE
 
 Results = dict[str, Any]
 
@@ -84,13 +84,13 @@ def picture(results: Results, path: Path) -> None:
     for index, workload in enumerate(workloads):
         axes = figure.add_subplot(1, len(workloads), index + 1)
         ratios = [workload["rows"].get(name, {}).get("over_bare") for name in shown]
-        colours = ["tab:green" if name == OURS else "tab:gray" for name in shown]
+        colours = ["tab:green" if name.startswith("ekfac_rs") else "tab:gray" for name in shown]
         axes.barh(shown, [ratio or 0.0 for ratio in ratios], color=colours)
         for place, ratio in enumerate(ratios):
             axes.text(ratio or 0.0, place, f" {ratio:.2f}" if ratio else " no figure", va="center")
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_title(workload["title"], fontsize=9)
+        axes.set_title(workload["title"].replace(", ", ",\n", 1), fontsize=9)
         axes.set_xlabel("pass over forward + backward")
         axes.margins(x=0.2)
         if index:
