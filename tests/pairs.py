@@ -1,4 +1,4 @@
-"""Of a product of many options, cases in which every pair of two options occurs."""
+"""Of a product of many options, cases that have every pair of two choices, or every choice."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ekfac_rs as ek
 from ekfac_rs import _core
+from ekfac_rs._tensors import accumulation_dtype
 from gpu.devices import On
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -87,12 +88,7 @@ def factors(on: On, x: Tensor, groups: int, real: torch.dtype, approximation: st
     return [o.cpu().double() for o in out], dof
 
 
-ELEMENTS = [
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-]
+ELEMENTS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -121,8 +117,9 @@ def test_roots_of_the_mean_agree(both, approximation, groups, real):
 
 @pytest.mark.parametrize("approximation", STRATA)
 @pytest.mark.parametrize("shape", DENSE)
-@pytest.mark.parametrize(("element", "real"), ELEMENTS)
-def test_factors_of_units_agree(both, shape, element, real, approximation):
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_factors_of_units_agree(both, shape, element, approximation):
+    real = accumulation_dtype(element)
     size, order = DENSE[shape]
     x = numbers(size, order).to(element)
     for role, append_one in [("input", True), ("input", False), ("gradient", False)]:
@@ -137,8 +134,9 @@ def test_factors_of_units_agree(both, shape, element, real, approximation):
 
 @pytest.mark.parametrize("approximation", STRATA)
 @pytest.mark.parametrize("case", PATCHES)
-@pytest.mark.parametrize(("element", "real"), ELEMENTS)
-def test_factors_of_patches_agree(both, case, element, real, approximation):
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_factors_of_patches_agree(both, case, element, approximation):
+    real = accumulation_dtype(element)
     shape, *geometry = PATCHES[case]
     channels_last = (0, *range(2, len(shape)), 1)
     for order, groups, append_one in itertools.product(
@@ -172,7 +170,7 @@ def test_half_precision_is_read_exactly(both):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("element", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("of_patches", [False, True])
 def test_non_finite_input_is_named_alike_and_nothing_is_written(both, of_patches, element, value):
     x = numbers((3, 4, 5, 2) if of_patches else (3, 4, 5)).to(element)
@@ -180,8 +178,8 @@ def test_non_finite_input_is_named_alike_and_nothing_is_written(both, of_patches
     errors = []
     for on in both:
         placed = on.put(x)
-        real = torch.float64 if element == torch.float64 else torch.float32
-        out = on.put(torch.full((16, 16) if of_patches else (5, 5), 2.0, dtype=real))
+        size = (16, 16) if of_patches else (5, 5)
+        out = on.put(torch.full(size, 2.0, dtype=accumulation_dtype(element)))
         ends = (False, 1.0, "ieee")
         start = on.borrow(placed), [on.borrow(out)], "kfac-expand"
         if of_patches:

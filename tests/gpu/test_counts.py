@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ekfac_rs as ek
 from ekfac_rs import _core
+from ekfac_rs._tensors import accumulation_dtype
 from gpu import emulated_device
 from gpu.devices import CPU, EMULATED, EMULATED_CUDA
 from gpu.emulated_device import calls, flops
@@ -109,7 +110,7 @@ def flops_by_type(work: Callable[[], object]) -> dict[str, float]:
 )
 def test_products_are_in_the_type_asked_for_and_of_one_triangle(size, dtype, precision, rounded_to):
     x = torch.randn(12, size, dtype=torch.float64).to(dtype)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    real = accumulation_dtype(dtype)
     out = torch.zeros(size, size, dtype=real)
     options = ("kfac-expand", "input", False, 1.0, precision)
     done = flops_by_type(lambda: _core.accumulate_gram(borrow(x), [borrow(out)], *options))
