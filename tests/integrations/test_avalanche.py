@@ -99,13 +99,15 @@ def assert_close(first, second):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("scale", [3.0, "auto"])
-def test_training_is_that_of_the_learner(scale):
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": "auto"}, {"freeze_bn_after": 0.4, "own": True}], ids=str
+)
+def test_training_is_that_of_the_learner(options):
     # Whole experiences as mini-batches: the plugin goes through them in an order of its own.
     model = mlp(8, 12, 12, 3)
     other = copy.deepcopy(model)
-    learner = learner_of(other, scale=scale, scheduler=None)
-    plugin = CurvaturePlugin(learner_of(model, scale=scale))
+    learner = learner_of(other, scheduler=None, **options)
+    plugin = CurvaturePlugin(learner_of(model, **options))
     for experience in experiences().train_stream:
         # A strategy's optimiser remembers its last steps; a learner's is made anew.
         naive(model, plugin, size=64, epochs=6).train(experience, shuffle=False)

@@ -145,11 +145,19 @@ def test_training_is_that_of_a_loop_written_by_hand_bit_for_bit(module, accumula
     assert callback.learner.task == 3
 
 
-@pytest.mark.parametrize("scale", ["auto", "adaptive"])
-def test_rules_for_the_scale_see_each_step_once(module, scale):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": "auto"},
+        {"scale": "adaptive"},
+        {"freeze_bn_after": 0.4, "own": True, "statistics": "running", "weights": "first"},
+    ],
+    ids=str,
+)
+def test_training_is_that_of_the_learner_bit_for_bit(module, options):
     fitted = copy.deepcopy(module.network)
-    learner = learner_of(fitted, scale=scale, scheduler=None)
-    callback = CurvatureCallback(learner_of(module.network, scale=scale))
+    learner = learner_of(fitted, scheduler=None, **options)
+    callback = CurvatureCallback(learner_of(module.network, **options))
     for loader in loaders():
         trainer(callback).fit(module, loader)
         learner.fit(loader, epochs=2, lr=LR)
@@ -190,9 +198,12 @@ def test_limited_training_batches_limit_what_is_consolidated(module):
     assert curvature.examples == 32
 
 
-def test_going_on_from_a_checkpoint_amid_a_task_ends_in_the_same_weights(module, tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"scale": "auto"}, {"freeze_bn_after": 0.3, "own": True}], ids=str
+)
+def test_going_on_from_a_checkpoint_amid_a_task_ends_in_the_same_weights(module, tmp_path, options):
     first, second = loaders()
-    learner = learner_of(module.network, scale="auto")
+    learner = learner_of(module.network, **options)
     callback = CurvatureCallback(learner)
     trainer(callback).fit(module, first)
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
@@ -201,9 +212,9 @@ def test_going_on_from_a_checkpoint_amid_a_task_ends_in_the_same_weights(module,
     path = tmp_path / "epoch=1.ckpt"
     # Tensors, numbers and words: nothing that loading would run.
     state = torch.load(path, weights_only=True)["callbacks"]["CurvatureCallback"]
-    assert state["training"]["steps_done"] == 10
+    assert state["training"]["protection"]["steps_done"] == 10
     other = Module()
-    going_on = CurvatureCallback(learner_of(other.network, scale="auto"))
+    going_on = CurvatureCallback(learner_of(other.network, **options))
     # A checkpoint beside it, as in the run that was interrupted.
     again = ModelCheckpoint(tmp_path / "again", filename="{epoch}", save_top_k=-1)
     trainer(going_on, again, epochs=4, enable_checkpointing=True).fit(

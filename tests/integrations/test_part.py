@@ -37,6 +37,7 @@ def optimizer_of(model):
 
 def step(part, optimizer, x, y):
     model = part.learner.model
+    part.before_forward((x, y))
     loss = nn.functional.cross_entropy(model(x), y)
     penalty = part.penalty()
     total = loss if penalty is None else loss + penalty
@@ -51,6 +52,8 @@ def train(part, loader, epochs=2):
     optimizer = optimizer_of(part.learner.model)
     part.begin(loader, epochs * len(loader), [optimizer])
     for _ in range(epochs):
+        # As libraries do, whatever is frozen.
+        part.learner.model.train()
         for x, y in loader:
             step(part, optimizer, x, y)
 
@@ -71,8 +74,16 @@ def same(first, second):
         {"approximation": None, "damping": 0.3},
         {"approximation": "kfac-expand", "coordinates": "raw", "step": "explicit"},
         {"max_terms": 3, "dropped": 0.1},
+        {"own": True},
+        {"freeze_bn_after": 0.4},
+        {"freeze_bn_after": 0.4, "statistics": "running", "weights": "first", "own": True},
+        {"freeze_bn_after": 0.0, "statistics": "running"},
+        {"approximation": None, "damping": 0.0, "freeze_bn_after": 0.4},
     ],
-    ids=["number", "auto", "adaptive", "L2", "raw and explicit", "compressed"],
+    ids=[
+        *("number", "auto", "adaptive", "L2", "raw and explicit", "compressed", "own", "frozen"),
+        *("frozen and own", "frozen from the start", "frozen without a penalty"),
+    ],
 )
 def test_a_loop_of_ones_own_ends_where_fit_does_bit_for_bit(options):
     model = network()
@@ -85,20 +96,19 @@ def test_a_loop_of_ones_own_ends_where_fit_does_bit_for_bit(options):
         learner.fit(loader, epochs=2, lr=LR)
         learner.consolidate(loader)
         assert same(model, other)
+        assert all(module.training for module in model.modules())
     assert part.learner.task == 3
     assert part.learner.selection == learner.selection
-    assert len(part.learner.selection) == 2
+    assert len(part.learner.selection) == (2 if part.learner.curvatures or learner.damping else 0)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("head", "new"),
-        ("own", True),
         ("optimizer", torch.optim.Adam),
         ("scheduler", None),
         ("momentum", 0.5),
-        ("freeze_bn_after", 0.5),
     ],
 )
 def test_options_of_training_by_itself_are_refused(name, value):
@@ -134,7 +144,10 @@ def test_a_rule_that_needs_the_number_of_steps_is_refused_without_it(consolidate
         part.begin(loader, None, [optimizer])
     assert same(before, part.learner.model)
     assert part.learner.selection == []
-    part.learner.scale = 2.0
+    part.learner.scale, part.learner.freeze_bn_after = 2.0, 0.5
+    with pytest.raises(OptionError, match="will make, got freeze_bn_after=0.5"):
+        part.begin(loader, None, [optimizer])
+    part.learner.freeze_bn_after = 0.0
     part.begin(loader, None, [optimizer])
     step(part, optimizer, *loader[0])
     assert part.learner.selection[-1].scale == [2.0]
@@ -184,27 +197,34 @@ def test_nothing_listens_to_the_model_when_a_task_is_over(consolidated, end):
     assert part.penalty() is None
 
 
-def test_a_state_taken_amid_a_task_goes_on_bit_for_bit(consolidated):
-    part, loader = consolidated
+@pytest.mark.parametrize("options", [{"own": True}, {"freeze_bn_after": 0.25}], ids=str)
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_state_taken_amid_a_task_goes_on_bit_for_bit(options, done):
+    first, loader, _ = tasks()
+    options = {"scale": "auto", **options}
+    part = part_of(network(), **options)
+    train(part, first)
+    part.consolidate(first)
     optimizer = optimizer_of(part.learner.model)
     part.begin(loader, len(loader), [optimizer])
-    for x, y in loader[:3]:
+    for x, y in loader[:done]:
         step(part, optimizer, x, y)
     state, weights = copy.deepcopy((part.state_dict(), part.learner.model.state_dict()))
     optimized = copy.deepcopy(optimizer.state_dict())
     part.begin_anew()
-    for x, y in loader[3:]:
+    for x, y in loader[done:]:
         step(part, optimizer, x, y)
     part.consolidate(loader)
 
-    other = part_of(network(), scale="auto")
+    other = part_of(network(), **options)
     other.learner.model.load_state_dict(weights)
     other.load_state_dict(state)
     resumed = optimizer_of(other.learner.model)
     resumed.load_state_dict(optimized)
     other.begin(loader, len(loader), [resumed])
-    for x, y in loader[3:]:
+    for x, y in loader[done:]:
         step(other, resumed, x, y)
+    other.consolidate(loader)
     assert same(part.learner.model, other.learner.model)
     assert other.learner.selection == part.learner.selection
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import ekfac_rs as ek
 from ekfac_rs.errors import EmptyLoaderError, NumericalError
-from ekfac_rs.learning import training
+from ekfac_rs.learning import training, watching
 from nets import classification_loader, mlp, random_batchnorms
 
 
@@ -447,7 +447,7 @@ def test_without_batchnorm_a_later_task_takes_no_pass_more():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_deferred_check_reads_a_step_during_the_next_and_names_it(bad):
-    check = training.FiniteCheck(deferred=True)
+    check = watching.FiniteCheck(deferred=True)
     check.add(1, torch.tensor(0.5))
     check.add(2, torch.tensor(bad))
     with pytest.raises(NumericalError, match=f"got {bad} at step 2; the weights have moved on"):
@@ -456,7 +456,7 @@ def test_a_deferred_check_reads_a_step_during_the_next_and_names_it(bad):
 
 
 def test_the_last_deferred_step_is_checked_on_finishing():
-    check = training.FiniteCheck(deferred=True)
+    check = watching.FiniteCheck(deferred=True)
     check.finish()
     check.add(1, torch.tensor(math.nan))
     with pytest.raises(NumericalError, match="at step 1; the weights"):
@@ -465,7 +465,7 @@ def test_the_last_deferred_step_is_checked_on_finishing():
 
 
 def test_an_immediate_check_reads_the_step_itself():
-    check = training.FiniteCheck(deferred=False)
+    check = watching.FiniteCheck(deferred=False)
     check.add(1, torch.tensor(0.5))
     with pytest.raises(NumericalError, match="got nan at step 2$"):
         check.add(2, torch.tensor(math.nan))
@@ -499,7 +499,7 @@ def test_a_total_on_a_gpu_is_copied_at_once_and_read_after_its_own_event(monkeyp
     first, second = OnAGpu(0.5), OnAGpu(0.5)
     streams = iter([first, second])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: next(streams))
-    check = training.FiniteCheck(deferred=True)
+    check = watching.FiniteCheck(deferred=True)
     check.add(1, first)
     assert first.done == ["copy to cpu without waiting", "record"]
     check.add(2, second)
@@ -510,7 +510,7 @@ def test_a_total_on_a_gpu_is_copied_at_once_and_read_after_its_own_event(monkeyp
 @pytest.fixture
 def deferred(monkeypatch):
     """Check every fit as on a GPU."""
-    immediate = training.FiniteCheck
+    immediate = watching.FiniteCheck
     monkeypatch.setattr(training, "FiniteCheck", lambda deferred: immediate(deferred=True))
 
 

@@ -31,6 +31,7 @@ class _Strategy(Protocol):
     model: nn.Module
     optimizer: Optimizer
     loss: Tensor
+    mbatch: Sequence[Tensor]
     experience: Any
     dataloader: Any
     train_epochs: int
@@ -46,7 +47,8 @@ class CurvaturePlugin(SupervisedPlugin):  # type: ignore[misc]
     ``strategy.loss`` before the backward pass, and the gradients are made those of a stable step
     before the update (`QuadraticPenalty.precondition`). After an experience it is consolidated, on
     its own training data in mini-batches of at most ``train_mb_size`` in random order, with the
-    transformations of training.
+    transformations of training. With ``freeze_bn_after`` BatchNorms are frozen after that part of
+    the iterations, until the experience is over.
 
     What the plugin does goes by the options of a learner, of which the strategy's model is the
     model: ``CurvaturePlugin(ContinualLearner(model, scale=3.0))``. The learner holds all that is
@@ -69,8 +71,8 @@ class CurvaturePlugin(SupervisedPlugin):  # type: ignore[misc]
     Raises
     ------
     OptionError
-        The learner has options of a training loop of its own: ``head``, ``own``, ``optimizer``,
-        ``scheduler``, ``momentum``, ``freeze_bn_after``, ``scale="halving"``.
+        The learner has options of a training loop of its own: ``head``, ``optimizer``,
+        ``scheduler``, ``momentum``, ``scale="halving"``.
 
     Examples
     --------
@@ -106,11 +108,15 @@ class CurvaturePlugin(SupervisedPlugin):  # type: ignore[misc]
         steps = len(strategy.dataloader) * strategy.train_epochs
         self._part.begin(self._source(strategy, **kwargs), steps, [strategy.optimizer])
 
+    def before_forward(self, strategy: _Strategy, *args: Any, **kwargs: Any) -> None:
+        """Freeze BatchNorms where it is time, and see to the task's own curvature."""
+        self._part.before_forward(self._as_told(strategy.mbatch))
+
     def before_backward(self, strategy: _Strategy, *args: Any, **kwargs: Any) -> None:
         """Add the penalty to the strategy's loss."""
+        self._loss = strategy.loss.detach().clone().reshape(())
         penalty = self._part.penalty()
         if penalty is not None:
-            self._loss = strategy.loss.detach().clone().reshape(())
             strategy.loss = strategy.loss + penalty
 
     def before_update(self, strategy: _Strategy, *args: Any, **kwargs: Any) -> None:
@@ -146,11 +152,13 @@ class CurvaturePlugin(SupervisedPlugin):  # type: ignore[misc]
         return lambda: self._read(loader)
 
     def _read(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        told = self.learner.input_fn is not None or self.learner.target_fn is not None
         for batch in loader:
-            yield batch if told else self._pair(batch)
+            yield self._as_told(batch)
 
-    def _pair(self, batch: Sequence[Tensor]) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor]:
+    def _as_told(self, batch: Sequence[Tensor]) -> Any:
+        """Return a mini-batch of data set or strategy as the learner reads it."""
+        if self.learner.input_fn is not None or self.learner.target_fn is not None:
+            return batch
         x, y, *others = batch
         if others and isinstance(self.learner.model, MultiTaskModule):
             return (x, others[-1]), y

@@ -36,6 +36,8 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
     step. Before the step, and before gradients are clipped, they are made those of a stable one
     (`QuadraticPenalty.precondition`). When training ends the task is consolidated, on the training
     data loader as ``limit_train_batches`` cuts it; a task whose training was interrupted is not.
+    With ``freeze_bn_after`` BatchNorms are frozen after that part of the trainer's steps, until
+    training ends.
     The loss that ``training_step`` returned and what it logs stay without penalty.
 
     What the callback does goes by the options of a learner, made with the module or with the
@@ -57,8 +59,8 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
     Raises
     ------
     OptionError
-        The learner has options of a training loop of its own: ``head``, ``own``, ``optimizer``,
-        ``scheduler``, ``momentum``, ``freeze_bn_after``, ``scale="halving"``.
+        The learner has options of a training loop of its own: ``head``, ``optimizer``,
+        ``scheduler``, ``momentum``, ``scale="halving"``.
 
     Examples
     --------
@@ -121,25 +123,30 @@ class CurvatureCallback(Callback):  # type: ignore[misc]
         known = int(steps) if math.isfinite(steps) and steps > 0 else None
         self._part.begin(self._source(trainer), known, trainer.optimizers)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Freeze BatchNorms where it is time, and see to the task's own curvature."""
+        self._part.before_forward(batch)
+
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Add the penalty to the loss that goes backward, which is the trainer's own tensor."""
-        penalty = self._part.penalty()
-        if penalty is None:
-            return
         # A copy: what is added below is not part of it.
         mean = loss.detach().to(torch.float64, copy=True)
         self._loss = mean if self._loss is None else self._loss + mean
         self._mini_batches += 1
-        loss.add_(penalty / trainer.accumulate_grad_batches)
+        penalty = self._part.penalty()
+        if penalty is not None:
+            loss.add_(penalty / trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Make the gradients those of a stable step, and let the scale's rule see the step."""
         if self._loss is None:
-            return
+            return  # Of mini-batches that were passed over.
         # The last step of an epoch may be of fewer mini-batches.
         loss = self._loss * (trainer.accumulate_grad_batches / self._mini_batches)
         self._loss, self._mini_batches = None, 0

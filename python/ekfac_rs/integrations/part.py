@@ -1,6 +1,7 @@
 """A learner's part in training whose loop another library runs."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,33 +9,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ekfac_rs.batchnorm import device_of
+from ekfac_rs.batchnorm.statistics import restored_on_failure
 from ekfac_rs.errors import IncompatibleError, ModelChangedError, OptionError
 from ekfac_rs.learning import ContinualLearner
 from ekfac_rs.learning.optimization import highest_rate, require_plain_step
-from ekfac_rs.learning.training import FiniteCheck, ScaledPenalty, control_of
-from ekfac_rs.loading import Source
-from ekfac_rs.penalty import QuadraticPenalty
-from ekfac_rs.scales import Fixed, Halving, ScaleRule, Selection, rule_of
+from ekfac_rs.learning.protection import Protection
+from ekfac_rs.learning.watching import FiniteCheck
+from ekfac_rs.loading import Batch, Source
+from ekfac_rs.scales import Fixed, Halving, ScaleRule, rule_of
 
 # Options of a learner that say how it trains by itself, as they are when nobody chose.
 _OF_ITS_OWN_LOOP: dict[str, object] = {
     "head": None,
-    "own": False,
     "optimizer": None,
     "scheduler": "cosine",
     "momentum": 0.9,
-    "freeze_bn_after": 1.0,
 }
 
 # What a state holds of a task amid its training.
-_OF_TRAINING = {"penalty", "steps_done", "highest_lr"}
+_OF_TRAINING = {"protection", "highest_lr"}
 
 
 class LearnersPart:
     """What a learner does for tasks that another library's loop trains.
 
-    For each task: `begin`; in every step `penalty` after the forward pass, to be added to the
-    loss, and `before_step` when gradients are there; then `consolidate`.
+    For each task: `begin`; in every step `before_forward`, `penalty` after the forward pass, to be
+    added to the loss, and `before_step` when gradients are there; then `consolidate`.
 
     Parameters
     ----------
@@ -67,9 +67,10 @@ class LearnersPart:
         self.learner = learner
         self._library = library
         self._rule()
-        self._scaled: ScaledPenalty | None = None
+        # Of a task in training.
+        self._protection: Protection | None = None
         self._finite = FiniteCheck(deferred=False)
-        self._steps_done, self._highest_lr = 0, 0.0
+        self._highest_lr = 0.0
         # Of a task that a state found amid its training.
         self._unfinished: Mapping[str, Any] | None = None
 
@@ -98,44 +99,51 @@ class LearnersPart:
         Raises
         ------
         OptionError
-            The rule for the scale needs to know something that is not there; an optimiser's
-            ``step`` needs an argument.
+            Nobody knows how many steps there will be, and the rule for the scale or
+            ``freeze_bn_after`` asks for it; an optimiser's ``step`` needs an argument.
         EkfacError
-            As `reparameterize`.
+            As `reparameterize`. A failed call changes nothing.
         """
         self.end()
         for optimizer in optimizers:
             require_plain_step("optimizer", optimizer)
         learner, unfinished, rule = self.learner, self._unfinished, self._rule()
-        self._steps_done, self._highest_lr = 0, 0.0
-        if learner.anchor is None or not (learner.curvatures or learner.damping):
-            return
-        if steps is None and not isinstance(rule, Fixed):
-            raise OptionError(
-                f"scale: expected a number where nobody knows how many steps {self._library} will "
-                f"make, got {rule!r}, which has to"
+        if steps is None:
+            self._require_no_number(rule)
+        with restored_on_failure(learner.model), ExitStack() as undo:
+            protection = learner._protection(
+                learner._loader(loader), rule, steps or 1, undo, going_on=unfinished is not None
             )
-        earlier = learner.selection if unfinished is None else learner.selection[:-1]
-        control = control_of(rule, learner.losses, steps or 1, earlier)
-        if unfinished is None:
-            learner.reparameterize(loader)
-            learner.selection.append(Selection(repr(rule), learner.task))
+            undo.callback(protection.close)
+            if unfinished is not None:
+                protection.load_state_dict(unfinished["protection"])
+            undo.pop_all()
+        self._protection = protection
         self._finite = FiniteCheck(deferred=device_of(learner.model).type == "cuda")
-        self._scaled = ScaledPenalty(control, self._made, learner.selection[-1])
-        if unfinished is not None:
-            self._scaled.load_state_dict(unfinished["penalty"])
-            self._steps_done = unfinished["steps_done"]
-            self._highest_lr = unfinished["highest_lr"]
-            self._unfinished = None
-        if learner.step == "explicit":
-            self._check_rates(self._scaled, optimizers)
+        self._highest_lr = 0.0 if unfinished is None else unfinished["highest_lr"]
+        self._unfinished = None
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.SGD):
+                for group in optimizer.param_groups:
+                    protection.check_lr(float(group["lr"]), float(group["momentum"]))
+
+    def before_forward(self, mini_batch: Any) -> None:
+        """See to a mini-batch before the model is called with it.
+
+        Parameters
+        ----------
+        mini_batch
+            As the loader yields it.
+        """
+        if self._protection is not None:
+            self._protection.before_forward(lambda: self._read(mini_batch))
 
     def penalty(self) -> Tensor | None:
         """Value of the penalty after a forward pass, with its scale for this step, if any."""
-        return None if self._scaled is None else self._scaled()
+        return None if self._protection is None else self._protection.penalty()
 
     def before_step(self, optimizer: Optimizer, loss: Tensor) -> None:
-        """See to a step under the penalty, whose gradients are there.
+        """See to a step whose gradients are there, and count it.
 
         Parameters
         ----------
@@ -151,14 +159,15 @@ class LearnersPart:
         OptionError
             A stable step of an optimiser that has no learning rate.
         """
-        if self._scaled is None:
+        protection = self._protection
+        if protection is None:
             return
-        self._steps_done += 1
-        self._finite.add(self._steps_done, loss)
-        self._scaled.note(loss)
-        if self.learner.step == "stable":
-            self._highest_lr = max(self._highest_lr, highest_rate(optimizer))
-            self._scaled.precondition(self._highest_lr, None)
+        protection.steps_done += 1
+        if protection.selection is None:
+            return  # Without a penalty, the step is the library's alone.
+        self._finite.add(protection.steps_done, loss)
+        protection.note(loss)
+        protection.before_step(lambda: self._noted_rate(optimizer))
 
     def consolidate(self, loader: Source) -> None:
         """Close the task, as `ContinualLearner.consolidate`."""
@@ -168,27 +177,26 @@ class LearnersPart:
 
     def end(self) -> None:
         """Take the penalty's hooks from the model; a task that was begun is left as it is."""
-        if self._scaled is None:
+        if self._protection is None:
             return
         try:
-            self._scaled.finish()
+            self._protection.finish()
         finally:
-            self._scaled.close()
-            self._scaled = None
+            self._protection.close()
+            self._protection = None
 
     def begin_anew(self) -> None:
         """Go on as from the state: with a penalty that remembers nothing of earlier steps."""
-        if self._scaled is not None:
-            self._scaled.begin_anew()
+        if self._protection is not None:
+            self._protection.begin_anew()
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the model: tensors, numbers, words, and lists and mappings of them."""
         training = None
-        if self._scaled is not None:
-            self._scaled.finish()
+        if self._protection is not None:
+            self._protection.finish()
             training = {
-                "penalty": self._scaled.state_dict(),
-                "steps_done": self._steps_done,
+                "protection": self._protection.state_dict(),
                 "highest_lr": self._highest_lr,
             }
         learner = {k: value for k, value in self.learner.state_dict().items() if k != "model"}
@@ -224,15 +232,24 @@ class LearnersPart:
             )
         return rule
 
-    def _made(self) -> QuadraticPenalty:
-        penalty = self.learner.penalty()
-        assert penalty is not None
-        return penalty
+    def _require_no_number(self, rule: ScaleRule) -> None:
+        """Raise unless the learner can do without the number of steps in this task."""
+        learner, asking = self.learner, []
+        penalised = learner.anchor is not None and bool(learner.curvatures or learner.damping)
+        if penalised and not isinstance(rule, Fixed):
+            asking.append(f"scale={rule!r}")
+        if learner.task > 0 and 0.0 < learner.freeze_bn_after < 1.0:
+            asking.append(f"freeze_bn_after={learner.freeze_bn_after}")
+        if asking:
+            raise OptionError(
+                f"learner: expected other options where nobody knows how many steps "
+                f"{self._library} will make, got {' and '.join(asking)}"
+            )
 
-    @staticmethod
-    def _check_rates(scaled: ScaledPenalty, optimizers: Sequence[Optimizer]) -> None:
-        """Warn where explicit steps of SGD are too long for the penalty."""
-        for optimizer in optimizers:
-            if isinstance(optimizer, torch.optim.SGD):
-                for group in optimizer.param_groups:
-                    scaled.penalty.check_lr(float(group["lr"]), float(group["momentum"]))
+    def _read(self, mini_batch: Any) -> Batch:
+        return next(self.learner._loader([mini_batch]).batches())
+
+    def _noted_rate(self, optimizer: Optimizer) -> float:
+        """Highest learning rate of the task's steps so far."""
+        self._highest_lr = max(self._highest_lr, highest_rate(optimizer))
+        return self._highest_lr

@@ -67,20 +67,17 @@ from ekfac_rs.learning.optimization import (
     require_scheduler,
 )
 from ekfac_rs.learning.own import OwnCurvature
+from ekfac_rs.learning.protection import Protection, ScaledPenalty, SoFar, control_of
 from ekfac_rs.learning.report import page
 from ekfac_rs.learning.training import (
     Checkpoints,
-    Means,
     Plan,
-    Scalars,
-    ScaledPenalty,
-    SoFar,
     Training,
-    control_of,
     modes_of,
     put_in_train_mode,
     set_modes,
 )
+from ekfac_rs.learning.watching import Means, Scalars
 from ekfac_rs.likelihood import LABELS, Likelihood, resolve
 from ekfac_rs.loading import Batch, Inputs, Loader, Source, outputs_of
 from ekfac_rs.metrics import AccuracyMatrix
@@ -608,24 +605,12 @@ class ContinualLearner:
         undo.callback(put_back, kept(_tensors_of(model)))
         self._ranks.broadcast_(_tensors_of(model), "model")
         cleanup.callback(set_modes, modes_of(model))
-        protected = self.anchor is not None and self.coordinates == "merged"
-        unfinished = self._unfinished
-        if protected and plan.freeze_at > 0 and unfinished is None:
-            self._reparameterize_if_any(source)
         put_in_train_mode(model)
-        scaled = told = None
-        if rule is not None and self._is_penalised:
-            if unfinished is not None:
-                selection = self.selection[-1]
-            earlier = [x for x in self.selection if x is not selection]
-            control = control_of(rule, self.losses, plan.steps, earlier)
-            if selection is None:
-                selection = Selection(repr(rule), self.task)
-                self.selection.append(selection)
-                undo.callback(self.selection.pop)
-            scaled = ScaledPenalty(control, self._penalty, selection, self._ranks)
-            told = selection
-            cleanup.callback(scaled.close)
+        unfinished = self._unfinished
+        protection = self._protection(
+            source, rule, plan.steps, undo, selection=selection, going_on=unfinished is not None
+        )
+        cleanup.callback(protection.close)
         optimization = Optimization(
             [p for p in model.parameters() if p.requires_grad],
             lr,
@@ -635,26 +620,73 @@ class ContinualLearner:
         )
         cleanup.callback(model.zero_grad, set_to_none=True)
         sgd = optimization.sgd()
-        if scaled is not None and self.step == "explicit" and sgd is not None:
-            scaled.penalty.check_lr(*sgd)
+        if sgd is not None:
+            protection.check_lr(*sgd)
         training = Training(
             model,
             self.likelihood,
             self._outputs,
             optimization,
-            scaled,
-            stable=self.step == "stable",
-            own=self._own_curvature() if self.own and scaled is not None else None,
-            doubled=self._doubled,
+            protection,
             plan=plan,
             so_far=self._so_far,
-            scalars=None if log is None else Scalars(log, self.task, told),
+            scalars=None if log is None else Scalars(log, self.task, protection.selection),
             begun=undo.pop_all,
             ranks=self._ranks,
         )
         if unfinished is not None:
             training.load_state_dict(unfinished["state"])
         return training
+
+    def _protection(
+        self,
+        source: Loader,
+        rule: ScaleRule | None,
+        steps: int,
+        undo: ExitStack,
+        *,
+        selection: Selection | None = None,
+        going_on: bool = False,
+    ) -> Protection:
+        """Take a new task's statistics, and hold on to the tasks before: in any training loop.
+
+        Parameters
+        ----------
+        source : Loader
+        rule : ScaleRule or None
+            Of the penalty's scale; None for training without a penalty.
+        steps : int
+        undo : ExitStack
+            Takes a new selection back. Tensors of the model are the caller's to put back.
+        selection : Selection, optional
+            The learner's last one, to be filled in. Default: a new one.
+        going_on : bool
+            Training was interrupted after its first step.
+        """
+        freeze_at = self._freeze_at(steps)
+        if going_on:
+            selection = self.selection[-1] if self.selection else None
+        elif freeze_at > 0:
+            self._reparameterize_if_any(source)
+        scaled = None
+        if rule is not None and self._is_penalised:
+            earlier = [x for x in self.selection if x is not selection]
+            control = control_of(rule, self.losses, steps, earlier)
+            if selection is None:
+                selection = Selection(repr(rule), self.task)
+                self.selection.append(selection)
+                undo.callback(self.selection.pop)
+            scaled = ScaledPenalty(control, self._penalty, selection, self._ranks)
+        return Protection(
+            self.model,
+            scaled,
+            stable=self.step == "stable",
+            own=self._own_curvature() if self.own and scaled is not None else None,
+            freeze_at=freeze_at if freeze_at < steps else None,
+            doubled=self._doubled,
+            so_far=self._so_far,
+            ranks=self._ranks,
+        )
 
     def _own_curvature(self) -> OwnCurvature:
         assert self.anchor is not None
@@ -928,8 +960,7 @@ class ContinualLearner:
         EkfacError
             As `reparameterize`. A failed call changes nothing.
         """
-        if self.anchor is not None and self.coordinates == "merged":
-            self._reparameterize_if_any(self._loader(loader))
+        self._reparameterize_if_any(self._loader(loader))
 
     def penalty(self) -> QuadraticPenalty | None:
         """Penalty that holds the consolidated tasks, or None before the first or without any."""
@@ -1376,8 +1407,11 @@ class ContinualLearner:
         return self._plan_of(passes, passes * mini_batches)
 
     def _plan_of(self, passes: int | None, steps: int) -> Plan:
-        later = self.task > 0
-        return Plan(passes, steps, round(self.freeze_bn_after * steps) if later else steps)
+        return Plan(passes, steps, self._freeze_at(steps))
+
+    def _freeze_at(self, steps: int) -> int:
+        """Count the steps of a task before BatchNorms are frozen; all of them for never."""
+        return round(self.freeze_bn_after * steps) if self.task > 0 else steps
 
     def _outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Call the model; returns outputs and targets as the loss takes them."""
@@ -1402,7 +1436,8 @@ class ContinualLearner:
 
     def _reparameterize_if_any(self, loader: Loader) -> None:
         """Put BatchNorm back in one pass, where the first mini-batch shows one that a layer has."""
-        if not any(isinstance(module, _BatchNorm) for module in self.model.modules()):
+        held = self.anchor is not None and self.coordinates == "merged"
+        if not held or not any(isinstance(m, _BatchNorm) for m in self.model.modules()):
             return
         with as_found(self.model):
             if self._layers_with_batchnorm(loader.example()):

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,17 +130,8 @@ class Optimization:
             self._scheduler.load_state_dict(state["scheduler"])
         self._steps_done, self._highest_lr = state["steps_done"], state["highest_lr"]
 
-    def step(self, still: Iterable[nn.Parameter]) -> None:
-        """Make a step, and go on to the next learning rate.
-
-        Parameters
-        ----------
-        still : iterable of Parameter
-            Those that stay where they are, whatever the optimiser remembers of them.
-        """
-        # Optimisers pass over what has no gradient: their groups and states stay their own.
-        for parameter in still:
-            parameter.grad = None
+    def step(self) -> None:
+        """Make a step, and go on to the next learning rate."""
         self.optimizer.step()
         self._steps_done += 1
         if self._scheduler is not None and self._steps_done <= self._steps:

@@ -42,11 +42,13 @@ class OwnCurvature:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `begin_anew` leaves."""
-        return {"batches": list(self._batches), "generator": self._generator.get_state()}
+        batches = [(inputs.args, inputs.kwargs, targets) for inputs, targets in self._batches]
+        return {"batches": batches, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._batches.extend(state["batches"])
+        for *inputs, targets in state["batches"]:
+            self._batches.append((Inputs(*inputs), targets))
         self._generator.set_state(state["generator"].cpu())
 
     def at(self, batch: Batch, frozen: bool) -> Curvature:

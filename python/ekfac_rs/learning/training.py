@@ -1,6 +1,5 @@
-"""One task's training: optimiser steps on loss and penalty, and what is told of them."""
+"""One task's training: optimiser steps on loss and penalty, checkpoints between them."""
 
-import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ekfac_rs._checkpoints import (
@@ -21,38 +19,15 @@ from ekfac_rs._checkpoints import (
 )
 from ekfac_rs._ranks import Ranks
 from ekfac_rs.batchnorm import device_of, frozen_batchnorms
-from ekfac_rs.curvature import Curvature
-from ekfac_rs.errors import NonFiniteError, NumericalError
+from ekfac_rs.errors import NonFiniteError
 from ekfac_rs.learning.optimization import Optimization
-from ekfac_rs.learning.own import OwnCurvature
+from ekfac_rs.learning.protection import Protection, SoFar
+from ekfac_rs.learning.watching import FiniteCheck, Means, Scalars
 from ekfac_rs.likelihood import Likelihood
-from ekfac_rs.loading import Batch, Inputs, Loader
-from ekfac_rs.penalty import QuadraticPenalty
-from ekfac_rs.scales import Control, ScaleRule, Selection
-
-# Steps between two predictions of what earlier tasks lose: another product with the curvatures
-# while BatchNorms use the statistics of mini-batches.
-_PREDICTION_INTERVAL = 4
+from ekfac_rs.loading import Batch, Loader
 
 # Outputs and targets of a mini-batch, as the loss takes them.
 Outputs = Callable[[Batch], tuple[Tensor, Tensor]]
-
-
-@dataclass
-class SoFar:
-    """What training has shown of the present task, for its consolidation.
-
-    Attributes
-    ----------
-    example : Inputs, optional
-        Two examples. Without any, nothing tells whether a BatchNorm after a Linear is over its
-        outputs.
-    froze_batchnorm : bool
-        Whether weights have moved on under frozen statistics.
-    """
-
-    example: Inputs | None = None
-    froze_batchnorm: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,13 +84,7 @@ class Training:
     outputs : callable
         Calls the model.
     optimization : Optimization
-    penalty : ScaledPenalty or None
-    stable : bool
-        Whether gradients are preconditioned for the penalty.
-    own : OwnCurvature or None
-        Of the task, where they are preconditioned for its loss, too.
-    doubled : callable
-        Tells, given two examples, the parameters that stay as they are once BatchNorms are frozen.
+    protection : Protection
     plan : Plan
     so_far : SoFar
         Filled in.
@@ -125,9 +94,6 @@ class Training:
     ranks : Ranks
         That make the steps together, each of mini-batches of its own: of the mean gradient.
 
-    Attributes
-    ----------
-    steps_done : int
     """
 
     def __init__(
@@ -136,33 +102,25 @@ class Training:
         likelihood: Likelihood,
         outputs: Outputs,
         optimization: Optimization,
-        penalty: "ScaledPenalty | None",
+        protection: Protection,
         *,
-        stable: bool,
-        own: OwnCurvature | None,
-        doubled: Callable[[Inputs], list[nn.Parameter]],
         plan: Plan,
         so_far: SoFar,
-        scalars: "Scalars | None",
+        scalars: Scalars | None,
         begun: Callable[[], object],
         ranks: Ranks,
     ) -> None:
-        self.steps_done = 0
         self._model = model
         self._likelihood = likelihood
         self._outputs = outputs
         self._optimization = optimization
-        self._penalty = penalty
-        self._stable = stable
-        self._own = own
-        self._doubled = doubled
+        self._protection = protection
         self._plan = plan
         self._so_far = so_far
         self._scalars = scalars
         self._begun = begun
         self._ranks = ranks
         self._finite = FiniteCheck(deferred=device_of(model).type == "cuda")
-        self._still: list[nn.Parameter] = []
         self._history: list[dict[str, float]] = []
         # Of the present pass through the loader.
         self._means = Means(device_of(model))
@@ -171,6 +129,11 @@ class Training:
         self._random_before: Mapping[str, Any] = {}
         # Random states to go on with, once the mini-batches before are passed over.
         self._random_then: dict[str, Any] | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """How many there are so far."""
+        return self._protection.steps_done
 
     def run(
         self,
@@ -228,10 +191,7 @@ class Training:
         where the file is read.
         """
         self._finite.finish()
-        if self._penalty is not None:
-            self._penalty.begin_anew()
-        if self._own is not None:
-            self._own.begin_anew()
+        self._protection.begin_anew()
         checkpoints.write(self.state_dict(generators))
 
     @property
@@ -283,8 +243,7 @@ class Training:
 
     def _end_pass(self) -> None:
         self._finite.finish()
-        if self._penalty is not None:
-            self._penalty.finish()
+        self._protection.finish()
         if self._scalars is not None:
             self._scalars.finish()
         self._history.append(self._means.over(self._ranks).result())
@@ -294,9 +253,8 @@ class Training:
 
     def state_dict(self, generators: Sequence[torch.Generator]) -> dict[str, Any]:
         """Return all that the steps to come depend on, but for weights and what begins anew."""
-        still = set(self._still)
         return {
-            "steps_done": self.steps_done,
+            **self._protection.state_dict(),
             "history": self._history,
             "means": (self._means.examples, self._means.sums),
             "batches_done": self._batches_done,
@@ -304,9 +262,6 @@ class Training:
             "random_before": self._random_before,
             "random": random_states(generators),
             "optimization": self._optimization.state_dict(),
-            "penalty": None if self._penalty is None else self._penalty.state_dict(),
-            "own": None if self._own is None else self._own.state_dict(),
-            "still": [name for name, p in self._model.named_parameters() if p in still],
             "modes": {name: m.training for name, m in self._model.named_modules()},
             # Those outside of the model's own state, too.
             "buffers": dict(self._model.named_buffers()),
@@ -314,7 +269,8 @@ class Training:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; the model's weights are there already."""
-        self.steps_done, self._history = state["steps_done"], list(state["history"])
+        self._protection.load_state_dict(state)
+        self._history = list(state["history"])
         self._means.examples, sums = state["means"]
         self._means.sums.copy_(sums)
         self._batches_done, self._last_targets = state["batches_done"], state["last_targets"]
@@ -322,11 +278,6 @@ class Training:
         # Between two passes there is nothing to pass over.
         self._random_before = state["random_before" if self._batches_done else "random"]
         self._optimization.load_state_dict(state["optimization"])
-        if self._penalty is not None:
-            self._penalty.load_state_dict(state["penalty"])
-        if self._own is not None:
-            self._own.load_state_dict(state["own"])
-        self._still = [self._model.get_parameter(name) for name in state["still"]]
         for name, training in state["modes"].items():
             self._model.get_submodule(name).training = training
         for name, buffer in self._model.named_buffers():
@@ -341,10 +292,7 @@ class Training:
         first = self.steps_done == 0
         if first:
             self._so_far.example = batch.inputs.first(2).clone()
-        if self.steps_done == self._plan.freeze_at < self._plan.steps:
-            self._freeze(batch.inputs.first(2))
-        frozen = self.steps_done >= self._plan.freeze_at
-        own = None if self._own is None else self._own.at(batch, frozen)
+        self._protection.before_forward(lambda: batch)
         # BatchNorms may exchange statistics in what follows: nobody is left waiting there.
         self._ranks.meet("step")
         outputs, targets = self._outputs(batch)
@@ -354,39 +302,22 @@ class Training:
             with suppress(NonFiniteError):  # the loss is not finite either, and says so below
                 self._likelihood.check_outputs(outputs, targets)
         loss = self._likelihood.loss(outputs, targets)
-        total, penalty = loss, torch.zeros_like(loss)
-        if self._penalty is not None:
-            try:
-                penalty = self._penalty()
-            except NonFiniteError as error:
-                raise NumericalError(
-                    f"fit: diverged at step {self.steps_done + 1}: {error}"
-                ) from error
-            total = loss + penalty
+        penalty = self._protection.penalty()
+        total = loss if penalty is None else loss + penalty
         over_all, loss_over_all = self._ranks.mean(torch.stack([total.detach(), loss.detach()]))
         self._finite.add(self.steps_done + 1, over_all)
-        if self._penalty is not None:
-            self._penalty.note(loss_over_all)
+        self._protection.note(loss_over_all)
         # An optimiser may hold less than the model, and more.
         self._model.zero_grad(set_to_none=True)
         self._optimization.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         self._ranks.average_gradients(p for p in self._model.parameters() if p.requires_grad)
-        if self._penalty is not None and self._stable:
-            self._penalty.precondition(self._optimization.highest_lr, own)
-        self._optimization.step(self._still)
-        self.steps_done += 1
+        self._protection.before_step(lambda: self._optimization.highest_lr)
+        self._optimization.step()
+        self._protection.steps_done += 1
         self._begun()
-        return loss.detach(), penalty.detach(), *self._likelihood.correct(outputs, targets)
-
-    def _freeze(self, example: Inputs) -> None:
-        """From here on BatchNorms use their running statistics; nothing is folded."""
-        self._ranks.broadcast_(self._model.buffers(), "buffers")
-        self._still = self._doubled(example) if self._penalty is not None else []
-        for module in self._model.modules():
-            if isinstance(module, _BatchNorm) and module.training:
-                module.eval()
-                self._so_far.froze_batchnorm = True
+        told = torch.zeros_like(loss) if penalty is None else penalty
+        return loss.detach(), told.detach(), *self._likelihood.correct(outputs, targets)
 
 
 def _fingerprint(targets: Tensor | None) -> int | None:
@@ -421,229 +352,3 @@ def put_in_train_mode(model: nn.Module) -> None:
     model.train()
     for name in frozen:
         model.get_submodule(name).eval()
-
-
-# --- what is told --------------------------------------------------------------------------------
-
-
-class _Copied:
-    """A tensor's values, on their way to the host: reading them waits for their copy alone."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._values, self._copied = values, None
-        if values.is_cuda:
-            # Reading the tensor later would wait for all that is queued by then; the event is
-            # over as soon as the copy is.
-            stream = torch.cuda.current_stream(values.device)
-            self._values = values.to("cpu", non_blocking=True)
-            self._copied = stream.record_event()
-
-    def read(self) -> Tensor:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._values
-
-
-def control_of(
-    rule: ScaleRule,
-    losses: Sequence[float | None],
-    steps: int,
-    earlier: Sequence[Selection],
-) -> Control:
-    """Begin a task with a rule, going on from what it did last among earlier selections."""
-    its_own = [selection for selection in earlier if selection.rule == repr(rule)]
-    return rule.control(losses, steps, its_own[-1] if its_own else None)
-
-
-class ScaledPenalty:
-    """A penalty over the steps of a task, its scale chosen by a rule and written down.
-
-    On a GPU the rule sees a step during the next one, so that nothing waits.
-
-    Parameters
-    ----------
-    control : Control
-    make : callable
-        Makes the penalty.
-    selection : Selection
-        Filled in.
-    ranks : Ranks, optional
-        Whose mean prediction counts. Default: this process alone.
-
-    Attributes
-    ----------
-    penalty : QuadraticPenalty
-    """
-
-    def __init__(
-        self,
-        control: Control,
-        make: Callable[[], QuadraticPenalty],
-        selection: Selection,
-        ranks: Ranks | None = None,
-    ) -> None:
-        self.penalty, self._ranks = make(), ranks or Ranks(None)
-        self._control, self._make, self._selection = control, make, selection
-        self._pending: _Copied | None = None
-        self._increase: Tensor | None = None
-        selection.budget = control.budget
-
-    def close(self) -> None:
-        """Take the penalty's hooks with it."""
-        self.penalty.close()
-
-    def begin_anew(self) -> None:
-        """See to what has not been seen yet, and go on with a penalty that remembers nothing."""
-        self.finish()
-        self.close()
-        self.penalty = self._make()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `begin_anew` leaves, but for the selection."""
-        return {"control": self._control.state_dict(), "increase": self._increase}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._control.load_state_dict(state["control"])
-        self._increase = state["increase"]
-
-    def __call__(self) -> Tensor:
-        """Value of the penalty, with its scale for this step."""
-        self.penalty.scale = self._control.scale
-        return self.penalty()
-
-    def precondition(self, lr: float, own: Curvature | None) -> None:
-        """As `QuadraticPenalty.precondition`."""
-        self.penalty.precondition(lr, own)
-
-    def note(self, loss: Tensor) -> None:
-        """Take a step's loss, and what its penalty predicted."""
-        self.finish()
-        self._selection.scale.append(self.penalty.scale)
-        if self._increase is None or len(self._selection.scale) % _PREDICTION_INTERVAL == 1:
-            own = torch.as_tensor(
-                self.penalty.predicted_increase(), dtype=torch.float64, device=loss.device
-            )
-            self._increase = self._ranks.mean(own)
-        self._pending = _Copied(torch.stack([loss.detach().double(), self._increase]))
-        if not loss.is_cuda:
-            self.finish()
-
-    def finish(self) -> None:
-        """See to what has not been seen yet."""
-        if self._pending is None:
-            return
-        (loss, increase), self._pending = self._pending.read().tolist(), None
-        self._control.update(loss, increase)
-        self._selection.loss.append(loss)
-        self._selection.increase.append(increase / self._selection.tasks)
-
-
-class Scalars:
-    """Tells a writer each step's numbers; on a GPU one step later, so that nothing waits.
-
-    Parameters
-    ----------
-    writer
-        Called as ``writer.add_scalar(tag, value, step)``.
-    task : int
-        In the tags: ``task0/loss``.
-    selection : Selection or None
-        Whose scale and predicted increase are told, too.
-    """
-
-    def __init__(self, writer: Any, task: int, selection: Selection | None) -> None:
-        self._writer, self._task, self._selection = writer, task, selection
-        self._pending: tuple[int, _Copied] | None = None
-
-    def add(self, step: int, loss: Tensor, penalty: Tensor) -> None:
-        """Take a step's loss and penalty."""
-        self.finish()
-        self._pending = step, _Copied(torch.stack([loss.double(), penalty.double()]))
-        if not loss.is_cuda:
-            self.finish()
-
-    def finish(self) -> None:
-        """Tell what has not been told yet."""
-        if self._pending is None:
-            return
-        (step, copied), self._pending = self._pending, None
-        loss, penalty = copied.read().tolist()
-        self._tell("loss", loss, step)
-        if self._selection is not None:
-            self._tell("penalty", penalty, step)
-            self._tell("scale", self._selection.scale[step - 1], step)
-            self._tell("predicted increase", self._selection.increase[step - 1], step)
-
-    def _tell(self, name: str, value: float, step: int) -> None:
-        self._writer.add_scalar(f"task{self._task}/{name}", value, step)
-
-
-class FiniteCheck:
-    """Refuses a step's total that is not finite: at once or, deferred, during the next step.
-
-    A GPU's host would otherwise wait in every step for the device to get there. Deferred, it has
-    one step queued in the meantime and never more.
-    """
-
-    def __init__(self, deferred: bool) -> None:
-        self.deferred = deferred
-        self._pending: tuple[int, _Copied] | None = None
-
-    def add(self, step: int, total: Tensor) -> None:
-        """Take a step's total and check it or, deferred, the one before."""
-        if self.deferred:
-            self.finish()
-        self._pending = step, _Copied(total)
-        if not self.deferred:
-            self.finish()
-
-    def finish(self) -> None:
-        """Check what has not been checked yet."""
-        if self._pending is None:
-            return
-        (step, copied), self._pending = self._pending, None
-        total = float(copied.read())
-        if not math.isfinite(total):
-            since = "; the weights have moved on by one step" if self.deferred else ""
-            raise NumericalError(f"fit: expected a finite loss, got {total} at step {step}{since}")
-
-
-class Means:
-    """Running means, summed where the values are: only the result is waited for.
-
-    Of loss and penalty over examples, of hits over the targets that count.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.examples = 0
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    def add(
-        self, loss: Tensor, penalty: Tensor, examples: int, correct: Tensor, counted: Tensor
-    ) -> None:
-        """Take a mini-batch's: loss and penalty are means."""
-        self.examples += examples
-        loss, penalty, correct, counted = (
-            value.to(self.sums) for value in (loss, penalty, correct, counted)
-        )
-        self.sums += torch.stack([examples * loss, examples * penalty, correct, counted])
-
-    def over(self, ranks: Ranks) -> "Means":
-        """Return those of what all ranks added."""
-        if ranks.alone:
-            return self
-        total = Means(self.sums.device)
-        total.sums.copy_(ranks.sum_(self.sums.clone(), "means"))
-        [examples] = ranks.totals([self.examples], "examples")
-        total.examples = round(examples)
-        return total
-
-    def result(self) -> dict[str, float]:
-        """Return the means of what was added."""
-        loss, penalty, correct, counted = self.sums.tolist()
-        return {
-            "loss": loss / self.examples,
-            "penalty": penalty / self.examples,
-            "accuracy": correct / counted if counted else math.nan,
-        }
