@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import ModelChangedError, OptionError
+from ekfac_rs.errors import ModelChangedError, NumericalError, OptionError
 from ekfac_rs.stability import step as step_module
 from ekfac_rs.stability.operators import ByEntry, Rotated, Spectrum, WithRows
 from nets import classification_loader, mlp
@@ -450,6 +450,45 @@ def test_a_strength_far_from_safe_is_found_in_few_products(monkeypatch):
         look_again()
     assert step.strength == pytest.approx(strength)
     assert len(tries) <= 6
+
+
+def test_a_network_that_has_diverged_is_told_of_and_gradients_stay():
+    [(x, y)] = classification_loader(8, 3, examples=64, batch_size=64, dtype=torch.float32)
+    model = mlp(8, 12, 12, 3, dtype=torch.float32)
+    curvature = ek.estimate_curvature(model, [(x, y)])
+    with ek.QuadraticPenalty(model, [curvature], ek.merged_weights(model)) as penalty:
+        # What is left in float32 beside a weight like that says nothing of an eigenvalue.
+        model.train()
+        for module in (model[3], model[4]):
+            module.weight.data *= 1e9
+        model[1].eval(), model[4].eval()
+        (nn.functional.cross_entropy(model(x), y) + penalty()).backward()
+        before = {name: p.grad.clone() for name, p in model.named_parameters()}
+        with pytest.raises(NumericalError, match="layer '3': .*may have diverged on its own loss"):
+            penalty.precondition(0.1)
+        assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+
+
+def test_after_a_look_that_failed_the_next_step_looks_again(monkeypatch):
+    model = mlp(8, 12, 3)
+    [(x, y)] = classification_loader(8, 3, examples=64, batch_size=64)
+    curvature = ek.estimate_curvature(model, [(x, y)])
+    with ek.QuadraticPenalty(model, [curvature], ek.merged_weights(model), scale=1e4) as penalty:
+
+        def stepped(lr):
+            model.zero_grad()
+            (nn.functional.cross_entropy(model(x), y) + penalty()).backward()
+            penalty.precondition(lr)
+            return [p.grad.clone() for p in model.parameters()]
+
+        model.train()
+        expected = stepped(0.1)
+        with monkeypatch.context() as broken:
+            broken.setattr(step_module.StableStep, "_at_safe_strength", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                stepped(1.0)
+        for found, gradient in zip(stepped(0.1), expected, strict=True):
+            torch.testing.assert_close(found, gradient)
 
 
 def test_a_learner_stays_finite_at_strengths_that_explicit_steps_do_not_bear():

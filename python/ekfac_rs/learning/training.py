@@ -93,7 +93,6 @@ class Training:
         Called when the first step is made.
     ranks : Ranks
         That make the steps together, each of mini-batches of its own: of the mean gradient.
-
     """
 
     def __init__(

@@ -143,7 +143,8 @@ class StableStep:
         else:
             raise NumericalError(
                 f"layer {self._layer.name!r}: expected a step that is stable at lr {lr:g}, got "
-                f"none up to {strength:g} times the penalty's own strength"
+                f"none up to {strength:g} times the penalty's own strength: the network may have "
+                "diverged on its own loss, which a lower learning rate or own=True prevents"
             )
         if strength == self.strength:
             while strength > self._least_strength:
@@ -225,6 +226,7 @@ class StableSteps:
             raise ModelChangedError("precondition: expected a call of penalty() before, got none")
         if not self._is_prepared(lr, scale):
             lr_and_scale = self._with_headroom(lr, scale)
+            self._prepared = None  # One that fails leaves steps half prepared.
             for name, step in self.steps.items():
                 step.prepare(self._situations[name], *lr_and_scale, self._own.get(name))
             self._prepared = lr_and_scale
