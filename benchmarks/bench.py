@@ -76,11 +76,11 @@ def torch_factors(model: nn.Sequential, x: Tensor, centred: bool) -> None:
         (g.T @ g).div_(len(g))
 
 
-def bench_pass(batches: int, rounds: int) -> None:
-    """Factor pass against bare forward and backward, MLP 784-1024x3-10, batch 512."""
+def bench_pass(batches: int, batch_size: int, base: str, goal: float, rounds: int) -> None:
+    """Factor pass of MLP 784-1024x3-10: bare forward and backward, torch's factors, and ours."""
     model = mlp(784, 1024, 1024, 1024, 10)
-    x, y = images(512 * batches)
-    loader = list(zip(x.split(512), y.split(512), strict=True))
+    x, y = images(batch_size * batches)
+    loader = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
     def bare() -> None:
         for a, b in loader:
@@ -101,10 +101,10 @@ def bench_pass(batches: int, rounds: int) -> None:
         "torch, the factors of kfac-expand": theirs(False),
     }
     report(
-        f"Curvature pass, MLP 784-1024x3-10 with BN, {batches} mini-batches of 512",
+        f"Curvature pass, MLP 784-1024x3-10 with BN, {batches} mini-batches of {batch_size}",
         medians(candidates, rounds),
-        "bare forward + backward",
-        {"ekfac_rs, xkfac": 1.4, "ekfac_rs, kfac-expand": 1.4},
+        base,
+        {"ekfac_rs, xkfac": goal, "ekfac_rs, kfac-expand": goal},
     )
 
 
@@ -405,7 +405,10 @@ def bench_gram(rounds: int) -> None:
 
 
 BENCHMARKS: dict[str, Callable[[int], None]] = {
-    "pass": lambda rounds: bench_pass(batches=8, rounds=rounds),
+    "pass": lambda rounds: bench_pass(8, 512, "bare forward + backward", 1.4, rounds),
+    "small-pass": lambda rounds: bench_pass(
+        2, 4, "torch, the factors of kfac-expand", 2.0, 5 * rounds
+    ),
     "resnet50": lambda rounds: bench_resnet50(rounds=max(rounds // 5, 1)),
     "small-step": lambda rounds: bench_step((784, 100, 100, 10), rounds=20 * rounds),
     "wide-step": lambda rounds: bench_step((784, 1024, 1024, 1024, 10), rounds=2 * rounds),
