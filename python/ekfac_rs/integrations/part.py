@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ekfac_rs._modes import own_modes
 from ekfac_rs.batchnorm import device_of
 from ekfac_rs.batchnorm.statistics import restored_on_failure
 from ekfac_rs.errors import IncompatibleError, ModelChangedError, OptionError
@@ -82,6 +83,7 @@ class LearnersPart:
                 f"got another {type(model).__name__}"
             )
 
+    @own_modes()
     def begin(self, loader: Source, steps: int | None, optimizers: Sequence[Optimizer]) -> None:
         """Begin a task: take its statistics, and make the penalty where there is one.
 

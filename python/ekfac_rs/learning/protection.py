@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ekfac_rs._modes import own_modes
 from ekfac_rs._ranks import Ranks
 from ekfac_rs.curvature import Curvature
 from ekfac_rs.errors import NonFiniteError, NumericalError
@@ -201,7 +202,8 @@ class Protection:
         if self._frozen is None:
             self._ranks.broadcast_(self._model.buffers(), "buffers")
             if self._scaled is not None:
-                self._still = self._doubled(read().inputs.first(2))
+                with own_modes():
+                    self._still = self._doubled(read().inputs.first(2))
             batchnorms = (m for m in self._model.modules() if isinstance(m, _BatchNorm))
             self._frozen = [module for module in batchnorms if module.training]
             self._so_far.froze_batchnorm |= bool(self._frozen)
