@@ -17,6 +17,9 @@ _DIAGONAL = {**_CURVED, "scale": "diagonal_scales"}
 # own curvature, too).
 METHODS: dict[str, Method] = {
     "fine-tuning": Method("fine-tuning", {"curvature": "none"}, _PLAIN),
+    "fine-tuning-frozen": Method(
+        "fine-tuning, BN frozen", {"curvature": "none", "freeze_bn_after": 0.0}, _PLAIN
+    ),
     "l2": Method("L2 to anchor", {"curvature": "none"}, {"lr": "lrs", "damping": "l2"}),
     "ewc": Method("diagonal Fisher (EWC)", {"curvature": "diagonal"}, _DIAGONAL),
     "kfac-frozen": Method(

@@ -371,7 +371,8 @@ PARTS: dict[str, Part] = {
             name="study",
             every_setting=True,
             methods=(
-                *("fine-tuning", "l2", "ewc", "kfac-frozen", "kfac-train", "xkfac-nested"),
+                *("fine-tuning", "fine-tuning-frozen", "l2", "ewc", "kfac-frozen"),
+                *("kfac-train", "xkfac-nested"),
                 *_RULES_OF_TRANSFER,
                 *("scheduled-kfac-first-own", _WITHOUT_SEARCH),
             ),
@@ -404,13 +405,15 @@ PARTS: dict[str, Part] = {
             name="study",
             every_setting=True,
             methods=(
-                *("fine-tuning", "kfac-frozen", "xkfac-nested"),
+                *("fine-tuning", "fine-tuning-frozen", "l2", "kfac-frozen", "xkfac-nested"),
                 *("xkfac-nested-auto", _WITHOUT_SEARCH),
             ),
-            lrs=(0.001, 0.003),
-            frozen_lrs=(0.0003, 0.001),
+            lrs=(0.001, 0.003, 0.01),
+            frozen_lrs=(0.0003, 0.001, 0.003),
             scales=(1.0, 10.0),
-            plain_lrs=(0.0003, 0.001, 0.003),
+            # With the statistics put back and next to no penalty: fine-tuning from there.
+            l2=(1e-6, 1e-5),
+            plain_lrs=(0.001, 0.003, 0.01, 0.03, 0.1),
             rule_lrs=(0.003,),
         ),
         dataclasses.replace(

@@ -318,7 +318,8 @@ class Transfer:
     def _learner(self, config: TargetConfig, model: nn.Module) -> ek.ContinualLearner:
         """Return a learner that holds on to the source, or to nothing for fine-tuning."""
         learner = config.learner(model, progress=self._progress)
-        if not config.is_fine_tuning:
+        # BatchNorms can be frozen in all tasks but the first, which the source is then.
+        if not config.is_fine_tuning or config.freeze_bn_after < 1.0:
             example, _ = next(iter(self._in_order(self._data.source_train)))
             layers = backbone_layers(model, self._head)
             # Two images show the data flow as well as a whole mini-batch does.
