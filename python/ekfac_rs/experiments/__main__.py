@@ -140,7 +140,7 @@ def _add_study(commands: "Commands") -> None:
         description=(
             "Make all comparisons and one report. Finished runs are kept: the same command goes "
             "on where it was interrupted. It begins by saying how many runs there are to make, "
-            "and about how long they take: some six hours of one processor in all."
+            "and about how long they take: some two days of one processor in all."
         ),
         formatter_class=_HelpFormatter,
     )
