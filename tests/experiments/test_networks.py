@@ -34,6 +34,7 @@ def test_resnet56_has_the_accuracy_its_weights_are_known_for(data_file):
     assert 0.79 < accuracy(RESNET56, data_file("resnet56-4bfd9763.th"), images) < 0.86
 
 
+@pytest.mark.thorough
 def test_lite0_knows_imagenet(data_file):
     images = ImageTree(data_file("imagenet_sample160.tar")).read(None, 128, max_images=100)
     assert accuracy(LITE0, lite0_weights(), images) > 0.5

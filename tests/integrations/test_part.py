@@ -74,14 +74,12 @@ def same(first, second):
         {"approximation": None, "damping": 0.3},
         {"approximation": "kfac-expand", "coordinates": "raw", "step": "explicit"},
         {"max_terms": 3, "dropped": 0.1},
-        {"own": True},
-        {"freeze_bn_after": 0.4},
         {"freeze_bn_after": 0.4, "statistics": "running", "weights": "first", "own": True},
         {"freeze_bn_after": 0.0, "statistics": "running"},
         {"approximation": None, "damping": 0.0, "freeze_bn_after": 0.4},
     ],
     ids=[
-        *("number", "auto", "adaptive", "L2", "raw and explicit", "compressed", "own", "frozen"),
+        *("number", "auto", "adaptive", "L2", "raw and explicit", "compressed"),
         *("frozen and own", "frozen from the start", "frozen without a penalty"),
     ],
 )
