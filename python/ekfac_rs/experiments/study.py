@@ -413,7 +413,7 @@ PARTS: dict[str, Part] = {
             scales=(1.0, 10.0),
             # With the statistics put back and next to no penalty: fine-tuning from there.
             l2=(1e-6, 1e-5),
-            plain_lrs=(0.001, 0.003, 0.01, 0.03, 0.1),
+            plain_lrs=(0.0003, 0.001, 0.003, 0.01, 0.03),
             rule_lrs=(0.003,),
         ),
         dataclasses.replace(
