@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ekfac_rs as ek
 from ekfac_rs.errors import IncompatibleError, OptionError
+from ekfac_rs.learning.own import OwnCurvature
+from ekfac_rs.loading import Batch, Inputs
 from processes import forks_allowed
 
 
@@ -591,3 +593,17 @@ def test_a_checkpoint_that_cannot_be_is_refused(tmp_path):
         ek.ContinualLearner(net()).fit(data(0), checkpoint=tmp_path / "nowhere" / "file")
     with pytest.raises(OptionError, match="every: expected"):
         ek.ContinualLearner(net()).fit(data(0), checkpoint=tmp_path / "file", every=0)
+
+
+@pytest.mark.parametrize("written", ["now", "before"])
+def test_the_mini_batches_of_an_own_curvature_are_read_from_files_of_now_and_before(written):
+    x, y = torch.randn(2, 4), torch.zeros(2)
+    inputs = Inputs((x,), {"mask": y})
+    own = OwnCurvature(lambda batches, generator: batches)
+    own.at(Batch(inputs, y, 2), frozen=False)
+    state = own.state_dict()
+    if written == "before":
+        state["batches"] = [(inputs, y)]
+    other = OwnCurvature(lambda batches, generator: batches)
+    other.load_state_dict(state)
+    assert other.at(Batch(inputs, y, 2), frozen=False) == ((inputs, y), (inputs, y))

@@ -48,7 +48,9 @@ class OwnCurvature:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         for *inputs, targets in state["batches"]:
-            self._batches.append((Inputs(*inputs), targets))
+            # Files written before hold the inputs as one.
+            made = inputs[0] if isinstance(inputs[0], Inputs) else Inputs(*inputs)
+            self._batches.append((made, targets))
         self._generator.set_state(state["generator"].cpu())
 
     def at(self, batch: Batch, frozen: bool) -> Curvature:
