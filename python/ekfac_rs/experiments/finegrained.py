@@ -44,15 +44,9 @@ __all__ = [
 METHODS = {
     **methods_named(
         *("fine-tuning", "fine-tuning-frozen", "l2", "ewc", "kfac-frozen", "kfac-eval"),
-        *(
-            "kfac-train",
-            "xkfac",
-            "kfac-train-explicit",
-            "xkfac-nested",
-            "xkfac-nested-first",
-            "xkfac-nested-explicit",
-        ),
-        *("xkfac-nested-merged", "scheduled-kfac", "scheduled-xkfac-nested", "kfac-frozen-own"),
+        *("kfac-train", "kfac-train-explicit", "xkfac", "xkfac-nested", "xkfac-nested-first"),
+        *("xkfac-nested-explicit", "xkfac-nested-merged"),
+        *("scheduled-kfac", "scheduled-xkfac-nested", "kfac-frozen-own"),
         *("xkfac-nested-own", "scheduled-xkfac-nested-own", "scheduled-kfac-first-own"),
     ),
     **with_rules("xkfac-nested"),

@@ -411,7 +411,7 @@ PARTS: dict[str, Part] = {
             lrs=(0.001, 0.003, 0.01),
             frozen_lrs=(0.0003, 0.001, 0.003),
             scales=(1.0, 10.0),
-            # With the statistics put back and next to no penalty: fine-tuning from there.
+            # Weak ones: fine-tuning, but for the statistics that are put back.
             l2=(1e-6, 1e-5),
             plain_lrs=(0.0003, 0.001, 0.003, 0.01, 0.03),
             rule_lrs=(0.003,),

@@ -237,8 +237,7 @@ class LearnersPart:
     def _require_no_number(self, rule: ScaleRule) -> None:
         """Raise unless the learner can do without the number of steps in this task."""
         learner, asking = self.learner, []
-        penalised = learner.anchor is not None and bool(learner.curvatures or learner.damping)
-        if penalised and not isinstance(rule, Fixed):
+        if learner._is_penalised and not isinstance(rule, Fixed):
             asking.append(f"scale={rule!r}")
         if learner.task > 0 and 0.0 < learner.freeze_bn_after < 1.0:
             asking.append(f"freeze_bn_after={learner.freeze_bn_after}")

@@ -134,7 +134,7 @@ class Protection:
             raise NumericalError(f"fit: diverged at step {self.steps_done + 1}: {error}") from error
 
     def note(self, loss: Tensor) -> None:
-        """Let the scale's rule see a step's loss, a scalar without penalty."""
+        """Let the scale's rule see a step's mean loss, a scalar without penalty."""
         if self._scaled is not None:
             self._scaled.note(loss)
 
