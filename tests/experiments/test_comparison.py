@@ -336,7 +336,7 @@ def test_scales_may_be_named_among_numbers():
 
 def test_fine_tuning_alone_holds_on_to_nothing():
     free = [key for key, method in METHODS.items() if not method.is_penalised]
-    assert free == ["fine-tuning", "fine-tuning-frozen"]
+    assert free == ["fine-tuning", "fine-tuning-frozen", "fine-tuning-put-back"]
 
 
 # --- beyond the ends of a grid -------------------------------------------------------------------

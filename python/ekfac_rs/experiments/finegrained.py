@@ -43,7 +43,8 @@ __all__ = [
 
 METHODS = {
     **methods_named(
-        *("fine-tuning", "fine-tuning-frozen", "l2", "ewc", "kfac-frozen", "kfac-eval"),
+        *("fine-tuning", "fine-tuning-frozen", "fine-tuning-put-back", "l2", "ewc"),
+        *("kfac-frozen", "kfac-eval"),
         *("kfac-train", "kfac-train-explicit", "xkfac", "xkfac-nested", "xkfac-nested-first"),
         *("xkfac-nested-explicit", "xkfac-nested-merged"),
         *("scheduled-kfac", "scheduled-xkfac-nested", "kfac-frozen-own"),

@@ -20,6 +20,10 @@ METHODS: dict[str, Method] = {
     "fine-tuning-frozen": Method(
         "fine-tuning, BN frozen", {"curvature": "none", "freeze_bn_after": 0.0}, _PLAIN
     ),
+    # A penalty so weak that it does nothing: what putting the statistics back does alone.
+    "fine-tuning-put-back": Method(
+        "fine-tuning, statistics put back", {"curvature": "none", "damping": 1e-12}, {"lr": "lrs"}
+    ),
     "l2": Method("L2 to anchor", {"curvature": "none"}, {"lr": "lrs", "damping": "l2"}),
     "ewc": Method("diagonal Fisher (EWC)", {"curvature": "diagonal"}, _DIAGONAL),
     "kfac-frozen": Method(

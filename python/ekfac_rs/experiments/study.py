@@ -371,8 +371,8 @@ PARTS: dict[str, Part] = {
             name="study",
             every_setting=True,
             methods=(
-                *("fine-tuning", "fine-tuning-frozen", "l2", "ewc", "kfac-frozen"),
-                *("kfac-train", "xkfac-nested"),
+                *("fine-tuning", "fine-tuning-frozen", "fine-tuning-put-back", "l2", "ewc"),
+                *("kfac-frozen", "kfac-train", "xkfac-nested"),
                 *_RULES_OF_TRANSFER,
                 *("scheduled-kfac-first-own", _WITHOUT_SEARCH),
             ),
@@ -405,8 +405,8 @@ PARTS: dict[str, Part] = {
             name="study",
             every_setting=True,
             methods=(
-                *("fine-tuning", "fine-tuning-frozen", "l2", "kfac-frozen", "xkfac-nested"),
-                *("xkfac-nested-auto", _WITHOUT_SEARCH),
+                *("fine-tuning", "fine-tuning-frozen", "fine-tuning-put-back", "l2"),
+                *("kfac-frozen", "xkfac-nested", "xkfac-nested-auto", _WITHOUT_SEARCH),
             ),
             lrs=(0.001, 0.003, 0.01),
             frozen_lrs=(0.0003, 0.001, 0.003),
