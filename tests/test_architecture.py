@@ -28,7 +28,10 @@ FLOORS = {
         *("curvature.thin", "curvature.bounding", "curvature.spectra"),
     ),
     "passes": ("curvature.recovery", "curvature.passes", "curvature"),
-    "on top": ("penalty", "stability", "metrics", "description", "scales", "info", "distributed"),
+    "on top": (
+        *("_operators", "penalty", "stability", "metrics", "description", "scales", "info"),
+        "distributed",
+    ),
     "learner": ("learning",),
     "library": ("",),
     "guests": ("integrations",),

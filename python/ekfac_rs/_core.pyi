@@ -42,6 +42,8 @@ Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int, 
 # (A [K, K], G [D, D]), both symmetric, in full storage; or stacks of them, (A [groups, K, K],
 # G [groups, D / groups, D / groups]): each group of consecutive rows of V, [D, K], has its own.
 Term: TypeAlias = tuple[Tensor, Tensor]
+# A symmetric matrix and None; a root [n, r] and what is on the diagonal beside; None: the identity.
+Factor: TypeAlias = tuple[Tensor, float | None] | None
 # (a word of eight bytes on the device of the units, described as float64; the number that stands
 # for the mini-batch's first example).
 Note: TypeAlias = tuple[Tensor, int]
@@ -203,8 +205,26 @@ class KroneckerOperator:
     """
 
     def __new__(cls, terms: Sequence[Term]) -> KroneckerOperator: ...
-    def apply(self, v: Tensor, out: Tensor) -> float | None:
-        """Write the product; its inner product with ``v`` is returned on the CPU only."""
+    @staticmethod
+    def from_factors(
+        shape: tuple[int, int], terms: Sequence[tuple[Factor, Factor]]
+    ) -> KroneckerOperator:
+        """Pack terms (A, G) of one group whose factors may be known by their roots.
+
+        Of each term both factors are whole, or one is a root with nothing beside.
+        """
+
+    def apply(self, v: Tensor, out: Tensor) -> None:
+        """Write the product."""
 
     @property
     def flops(self) -> int: ...
+
+# An operator, V [D, K], the result, the damping, and two float64 numbers [1, 2] for inner products.
+Product: TypeAlias = tuple[KroneckerOperator, Tensor, Tensor, float, Tensor]
+
+def apply_operators(products: Sequence[Product], scale: float) -> None:
+    """Write ``scale * H V + damping * V`` for each of these, and ``<V, H V>`` and ``<V, V>``.
+
+    On the CPU the threads share the products.
+    """

@@ -1,19 +1,16 @@
 """The quadratic penalty around an anchor, as an autograd function over the Rust product."""
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial, reduce
-from itertools import islice
 from operator import add
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ekfac_rs import _core
 from ekfac_rs._checks import (
     is_finite,
     require_choice,
@@ -23,8 +20,15 @@ from ekfac_rs._checks import (
     require_share,
 )
 from ekfac_rs._modes import bare_model, submodule, without_autocast
+from ekfac_rs._operators import (
+    InnerProducts,
+    LayerProduct,
+    Operator,
+    operator_of,
+    write_products,
+)
 from ekfac_rs._ranks import Ranks
-from ekfac_rs._tensors import accumulation_dtype, borrow
+from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.batchnorm import Anchor, moments_of
 from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of, require_over
 from ekfac_rs.curvature import (
@@ -33,8 +37,6 @@ from ekfac_rs.curvature import (
     DiagonalBlock,
     KroneckerSum,
     Signature,
-    ThinKroneckerSum,
-    TruncatedSum,
 )
 from ekfac_rs.curvature.curvature import require_summable
 from ekfac_rs.errors import (
@@ -158,7 +160,7 @@ class QuadraticPenalty:
         if curvatures:
             self._require_taken_at_anchor(curvatures[-1])
         self._operators = {
-            layer.name: _operator(
+            layer.name: operator_of(
                 [c[layer.name] for c in curvatures], self._anchor[layer.name], dropped
             )
             for layer in self._layers
@@ -225,11 +227,14 @@ class QuadraticPenalty:
         """
         if not self._saw_batches:
             return self._increase  # the last call's product serves
-        squares = _Squares(next(iter(self._anchor.values())))
+        squares, deviations = _Squares(next(iter(self._anchor.values()))), []
         for layer in self._layers:
             self._require_unchanged(layer)
-            D = (self._settled_weight(layer) - self._anchor[layer.name]).contiguous()
-            squares.add(self._operators[layer.name].apply(D, torch.empty_like(D)), 0.0)
+            deviations.append((self._settled_weight(layer) - self._anchor[layer.name]).contiguous())
+        operators = [self._operators[layer.name] for layer in self._layers]
+        out = [torch.empty_like(D) for D in deviations]
+        for products in write_products(operators, deviations, out, 1.0, 0.0):
+            squares.add(products)
         return squares.increase
 
     @property
@@ -292,7 +297,7 @@ class QuadraticPenalty:
         )
         return False
 
-    def describe(self) -> dict[str, "LayerProduct"]:
+    def describe(self) -> dict[str, LayerProduct]:
         """Tell for each layer what a product with its curvatures takes, and how exact it is.
 
         Takes some time and memory where ``dropped`` is above 0: those of the curvatures again.
@@ -393,7 +398,7 @@ class QuadraticPenalty:
 
         def product(V: Tensor) -> Tensor:
             V, moved = V.contiguous(), torch.empty(V.shape, dtype=V.dtype, device=V.device)
-            operator.apply_damped(V, moved, scale, self.damping)
+            write_products([operator], [V], [moved], scale, self.damping)
             return moved
 
         return product
@@ -599,178 +604,6 @@ def _in_backward_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-# --- operators: one layer's blocks of all tasks --------------------------------------------------
-
-
-def _inner(V: Tensor, W: Tensor) -> Tensor:
-    """Inner product in double precision; on a GPU nobody waits for it."""
-    return (V * W).sum(dtype=torch.float64)
-
-
-class LayerProduct(NamedTuple):
-    """What a penalty multiplies the deviation of one layer's weights by.
-
-    Attributes
-    ----------
-    flops : int or None
-        Floating-point operations of one product; None where nobody has counted them.
-    columns : int or None
-        How many columns of truncated roots it goes through; None where nothing is truncated.
-    error : float
-        Relative to the curvatures' sum, in Frobenius norm.
-    """
-
-    flops: int | None
-    columns: int | None
-    error: float
-
-
-class _Operator(ABC):
-    """One layer's blocks of all tasks."""
-
-    block: Block | None = None
-
-    @abstractmethod
-    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
-        """Write the product and return its inner product with V."""
-
-    def apply_damped(self, V: Tensor, out: Tensor, scale: float, damping: float) -> float | Tensor:
-        """Write ``scale H V + damping V``, and return ``<V, H V>``."""
-        curved = self.apply(V, out)
-        out.mul_(scale)
-        if damping:
-            out.add_(V, alpha=damping)
-        return curved
-
-    @abstractmethod
-    def describe(self) -> LayerProduct:
-        """Tell what a product takes, and how exact it is."""
-
-    def top_eigenvalue(self) -> float:
-        """Largest eigenvalue of the blocks' sum."""
-        return 0.0 if self.block is None else self.block.top_eigenvalue()
-
-
-class _NoOperator(_Operator):
-    """No curvature: damping alone."""
-
-    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
-        out.zero_()
-        return 0.0
-
-    def describe(self) -> LayerProduct:
-        return LayerProduct(0, None, 0.0)
-
-
-class _DiagonalOperator(_Operator):
-    def __init__(self, block: DiagonalBlock) -> None:
-        self.block, self._values = block, block.values
-
-    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
-        torch.mul(self._values, V, out=out)
-        return _inner(V, out)
-
-    def describe(self) -> LayerProduct:
-        return LayerProduct(self._values.numel(), None, 0.0)
-
-
-class _BlockOperator(_Operator):
-    """A block's own product."""
-
-    def __init__(self, block: Block) -> None:
-        self.block, self._product = block, block.product
-
-    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
-        out.copy_(self._product(V))
-        return _inner(V, out)
-
-    def describe(self) -> LayerProduct:
-        return LayerProduct(None, None, 0.0)
-
-
-class _KroneckerOperator(_Operator):
-    """Packed once, applied in every training step."""
-
-    def __init__(self, block: KroneckerSum) -> None:
-        self.block = block
-        self._packed = _core.KroneckerOperator([(borrow(A), borrow(G)) for A, G in block.terms])
-
-    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
-        inner = self._packed.apply(borrow(V), borrow(out))
-        return _inner(V, out) if inner is None else inner
-
-    def describe(self) -> LayerProduct:
-        return LayerProduct(self._packed.flops, None, 0.0)
-
-
-class _ThinOperator(_Operator):
-    """Thin terms packed as such, once, and applied in every training step.
-
-    Packing finds their roots again, in factors that are made for it a few at a time.
-    """
-
-    def __init__(self, block: ThinKroneckerSum) -> None:
-        self.block = block
-        D, K = block.shape
-        at_a_time = max(1, _ELEMENTS // (D**2 + K**2))
-        self._packed, products = [], block.products()
-        while terms := list(islice(products, at_a_time)):
-            borrowed = [(borrow(A), borrow(G)) for A, G in terms]
-            self._packed.append(_core.KroneckerOperator(borrowed))
-
-    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
-        first, *others = self._packed
-        inner = first.apply(borrow(V), borrow(out)) or 0.0
-        if others:
-            part = torch.empty_like(out)
-            for packed in others:
-                inner += packed.apply(borrow(V), borrow(part)) or 0.0
-                out += part
-        return inner
-
-    def describe(self) -> LayerProduct:
-        return LayerProduct(sum(packed.flops for packed in self._packed), None, 0.0)
-
-
-class _TruncatedOperator(_Operator):
-    """Something near the blocks of all tasks, much cheaper."""
-
-    def __init__(self, blocks: Sequence[KroneckerSum | ThinKroneckerSum], dropped: float) -> None:
-        self.block = reduce(add, blocks)
-        self._near = TruncatedSum(blocks, dropped)
-
-    def apply(self, V: Tensor, out: Tensor) -> float | Tensor:
-        return self.apply_damped(V, out, 1.0, 0.0)
-
-    def apply_damped(self, V: Tensor, out: Tensor, scale: float, damping: float) -> float | Tensor:
-        return self._near.write_product(V, out, scale, damping)
-
-    def describe(self) -> LayerProduct:
-        return LayerProduct(self._near.flops, self._near.columns, self._near.error())
-
-
-def _operator(blocks: Sequence[Block], like: Tensor, dropped: float) -> _Operator:
-    if not blocks:
-        return _NoOperator()
-    blocks = [block.to(like.device, like.dtype) for block in blocks]
-    if dropped:
-        products: list[KroneckerSum | ThinKroneckerSum]
-        products = [b for b in blocks if isinstance(b, ThinKroneckerSum)]
-        products += [b for b in blocks if isinstance(b, KroneckerSum) and b.groups == 1]
-        if len(products) == len(blocks):
-            return _TruncatedOperator(products, dropped)
-    total = reduce(add, blocks)
-    if isinstance(total, KroneckerSum):
-        return _KroneckerOperator(total)
-    if isinstance(total, ThinKroneckerSum) and like.device.type == "cpu":
-        return _ThinOperator(total)
-    return _DiagonalOperator(total) if isinstance(total, DiagonalBlock) else _BlockOperator(total)
-
-
-# Of factors that are made at a time to be packed: 64 MB in single precision.
-_ELEMENTS = 1 << 24
-
-
 class _Squares:
     """Sums over the layers, each a float or, on a GPU, a tensor that nobody has waited for.
 
@@ -787,9 +620,9 @@ class _Squares:
         self.increase: float | Tensor = 0.0
         self.distance: float | Tensor = 0.0
 
-    def add(self, curved: float | Tensor, flat: float | Tensor) -> None:
-        self.increase += 0.5 * self._there(curved)
-        self.distance += 0.5 * self._there(flat)
+    def add(self, products: InnerProducts) -> None:
+        self.increase += 0.5 * self._there(products.curved)
+        self.distance += 0.5 * self._there(products.flat)
 
     def total(self, scale: float, damping: float) -> Tensor:
         total = scale * self.increase
@@ -811,20 +644,16 @@ class _Quadratic(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        operators: Sequence[_Operator],
+        operators: Sequence[Operator],
         scale: float,
         damping: float,
         squares: _Squares,
         *deviations: Tensor,
     ) -> Tensor:
-        gradients = []
-        for operator, D in zip(operators, deviations, strict=True):
-            D = D.contiguous()
-            gradient = torch.empty_like(D)
-            curved = operator.apply_damped(D, gradient, scale, damping)
-            flat = torch.linalg.vector_norm(D).double() ** 2 if damping else 0.0
-            gradients.append(gradient)
-            squares.add(curved, flat)
+        held = [D.contiguous() for D in deviations]
+        gradients = [torch.empty_like(D) for D in held]
+        for products in write_products(operators, held, gradients, scale, damping):
+            squares.add(products)
         ctx.save_for_backward(*gradients)
         return squares.total(scale, damping)
 

@@ -69,6 +69,21 @@ def terms(D: int, K: int, dtype: torch.dtype, seed: int = 0) -> list[tuple[Tenso
     return found
 
 
+def multiplied(
+    operators: list[_core.KroneckerOperator],
+    deviations: list[Tensor],
+    scale: float = 1.0,
+    damping: float = 0.0,
+) -> tuple[list[Tensor], list[list[float]]]:
+    """Products of several layers, and the inner products told of each."""
+    out = [torch.full_like(V, torch.nan) for V in deviations]
+    inner = torch.full((len(out), 1, 2), torch.nan, dtype=torch.float64)
+    layers = zip(operators, deviations, out, inner, strict=True)
+    products = [(op, borrow(V), borrow(to), damping, borrow(told)) for op, V, to, told in layers]
+    _core.apply_operators(products, scale)
+    return out, inner[:, 0].tolist()
+
+
 def packed_product(block: ek.KroneckerSum, V: Tensor) -> Tensor:
     operator = _core.KroneckerOperator([(borrow(A), borrow(G)) for A, G in block.terms])
     out = torch.empty_like(V)
@@ -200,8 +215,8 @@ def test_two_threads_may_share_an_operator(D, K, count):
     def work(seed: int) -> None:
         for repetition in range(40):
             V = noise(D, K, seed=100 * seed + repetition, dtype=torch.float64)
-            packed, solved = torch.empty_like(V), torch.empty_like(V)
-            inner = operator.apply(borrow(V), borrow(packed))
+            solved = torch.empty_like(V)
+            [packed], [(inner, _)] = multiplied([operator], [V])
             product = block.product(V)
             torch.testing.assert_close(packed, product, rtol=1e-9, atol=1e-9)
             assert inner == pytest.approx(float((V * product).sum()), rel=1e-8)
@@ -232,3 +247,48 @@ def test_the_number_of_threads_may_change_while_others_work():
             ek.set_num_threads(1 + count % 4)
 
     run_together(work, change)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads_share_the_products_of_several_layers(count):
+    ek.set_num_threads(count)
+    # More than a thread's share, less, and so little that nobody would share it.
+    sizes = [(150, 300), *[(60, 120)] * 7, (120, 60), (3, 2)]
+    blocks = [ek.KroneckerSum(terms(*size, torch.float64)) for size in sizes]
+    deviations = [noise(*size, dtype=torch.float64) for size in sizes]
+    operators = [
+        _core.KroneckerOperator([(borrow(A), borrow(G)) for A, G in block.terms])
+        for block in blocks
+    ]
+    out, inner = multiplied(operators, deviations, 2.0, 0.5)
+    for block, V, to, (curved, flat) in zip(blocks, deviations, out, inner, strict=True):
+        expected = block.product(V)
+        torch.testing.assert_close(to, 2.0 * expected + 0.5 * V)
+        assert curved == pytest.approx(float((V * expected).sum()))
+        assert flat == pytest.approx(float(V.square().sum()))
+
+
+def test_outputs_that_share_memory_are_refused():
+    block = ek.KroneckerSum(terms(4, 3, torch.float64))
+    operator = _core.KroneckerOperator([(borrow(A), borrow(G)) for A, G in block.terms])
+    V, out = torch.ones(2, 4, 3, dtype=torch.float64), torch.zeros(3, 4, 3, dtype=torch.float64)
+    inner = torch.zeros(2, 1, 2, dtype=torch.float64)
+
+    def apply(first, second, *told):
+        layers = zip(V, (first, second), told, strict=True)
+        products = [(operator, borrow(v), borrow(to), 0.0, borrow(n)) for v, to, n in layers]
+        _core.apply_operators(products, 1.0)
+
+    apply(out[0], out[1], *inner)
+    flat = out.view(-1)
+    shifted = flat[6:18].view(4, 3)
+    for first, second, told in [
+        (out[0], out[0], inner),
+        (out[0], shifted, inner),
+        (out[0], V[1], inner),
+        (out[0], V[0], inner),
+        (out[0], out[1], inner[:1].expand(2, 1, 2)),
+        (out[0], out[1], flat[10:14].view(2, 1, 2)),
+    ]:
+        with pytest.raises(ek.errors.OptionError, match="must not share memory"):
+            apply(first, second, *told)

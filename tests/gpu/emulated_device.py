@@ -85,7 +85,7 @@ def use() -> None:
         if getattr(module, "borrow", None) is EMULATED_CUDA.borrow:
             sent_there.add(found.name.removeprefix("ekfac_rs."))
     # Or all that follows would pass on the CPU, and show nothing.
-    assert {"curvature.kronecker", "layers.base", "penalty"} <= sent_there
+    assert {"curvature.kronecker", "layers.base", "_operators"} <= sent_there
 
 
 def pytest_configure() -> None:

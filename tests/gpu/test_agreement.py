@@ -265,8 +265,7 @@ def test_algebra_agrees(both, groups, D, K, count, real):
         _core.kronecker_diagonal(borrowed, on.borrow(diagonal))
         _core.kronecker_dense(borrowed, on.borrow(dense))
         first = V[0]
-        inner = _core.KroneckerOperator(borrowed).apply(on.borrow(first), on.borrow(applied))
-        assert (inner is None) == (on.name == "cuda")
+        _core.KroneckerOperator(borrowed).apply(on.borrow(first), on.borrow(applied))
         solved = on.put(torch.zeros(3, D, K, dtype=real))
         _core.conjugate_gradients(borrowed, 0.5, on.borrow(V), on.borrow(solved), 1e-6, 500)
         numbers_of = [
@@ -285,6 +284,49 @@ def test_algebra_agrees(both, groups, D, K, count, real):
     assert rest == pytest.approx(expected_rest, rel=10 * TOLERANCE[real])
     assert top == pytest.approx(expected_top, rel=2e-4)
     assert errors([got_solved], [expected_solved]) < 1e-5
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize(("D", "K"), [(6, 9), (9, 4), (130, 70)])
+def test_products_through_roots_agree(both, D, K, real):
+    def factors(size: int, seed: int) -> dict[str, tuple[Tensor, float | None] | None]:
+        matrix, root = psd(1, size, size + 2, seed), numbers((size, 3), seed=seed + 1)
+        return {
+            "whole": (matrix, None),
+            "thin": (root, 0.0),
+            "shifted": (root, 0.5),
+            "identity": None,
+        }
+
+    of_A, of_G = factors(K, 1), factors(D, 5)
+    kinds = [("whole", "whole"), *((kind, "thin") for kind in of_A)]
+    sums = [kinds, [("thin", kind) for kind in of_G], [("identity", "thin"), ("thin", "shifted")]]
+    V = numbers((len(sums), D, K), seed=9)
+    results = []
+    for on in both:
+        products, kept = [], []
+        out = on.put(torch.zeros(len(sums), D, K, dtype=real))
+        inner = on.put(torch.zeros(len(sums), 1, 2, dtype=torch.float64))
+        placed = on.put(V.to(real))
+        for index, terms in enumerate(sums):
+            borrowed = []
+            for kind_A, kind_G in terms:
+                sides = []
+                for factor in (of_A[kind_A], of_G[kind_G]):
+                    tensor = None if factor is None else on.put(factor[0].to(real))
+                    kept.append(tensor)
+                    shift = None if factor is None else factor[1]
+                    sides.append(None if tensor is None else (on.borrow(tensor), shift))
+                borrowed.append(tuple(sides))
+            operator = _core.KroneckerOperator.from_factors((D, K), borrowed)
+            tensors = on.borrow(placed[index]), on.borrow(out[index]), 0.25, on.borrow(inner[index])
+            products.append((operator, *tensors))
+        _core.apply_operators(products, 2.0)
+        results.append([out.cpu().double(), inner.cpu()])
+    (got, got_inner), (expected, expected_inner) = results
+    assert errors([got], [expected]) < TOLERANCE[real]
+    torch.testing.assert_close(got_inner, expected_inner, rtol=10 * TOLERANCE[real], atol=1e-6)
+    assert expected.any()
 
 
 @pytest.mark.parametrize("real", REALS)

@@ -74,6 +74,10 @@ class Factor(NamedTuple):
         square.diagonal().add_(self.shift)
         return square
 
+    def borrowed(self) -> "_core.Factor":
+        """Describe it to the core."""
+        return borrow(self.root), self.shift
+
 
 class TruncatedSum:
     """An operator near a sum of Kronecker products, and much cheaper to apply.
@@ -96,6 +100,13 @@ class TruncatedSum:
     dropped : float
         The largest share of each factor's trace that may be dropped, above 0 and below 1.
 
+    Attributes
+    ----------
+    packed
+        All but what is on the diagonal, for many products.
+    shift : float
+        What is on the diagonal.
+
     Raises
     ------
     OptionError
@@ -106,9 +117,8 @@ class TruncatedSum:
         require_share("dropped", dropped)
         self._blocks = tuple(blocks)
         D, K = self.shape = blocks[0].shape
-        like = blocks[0].diagonal()
         exact: list[tuple[Tensor, Tensor]] = []
-        through_G, through_A = _Through(like.new_empty(D, 0), K), _Through(like.new_empty(K, 0), D)
+        through_G, through_A = _Through(K), _Through(D)
         for block in blocks:
             dense = block.rest.terms if isinstance(block, ThinKroneckerSum) else block.terms
             for A, G in dense:
@@ -129,53 +139,37 @@ class TruncatedSum:
                     through_A.add(near_A, near_G, None)
         # What is dropped on one side is multiplied on the other alone.
         remainders = through_A.remainder(dropped), through_G.remainder(dropped)
-        self._shift = through_G.finish(remainders[0]) + through_A.finish(remainders[1])
+        through_G.add_remainder(remainders[0])
+        through_A.add_remainder(remainders[1])
+        self.shift = sum((each.shift for each in remainders if each is not None), 0.0)
         self._through = through_G, through_A
         self._exact = exact
-        self._packed = _core.KroneckerOperator(_borrowed(exact)) if exact else None
+        terms: list[tuple[_core.Factor, _core.Factor]]
+        terms = [((borrow(A), None), (borrow(G), None)) for A, G in exact]
+        terms += [(other, one) for one, other in through_G.borrowed()]
+        terms += through_A.borrowed()
+        self.packed = _core.KroneckerOperator.from_factors(self.shape, terms)
 
     def __repr__(self) -> str:
-        left, right = (through.roots.shape[1] for through in self._through)
-        return f"TruncatedSum(shape={self.shape}, columns={left + right}, exact={len(self._exact)})"
+        exact = len(self._exact)
+        return f"TruncatedSum(shape={self.shape}, columns={self.columns}, exact={exact})"
 
     @property
     def columns(self) -> int:
         """How many columns the product goes through."""
-        return sum(through.roots.shape[1] for through in self._through)
+        return sum(through.columns for through in self._through)
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of one product, about."""
-        D, K = self.shape
-        return 2 * D * K * (D + K) * len(self._exact) + sum(t.flops for t in self._through)
+        """Floating-point operations of one product."""
+        return self.packed.flops
 
     def product(self, V: Tensor) -> Tensor:
         """Apply the operator to a matrix of shape (D, K)."""
-        out = torch.empty_like(V, memory_format=torch.contiguous_format)
-        self.write_product(V, out)
-        return out
-
-    def write_product(
-        self, V: Tensor, out: Tensor, scale: float = 1.0, damping: float = 0.0
-    ) -> float | Tensor:
-        """Write ``scale H V + damping V``, for contiguous matrices, and return ``<V, H V>``.
-
-        In as few passes over the matrices as there can be.
-        """
-        inner: float | Tensor = 0.0
-        on_diagonal = scale * self._shift + damping
-        if self._packed is None:
-            torch.mul(V, on_diagonal, out=out)
-        else:
-            of_exact = self._packed.apply(borrow(V), borrow(out))
-            inner = (V * out).sum(dtype=torch.float64) if of_exact is None else of_exact
-            out.mul_(scale).add_(V, alpha=on_diagonal)
-        if self._shift:
-            inner += self._shift * torch.linalg.vector_norm(V).double() ** 2
-        through_G, through_A = self._through
-        inner += through_G.add_product(V, out, scale)
-        inner += through_A.add_product(V.mT, out.mT, scale)
-        return inner
+        V = V.contiguous()
+        out = torch.empty_like(V)
+        self.packed.apply(borrow(V), borrow(out))
+        return out.add_(V, alpha=self.shift)
 
     def dense_terms(self) -> KroneckerSum:
         """Return the operator as a sum of as many dense terms, which takes their memory."""
@@ -184,8 +178,9 @@ class TruncatedSum:
         terms = [*self._exact]
         terms += [(other, one) for one, other in through_G.products()]
         terms += through_A.products()
-        eye_D, eye_K = (torch.eye(n).to(self._through[0].roots) for n in (D, K))
-        terms.append((self._shift * eye_K, eye_D))
+        like = self._blocks[0].diagonal()
+        eye_D, eye_K = (torch.eye(n).to(like) for n in (D, K))
+        terms.append((self.shift * eye_K, eye_D))
         return KroneckerSum(terms)
 
     def error(self) -> float:
@@ -199,34 +194,28 @@ class TruncatedSum:
 
 
 class _Through:
-    """Terms whose products go through a few columns on one side, ``P P^T`` times another factor.
+    """Terms whose products go through a few columns on one side, ``P P^T`` times another factor."""
 
-    Attributes
-    ----------
-    roots : Tensor of shape (n, columns)
-        Those of all terms side by side.
-    """
-
-    def __init__(self, empty: Tensor, other_size: int) -> None:
-        self.roots = empty
+    def __init__(self, other_size: int) -> None:
         self._other_size = other_size
-        self._columns: list[int] = []
+        self._roots: list[Tensor] = []
         # None for the identity.
         self._others: list[Factor | Tensor | None] = []
-        self._pending: list[Tensor] = []
         self._dropped: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Number of columns."""
+        return sum(root.shape[1] for root in self._roots)
 
     def cost(self, one: Factor, other: Factor) -> int:
         """Floating-point operations of a term that goes through ``one``."""
-        return 2 * one.columns * self._other_size * (2 * len(one.root) + self._inside(other))
-
-    def _inside(self, other: Factor) -> int:
-        return min(2 * other.columns, self._other_size)
+        inside = min(2 * other.columns, self._other_size)
+        return 2 * one.columns * self._other_size * (2 * len(one.root) + inside)
 
     def add(self, one: Factor, other: Factor, exact: Tensor | None) -> None:
         """Add a term; ``exact`` is the other factor as it was."""
-        self._pending.append(one.root)
-        self._columns.append(one.columns)
+        self._roots.append(one.root)
         is_dense = exact is not None and 2 * other.columns >= self._other_size
         self._others.append(exact if is_dense else other)
         if exact is not None and one.shift > 0.0:
@@ -237,55 +226,41 @@ class _Through:
         """Return what was dropped as a factor on the other side: on this one is the identity."""
         if self._dropped is None:
             return None
-        most = max(_LEAST_REMAINDERS, math.ceil(_REMAINDERS * sum(self._columns)))
+        most = max(_LEAST_REMAINDERS, math.ceil(_REMAINDERS * self.columns))
         matrix, self._dropped = self._dropped, None
         return Factor.of(matrix, dropped, min(most, len(matrix)))
 
-    def finish(self, remainder: Factor | None) -> float:
-        """Take what was dropped on the other side; return what of it is on the diagonal."""
+    def add_remainder(self, remainder: Factor | None) -> None:
+        """Take what was dropped on the other side, but for what of it is on the diagonal."""
         if remainder is not None:
-            self._pending.append(remainder.root)
-            self._columns.append(remainder.columns)
+            self._roots.append(remainder.root)
             self._others.append(None)
-        self.roots = torch.cat([self.roots, *self._pending], 1)
-        self._pending = []
-        return 0.0 if remainder is None else remainder.shift
 
-    @property
-    def flops(self) -> int:
-        inside = 0
-        for columns, other in zip(self._columns, self._others, strict=True):
-            if other is not None:
-                size = self._other_size if isinstance(other, Tensor) else self._inside(other)
-                inside += 2 * columns * size
-        return self._other_size * (4 * self.roots.numel() + inside)
-
-    def add_product(self, V: Tensor, out: Tensor, scale: float) -> float | Tensor:
-        """Add ``scale`` times the product to ``out``; return the inner product of it and V."""
-        if not self._columns:
-            return 0.0
-        inside = self.roots.mT @ V
-        moved = torch.empty_like(inside)
-        parts = (torch.split(x, self._columns) for x in (inside, moved))
-        for part, target, other in zip(*parts, self._others, strict=True):
-            if other is None:
-                target.copy_(part)
-            elif isinstance(other, Tensor):
-                torch.mm(part, other, out=target)
-            else:
-                torch.addmm(part, part @ other.root, other.root.mT, beta=other.shift, out=target)
-        out.addmm_(self.roots, moved, alpha=scale)
-        return (inside * moved).sum(dtype=torch.float64)
+    def borrowed(self) -> "list[tuple[_core.Factor, _core.Factor]]":
+        """Describe the factors of every term to the core: on this side, and the other."""
+        return [
+            ((borrow(root), 0.0), _borrowed(other))
+            for root, other in zip(self._roots, self._others, strict=True)
+        ]
 
     def products(self) -> list[tuple[Tensor, Tensor]]:
         """Return the factors of every term: on this side, and the other."""
-        eye = torch.eye(self._other_size).to(self.roots)
-        others = [
-            eye if other is None else other.matrix() if isinstance(other, Factor) else other
-            for other in self._others
+        return [
+            (root @ root.mT, _matrix(other, root, self._other_size))
+            for root, other in zip(self._roots, self._others, strict=True)
         ]
-        roots = torch.split(self.roots, self._columns, 1) if self._columns else ()
-        return [(root @ root.mT, other) for root, other in zip(roots, others, strict=True)]
+
+
+def _borrowed(factor: Factor | Tensor | None) -> "_core.Factor":
+    if isinstance(factor, Tensor):
+        return borrow(factor), None
+    return None if factor is None else factor.borrowed()
+
+
+def _matrix(factor: Factor | Tensor | None, like: Tensor, size: int) -> Tensor:
+    if factor is None:
+        return torch.eye(size).to(like)
+    return factor.matrix() if isinstance(factor, Factor) else factor
 
 
 # Penalties of one task after another are on the same factors of the earlier ones. By what they
@@ -299,7 +274,3 @@ def _truncated(matrix: Tensor, dropped: float) -> Factor:
     if key not in known:
         known[key] = Factor.of(matrix, dropped)
     return known[key]
-
-
-def _borrowed(terms: Sequence[tuple[Tensor, Tensor]]) -> list[_core.Term]:
-    return [(borrow(A), borrow(G)) for A, G in terms]

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
-use crate::terms::{Group, Term};
+use crate::terms::{Combination, FactoredTerm, Group, Term};
 use crate::units::{GramTask, Units};
 use crate::view::{TensorView, TensorViewMut};
 
@@ -154,14 +154,24 @@ pub trait Backend: Sized + Sync {
     /// Packs the terms of all groups.
     fn pack<T: Real>(&self, groups: &[Group<'_, T>]) -> Result<Self::Packed<T>>;
 
-    /// Writes the product with V; returns its inner product with V where that is at hand, and
-    /// nothing where it would have to be waited for.
+    /// Packs terms, for V of this size, whose factors may be known by their roots; each has a way
+    /// to its product.
+    fn pack_factors<T: Real>(
+        &self,
+        size: [usize; 2],
+        terms: &[FactoredTerm<'_, T>],
+    ) -> Result<Self::Packed<T>>;
+
+    /// Writes what is wanted of the product with V and, where there is room for two numbers, the
+    /// inner products with V of the product itself, and of V.
     fn apply_packed<T: Real>(
         &self,
         packed: &Self::Packed<T>,
         v: Matrix<'_, T>,
         out: MatrixMut<'_, T>,
-    ) -> Result<Option<f64>>;
+        wanted: Combination,
+        inner: Option<MatrixMut<'_, f64>>,
+    ) -> Result<()>;
 
     /// Floating-point operations of one product with a packed sum.
     fn packed_flops<T: Real>(packed: &Self::Packed<T>) -> usize;

@@ -22,6 +22,6 @@ mod sum;
 
 pub use self::conjugate::{Convergence, Stopping};
 pub use self::inverse::KroneckerInverse;
-pub use self::packed::KroneckerOperator;
+pub use self::packed::{KroneckerOperator, Product, TensorFactor};
 pub use self::root::KroneckerRoot;
 pub use self::sum::KroneckerSum;

@@ -5,9 +5,11 @@ mod common;
 
 use common::{Noise, error, kronecker, norm, view, view_mut};
 use ekfac_core::kronecker::{
-    KroneckerInverse, KroneckerOperator, KroneckerRoot, KroneckerSum, Stopping,
+    KroneckerInverse, KroneckerOperator, KroneckerRoot, KroneckerSum, Product, Stopping,
+    TensorFactor,
 };
-use ekfac_core::view::TensorView;
+use ekfac_core::terms::Factor;
+use ekfac_core::view::{TensorView, TensorViewMut};
 use ekfac_core::{Cancel, Error, linalg};
 use ndarray::{Array1, Array2, Array3, Array4, Axis};
 use proptest::prelude::*;
@@ -33,12 +35,90 @@ fn terms(noise: &mut Noise, count: usize, d: usize, k: usize, percent: usize) ->
     (0..count).map(|_| term()).collect()
 }
 
+/// Writes the product, and returns its inner product with V.
+fn multiplied(operator: &KroneckerOperator, v: TensorView<'_>, out: TensorViewMut<'_>) -> f64 {
+    let mut inner = Array2::<f64>::zeros((1, 2));
+    let product = Product {
+        operator,
+        v,
+        out,
+        damping: 0.0,
+        inner: view_mut(inner.view_mut()),
+    };
+    KroneckerOperator::apply_all(vec![product], 1.0).unwrap();
+    inner[(0, 0)]
+}
+
 fn flat(v: &Array2<f64>) -> Array1<f64> {
     v.flatten().to_owned()
 }
 
 fn go() -> Cancel {
     Cancel::new()
+}
+
+/// A factor by what it is made of, and as a matrix.
+struct Known {
+    matrix: Array2<f64>,
+    /// A root, or the matrix; nothing for the identity.
+    part: Option<Array2<f64>>,
+    /// What is on the diagonal beside a root.
+    shift: Option<f64>,
+}
+
+impl Known {
+    fn whole(noise: &mut Noise, size: usize) -> Self {
+        let matrix = noise.psd(size, size);
+        Self {
+            part: Some(matrix.clone()),
+            matrix,
+            shift: None,
+        }
+    }
+
+    fn rooted(noise: &mut Noise, size: usize, shift: f64) -> Self {
+        let columns = (size / 3).max(1);
+        let root: Array2<f64> = noise.array((size, columns));
+        Self {
+            matrix: root.dot(&root.t()) + shift * Array2::<f64>::eye(size),
+            part: Some(root),
+            shift: Some(shift),
+        }
+    }
+
+    fn identity(size: usize) -> Self {
+        Self {
+            matrix: Array2::eye(size),
+            part: None,
+            shift: None,
+        }
+    }
+
+    fn factor(&self) -> TensorFactor<'_> {
+        match (&self.part, self.shift) {
+            (Some(root), Some(shift)) => Factor::Rooted {
+                root: view(root.view()),
+                shift,
+            },
+            (Some(matrix), None) => Factor::Whole(view(matrix.view())),
+            _ => Factor::Identity,
+        }
+    }
+}
+
+/// A term (A, G) of each of the kinds that there are.
+fn known_term(noise: &mut Noise, d: usize, k: usize, kind: usize) -> (Known, Known) {
+    let thin_a = Known::rooted(noise, k, 0.0);
+    let thin_g = Known::rooted(noise, d, 0.0);
+    match kind {
+        0 => (Known::whole(noise, k), Known::whole(noise, d)),
+        1 => (thin_a, thin_g),
+        2 => (thin_a, Known::whole(noise, d)),
+        3 => (thin_a, Known::rooted(noise, d, 0.5)),
+        4 => (thin_a, Known::identity(d)),
+        5 => (Known::rooted(noise, k, 0.5), thin_g),
+        _ => (Known::identity(k), thin_g),
+    }
 }
 
 proptest! {
@@ -93,10 +173,46 @@ proptest! {
         for _ in 0..2 {
             let v: Array2<f64> = noise.array((d, k));
             let (mut got, mut expected) = (Array2::zeros((d, k)), Array2::zeros((d, k)));
-            let inner = operator.apply(&view(v.view()), &mut view_mut(got.view_mut())).unwrap().unwrap();
+            let inner = multiplied(&operator, view(v.view()), view_mut(got.view_mut()));
             sum(&terms).product(&view(v.view()), &mut view_mut(expected.view_mut()), 0.0, &go()).unwrap();
             prop_assert!(error(&got, &expected) < 1e-11);
             prop_assert!((inner - (&v * &expected).sum()).abs() < 1e-10 * (1.0 + norm(&v) * norm(&expected)));
+            operator.apply(&view(v.view()), &mut view_mut(got.view_mut())).unwrap();
+            prop_assert!(error(&got, &expected) < 1e-11);
+        }
+    }
+
+    #[test]
+    fn factors_known_by_their_roots_multiply_like_the_matrices_they_are_of(
+        seed: u64, sizes in prop::collection::vec((1usize..20, 1usize..20), 1..4),
+        kinds in prop::collection::vec(0usize..7, 1..6), scale in 0.0f64..3.0, damping in 0.0f64..2.0,
+    ) {
+        let mut noise = Noise::new(seed);
+        // Operators of different sizes side by side, as those of a network's layers.
+        let sums: Vec<(Known, Known)> = sizes.iter().flat_map(|&(d, k)| {
+            kinds.iter().map(|&kind| known_term(&mut noise, d, k, kind)).collect::<Vec<_>>()
+        }).collect();
+        let operators: Vec<_> = sizes.iter().zip(sums.chunks(kinds.len())).map(|(&(d, k), known)| {
+            let terms: Vec<_> = known.iter().map(|(a, g)| (a.factor(), g.factor())).collect();
+            KroneckerOperator::of_factors([d, k], &terms).unwrap()
+        }).collect();
+        let v: Vec<Array2<f64>> = sizes.iter().map(|&size| noise.array(size)).collect();
+        let mut got: Vec<_> = sizes.iter().map(|&size| Array2::from_elem(size, f64::NAN)).collect();
+        let mut inner = vec![Array2::<f64>::zeros((1, 2)); sizes.len()];
+        let asked = operators.iter().zip(&v).zip(got.iter_mut().zip(&mut inner));
+        let products = asked.map(|((operator, v), (out, inner))| Product {
+            operator, v: view(v.view()), out: view_mut(out.view_mut()), damping,
+            inner: view_mut(inner.view_mut()),
+        });
+        KroneckerOperator::apply_all(products.collect(), scale).unwrap();
+        for (((v, got), inner), known) in v.iter().zip(&got).zip(inner).zip(sums.chunks(kinds.len())) {
+            let mut expected = Array2::zeros(v.raw_dim());
+            for (a, g) in known {
+                expected = expected + g.matrix.dot(v).dot(&a.matrix);
+            }
+            prop_assert!((inner[(0, 0)] - (v * &expected).sum()).abs() < 1e-10 * (1.0 + norm(v) * norm(&expected)));
+            prop_assert!((inner[(0, 1)] - (v * v).sum()).abs() < 1e-12 * (1.0 + norm(v).powi(2)));
+            prop_assert!(error(got, &(scale * expected + damping * v)) < 1e-11);
         }
     }
 
@@ -322,6 +438,47 @@ fn indefinite_and_non_finite_factors_are_refused() {
 }
 
 #[test]
+fn factors_that_do_not_fit_are_refused() {
+    let (whole, root) = (Array2::<f64>::eye(3), Array2::<f64>::ones((3, 2)));
+    let (narrow, broken) = (Array2::<f32>::eye(3), Array2::from_elem((3, 1), f64::NAN));
+    let empty = Array2::<f64>::zeros((3, 0));
+    let of_whole = || Factor::Whole(view(whole.view()));
+    let rooted = |shift| Factor::Rooted {
+        root: view(root.view()),
+        shift,
+    };
+    fn thin(root: &Array2<f64>) -> TensorFactor<'_> {
+        Factor::Rooted {
+            root: view(root.view()),
+            shift: 0.0,
+        }
+    }
+    let build = |size, a, g| KroneckerOperator::of_factors(size, &[(a, g)]).err();
+    let size = [3, 3];
+    assert!(build(size, of_whole(), rooted(0.0)).is_none());
+    for (a, g) in [
+        (Factor::Identity, Factor::Identity),
+        (Factor::Identity, of_whole()),
+        (of_whole(), rooted(0.1)),
+        (rooted(0.1), rooted(0.1)),
+    ] {
+        assert!(matches!(build(size, a, g), Some(Error::Option(_))));
+    }
+    let none = KroneckerOperator::of_factors(size, &[]).err();
+    assert!(matches!(none, Some(Error::Option(_))));
+    for wrong in [[3, 4], [2, 3]] {
+        let refused = build(wrong, of_whole(), rooted(0.0));
+        assert!(matches!(refused, Some(Error::Shape(_))));
+    }
+    let refused = build(size, of_whole(), thin(&empty));
+    assert!(matches!(refused, Some(Error::Shape(_))));
+    let refused = build(size, Factor::Whole(view(narrow.view())), rooted(0.0));
+    assert!(matches!(refused, Some(Error::Dtype(_))));
+    let refused = build(size, of_whole(), thin(&broken));
+    assert!(matches!(refused, Some(Error::NonFinite(_))));
+}
+
+#[test]
 fn an_indefinite_factor_is_packed_in_full() {
     // A zero diagonal hides everything from a pivoted Cholesky factorisation.
     let a = ndarray::array![[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]];
@@ -449,7 +606,7 @@ proptest! {
         let mut quadratic = 0.0;
         for (v, out) in v.outer_iter().zip(out.outer_iter()) {
             let mut applied = Array2::zeros((rows, k));
-            let inner = operator.apply(&view(v.view()), &mut view_mut(applied.view_mut())).unwrap().unwrap();
+            let inner = multiplied(&operator, view(v.view()), view_mut(applied.view_mut()));
             let v = v.flatten().to_owned();
             let image = h.dot(&v);
             prop_assert!(error(&out.flatten().to_owned(), &(&image + damping * &v)) < 1e-12);
@@ -559,10 +716,7 @@ fn large_groups_agree_with_the_product() {
         let narrow = v.mapv(|x| x as f32);
         let mut got = Array2::<f32>::zeros(v.dim());
         let mut expected = Array2::zeros(v.dim());
-        let inner = operator
-            .apply(&view(narrow.view()), &mut view_mut(got.view_mut()))
-            .unwrap()
-            .unwrap();
+        let inner = multiplied(&operator, view(narrow.view()), view_mut(got.view_mut()));
         grouped_sum(&terms)
             .product(
                 &view(v.view()),

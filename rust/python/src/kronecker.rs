@@ -1,7 +1,8 @@
 //! Bindings of `ekfac_core::kronecker`.
 
 use ekfac_core::Result;
-use ekfac_core::kronecker::{self, KroneckerSum, Stopping};
+use ekfac_core::kronecker::{self, KroneckerSum, Product, Stopping, TensorFactor};
+use ekfac_core::terms::Factor;
 use pyo3::prelude::*;
 
 use crate::call::run;
@@ -185,9 +186,23 @@ impl KroneckerOperator {
         run(py, |_| kronecker::KroneckerOperator::new(&sum(&terms)?)).map(Self)
     }
 
-    /// Writes the product and returns its inner product with `v`; nothing on a GPU, where it would
-    /// have to be waited for.
-    fn apply(&self, py: Python<'_>, v: RawTensor, mut out: RawTensor) -> PyResult<Option<f64>> {
+    /// Packs terms of one group, for V of this shape, whose factors may be known by their roots.
+    #[staticmethod]
+    fn from_factors(
+        py: Python<'_>,
+        shape: [usize; 2],
+        terms: Vec<(RawFactor, RawFactor)>,
+    ) -> PyResult<Self> {
+        run(py, |_| {
+            let views = terms.iter().map(|(a, g)| Ok((factor(a)?, factor(g)?)));
+            let views = views.collect::<Result<Vec<_>>>()?;
+            kronecker::KroneckerOperator::of_factors(shape, &views)
+        })
+        .map(Self)
+    }
+
+    /// Writes the product.
+    fn apply(&self, py: Python<'_>, v: RawTensor, mut out: RawTensor) -> PyResult<()> {
         run(py, |_| {
             check_disjoint(&[&out], [&v])?;
             self.0.apply(&v.view()?, &mut out.view_mut()?)
@@ -199,4 +214,58 @@ impl KroneckerOperator {
     fn flops(&self) -> usize {
         self.0.flops()
     }
+}
+
+/// A factor: a tensor, and what is on the diagonal beside if the tensor is its root; nothing for
+/// the identity.
+type RawFactor = Option<(RawTensor, Option<f64>)>;
+
+fn factor(raw: &RawFactor) -> Result<TensorFactor<'_>> {
+    Ok(match raw {
+        None => Factor::Identity,
+        Some((x, None)) => Factor::Whole(x.view()?),
+        Some((root, Some(shift))) => Factor::Rooted {
+            root: root.view()?,
+            shift: *shift,
+        },
+    })
+}
+
+/// An operator, V, where the result goes, how much of V is added to it, and where two inner
+/// products go.
+type RawProduct<'py> = (
+    Bound<'py, KroneckerOperator>,
+    RawTensor,
+    RawTensor,
+    f64,
+    RawTensor,
+);
+
+/// Writes `scale * H V + damping * V` for each of these, and the inner products `<V, H V>` and
+/// `<V, V>`.
+#[pyfunction]
+pub fn apply_operators(py: Python<'_>, products: Vec<RawProduct<'_>>, scale: f64) -> PyResult<()> {
+    let unbound = |(operator, v, out, damping, inner): RawProduct<'_>| {
+        (operator.unbind(), v, out, damping, inner)
+    };
+    let mut products: Vec<_> = products.into_iter().map(unbound).collect();
+    run(py, |_| {
+        let outputs = products
+            .iter()
+            .flat_map(|(_, _, out, _, inner)| [out, inner]);
+        let inputs = products.iter().map(|(_, v, ..)| v);
+        check_disjoint(&outputs.collect::<Vec<_>>(), inputs)?;
+        let views = products
+            .iter_mut()
+            .map(|(operator, v, out, damping, inner)| {
+                Ok(Product {
+                    operator: &operator.get().0,
+                    v: v.view()?,
+                    out: out.view_mut()?,
+                    damping: *damping,
+                    inner: inner.view_mut()?,
+                })
+            });
+        kronecker::KroneckerOperator::apply_all(views.collect::<Result<_>>()?, scale)
+    })
 }

@@ -38,7 +38,7 @@ mod _core {
     use crate::gram::{accumulate_gram, accumulate_patch_gram, strata};
     #[pymodule_export]
     use crate::kronecker::{
-        KroneckerInverse, KroneckerOperator, KroneckerRoot, conjugate_gradients,
+        KroneckerInverse, KroneckerOperator, KroneckerRoot, apply_operators, conjugate_gradients,
         kronecker_compress, kronecker_dense, kronecker_diagonal, kronecker_inner,
         kronecker_product, kronecker_quadratic, kronecker_top_eigenvalue, kronecker_trace,
     };

@@ -79,9 +79,10 @@ impl RawTensor {
         (self.address, self.address.saturating_add(bytes))
     }
 
-    fn overlaps(&self, other: &Self) -> bool {
-        let ((start, end), (other_start, other_end)) = (self.bytes(), other.bytes());
-        self.layout.device == other.layout.device && start < other_end && other_start < end
+    /// The device and the bytes on it.
+    fn reach(&self) -> (Device, usize, usize) {
+        let (start, end) = self.bytes();
+        (self.layout.device, start, end)
     }
 }
 
@@ -90,13 +91,24 @@ pub fn check_disjoint<'a>(
     outputs: &[&RawTensor],
     inputs: impl IntoIterator<Item = &'a RawTensor>,
 ) -> Result<()> {
-    let among_outputs = outputs
-        .iter()
-        .enumerate()
-        .any(|(index, output)| outputs[..index].iter().any(|other| output.overlaps(other)));
+    let is_empty = |&(_, start, end): &(Device, usize, usize)| start == end;
+    let mut written: Vec<_> = outputs.iter().map(|output| output.reach()).collect();
+    written.retain(|reach| !is_empty(reach));
+    written.sort_unstable();
+    let among_outputs = written.windows(2).any(|pair| {
+        let [(device, _, end), (other, start, _)] = [pair[0], pair[1]];
+        device == other && start < end
+    });
+    // Outputs that share nothing end in the order in which they start.
     let with_inputs = inputs
         .into_iter()
-        .any(|input| outputs.iter().any(|output| output.overlaps(input)));
+        .map(RawTensor::reach)
+        .any(|(device, start, end)| {
+            let after =
+                written.partition_point(|&(other, _, last)| (other, last) <= (device, start));
+            let next = written.get(after);
+            start < end && next.is_some_and(|&(other, first, _)| other == device && first < end)
+        });
     if among_outputs || with_inputs {
         return Err(Error::Option(
             "an output must not share memory with an input or with another output".to_owned(),

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, non_finite};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
-use crate::terms::{Group, Term};
+use crate::terms::{Combination, FactoredTerm, Group, Term};
 use crate::units::{GramTask, Precision, Units};
 
 mod blas;
@@ -45,6 +45,23 @@ impl Cpu {
     pub fn current() -> Current {
         let team = Team::current();
         Current(Self { team })
+    }
+
+    /// Does independent work of so many flops each: what is more than a thread's share by all
+    /// threads together, the rest by one thread each.
+    pub(crate) fn share<I: Send>(&self, mut work: Vec<(usize, I)>, each: impl Fn(I) + Sync) {
+        let total: usize = work.iter().map(|(flops, _)| flops).sum();
+        let threads = self.team.pieces(total as f64);
+        // The longest first: what is left at the end is short.
+        work.sort_by_key(|(flops, _)| std::cmp::Reverse(*flops));
+        let large = work.partition_point(|(flops, _)| flops * threads > total);
+        let small = work.split_off(large);
+        work.into_iter().for_each(|(_, item)| each(item));
+        if threads > 1 {
+            self.team.run(small, |(_, item)| each(item));
+        } else {
+            small.into_iter().for_each(|(_, item)| each(item));
+        }
     }
 }
 
@@ -178,17 +195,28 @@ impl Backend for Cpu {
         Packed::new(&self.team, groups)
     }
 
+    fn pack_factors<T: Real>(
+        &self,
+        size: [usize; 2],
+        terms: &[FactoredTerm<'_, T>],
+    ) -> Result<Packed<T>> {
+        Packed::of_factors(&self.team, size, terms)
+    }
+
     fn apply_packed<T: Real>(
         &self,
         packed: &Packed<T>,
         v: Matrix<'_, T>,
         out: MatrixMut<'_, T>,
-    ) -> Result<Option<f64>> {
-        Ok(Some(packed.apply(
-            &self.team,
-            host::read(v)?,
-            host::write(out)?,
-        )))
+        wanted: Combination,
+        inner: Option<MatrixMut<'_, f64>>,
+    ) -> Result<()> {
+        let products = packed.apply(&self.team, host::read(v)?, host::write(out)?, wanted);
+        if let Some(inner) = inner {
+            let mut inner = host::write(inner)?;
+            (inner[(0, 0)], inner[(0, 1)]) = (products.curved, products.flat);
+        }
+        Ok(())
     }
 
     fn packed_flops<T: Real>(packed: &Packed<T>) -> usize {

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage, non_finite};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
-use crate::terms::{Group, Term};
+use crate::terms::{Combination, FactoredTerm, Group, Term};
 use crate::units::{GramTask, Units};
 
 mod blas;
@@ -193,14 +193,31 @@ impl Backend for Cuda {
         Packed::new(self, groups)
     }
 
+    fn pack_factors<T: Real>(
+        &self,
+        size: [usize; 2],
+        terms: &[FactoredTerm<'_, T>],
+    ) -> Result<Packed<T>> {
+        Packed::of_factors(self, size, terms)
+    }
+
     fn apply_packed<T: Real>(
         &self,
         packed: &Packed<T>,
         v: Matrix<'_, T>,
-        out: MatrixMut<'_, T>,
-    ) -> Result<Option<f64>> {
-        packed.apply(self, v, out)?;
-        Ok(None)
+        mut out: MatrixMut<'_, T>,
+        wanted: Combination,
+        inner: Option<MatrixMut<'_, f64>>,
+    ) -> Result<()> {
+        packed.apply(self, v, out.as_mut())?;
+        match inner {
+            Some(inner) => self.combine(wanted, v, out, inner),
+            None if wanted == Combination::PRODUCT => Ok(()),
+            None => {
+                let mut unread = self.matrix_of::<f64>(1, 2)?;
+                self.combine(wanted, v, out, unread.view_mut())
+            }
+        }
     }
 
     fn packed_flops<T: Real>(packed: &Packed<T>) -> usize {

@@ -15,11 +15,6 @@ pub(super) trait Keep: Send + Sync + 'static {
     /// What it answers, beside its result.
     type Answer;
 
-    /// The backend for an argument at this place.
-    fn enter(place: Place) -> Result<<Self::On as Backend>::Handle> {
-        Self::On::at(place)
-    }
-
     /// Writes the result for `v`, which is on the device of the map.
     fn apply(
         &self,
@@ -82,11 +77,22 @@ impl<K: Keep> Apply<K::Task, K::Answer> for AtHome<K> {
         task: K::Task,
         cancel: &Cancel,
     ) -> Result<K::Answer> {
-        v.place().device.expect(self.home.device)?;
-        let backend = K::enter(v.place())?;
-        let answer = self.map.apply(&backend, v, out, task, cancel);
-        // Also what a failed call queued may still be at work.
-        backend.hold_for(self.home)?;
-        answer
+        let work = |backend: &K::On| self.map.apply(backend, v, out, task, cancel);
+        visit(v.place(), self.home, K::On::at, work)
     }
+}
+
+/// Works on something kept at home for an argument at another place of the same device.
+pub(super) fn visit<B: Backend, R>(
+    place: Place,
+    home: Place,
+    enter: impl FnOnce(Place) -> Result<B::Handle>,
+    work: impl FnOnce(&B) -> Result<R>,
+) -> Result<R> {
+    place.device.expect(home.device)?;
+    let backend = enter(place)?;
+    let answer = work(&backend);
+    // Also what a failed call queued may still be at work.
+    backend.hold_for(home)?;
+    answer
 }

@@ -1,14 +1,18 @@
 //! A sum of Kronecker products packed for many products with it.
 
-use super::kept::{Keep, Kept};
+use super::kept::visit;
 use super::sum::KroneckerSum;
 use crate::backend::Backend;
-use crate::backend::dispatch::on_device;
-use crate::cancel::Cancel;
+use crate::backend::dispatch::{host, on_device};
 use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
-use crate::place::Place;
+use crate::matrix::Matrix;
+use crate::place::{Device, Place};
+use crate::terms::{Combination, Factor};
 use crate::view::{TensorView, TensorViewMut};
+
+/// A factor of a term, as a tensor or by its root.
+pub type TensorFactor<'a> = Factor<TensorView<'a>>;
 
 /// A packed sum, for the thousands of products of a training loop; holds copies of the factors.
 ///
@@ -20,29 +24,116 @@ pub struct KroneckerOperator {
     /// (D, K).
     size: [usize; 2],
     flops: usize,
-    packed: Kept<(), Option<f64>>,
+    place: Place,
+    packed: Box<dyn Multiply>,
+}
+
+/// One product of several.
+pub struct Product<'a> {
+    /// The operator.
+    pub operator: &'a KroneckerOperator,
+    /// V, `[D, K]`.
+    pub v: TensorView<'a>,
+    /// Where the result goes, `[D, K]`.
+    pub out: TensorViewMut<'a>,
+    /// How much of V is added to it.
+    pub damping: f64,
+    /// Where the inner products with V of the product itself, and of V, go: `[1, 2]`.
+    pub inner: TensorViewMut<'a>,
 }
 
 impl KroneckerOperator {
     /// Packs the terms.
     pub fn new(sum: &KroneckerSum<'_>) -> Result<Self> {
         on_device!(sum.place(), backend => with_real!(sum.dtype(), T => {
-            Self::pack::<_, T>(backend, sum)
+            let packed = backend.pack::<T>(&sum.finite_by_group(backend)?)?;
+            let size = [sum.outputs(), sum.inputs()];
+            Self::keep::<_, T>(backend, packed, size, sum.place())
         }))
     }
 
-    fn pack<B: Backend + 'static, T: Real>(backend: &B, sum: &KroneckerSum<'_>) -> Result<Self> {
-        let packed = backend.pack::<T>(&sum.finite_by_group(backend)?)?;
+    /// Packs terms (A, G) of one group, for V of shape `[D, K]`. Of factors that are known by their
+    /// roots products go through as few columns as can be.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Option`] where a factor with something beside its root, or the identity, meets
+    /// another that is no mere root, and without terms.
+    pub fn of_factors(
+        size: [usize; 2],
+        terms: &[(TensorFactor<'_>, TensorFactor<'_>)],
+    ) -> Result<Self> {
+        let like = check_factors(size, terms)?;
+        on_device!(like.place(), backend => with_real!(like.dtype(), T => {
+            let mut borrowed = Vec::with_capacity(terms.len());
+            for (a, g) in terms {
+                borrowed.push((matrix_of::<_, T>(backend, a)?, matrix_of::<_, T>(backend, g)?));
+            }
+            let packed = backend.pack_factors::<T>(size, &borrowed)?;
+            Self::keep::<_, T>(backend, packed, size, like.place())
+        }))
+    }
+
+    fn keep<B: Backend + 'static, T: Real>(
+        backend: &B,
+        packed: B::Packed<T>,
+        size: [usize; 2],
+        place: Place,
+    ) -> Result<Self> {
+        backend.settle()?;
         Ok(Self {
-            size: [sum.outputs(), sum.inputs()],
+            size,
             flops: B::packed_flops(&packed),
-            packed: Kept::new(Packed::<B, T>(packed), backend, sum.place())?,
+            place,
+            packed: Box::new(Packed::<B, T> {
+                packed,
+                home: place,
+            }),
         })
     }
 
-    /// Writes `sum_k G_k V A_k` for V of shape `[D, K]`. Returns its inner product with V, or
-    /// nothing on a GPU, where it would have to be waited for.
-    pub fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<Option<f64>> {
+    /// Writes `sum_k G_k V A_k` for V of shape `[D, K]`.
+    pub fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<()> {
+        self.check(v, out)?;
+        self.packed.multiply(v, out, Combination::PRODUCT, None)
+    }
+
+    /// Writes `scale * sum_k G_k V A_k + damping * V` for each of these. On the CPU the threads
+    /// share the products; on a GPU nobody waits for them.
+    pub fn apply_all(products: Vec<Product<'_>>, scale: f64) -> Result<()> {
+        for product in &products {
+            product.operator.check(&product.v, &product.out)?;
+            if product.inner.shape() != [1, 2] {
+                return Err(Error::Shape(format!(
+                    "inner must have two numbers for each product, got shape {:?}",
+                    product.inner.shape()
+                )));
+            }
+        }
+        let mut answers: Vec<Result<()>> = products.iter().map(|_| Ok(())).collect();
+        let each = |(answer, mut product): (&mut Result<()>, Product<'_>)| {
+            let damping = product.damping;
+            let wanted = Combination { scale, damping };
+            let (v, out, inner) = (&product.v, &mut product.out, &mut product.inner);
+            *answer = product
+                .operator
+                .packed
+                .multiply(v, out, wanted, Some(inner));
+        };
+        let all_on_host = products
+            .iter()
+            .all(|product| product.operator.place.device == Device::Cpu);
+        let work = answers.iter_mut().zip(products);
+        if all_on_host {
+            let work = work.map(|(answer, product)| (product.operator.flops, (answer, product)));
+            host().share(work.collect(), each);
+        } else {
+            work.for_each(each);
+        }
+        answers.into_iter().collect()
+    }
+
+    fn check(&self, v: &TensorView<'_>, out: &TensorViewMut<'_>) -> Result<()> {
         for (name, shape) in [("v", v.shape()), ("out", out.shape())] {
             if shape != self.size {
                 return Err(Error::Shape(format!(
@@ -51,7 +142,7 @@ impl KroneckerOperator {
                 )));
             }
         }
-        self.packed.apply(v, out, (), &Cancel::new())
+        Ok(())
     }
 
     /// Floating-point operations of one product.
@@ -60,27 +151,109 @@ impl KroneckerOperator {
     }
 }
 
-/// A sum as its backend packs it.
-struct Packed<B: Backend, T: Real>(B::Packed<T>);
-
-impl<B: Backend + 'static, T: Real> Keep for Packed<B, T> {
-    type On = B;
-    type Task = ();
-    type Answer = Option<f64>;
-
-    fn enter(place: Place) -> Result<B::Handle> {
-        B::at_for_packed(place)
+/// The tensor of a factor, unless it is the identity.
+fn tensor_of<'f, 'a>(factor: &'f TensorFactor<'a>) -> Option<&'f TensorView<'a>> {
+    match factor {
+        Factor::Whole(x) | Factor::Rooted { root: x, .. } => Some(x),
+        Factor::Identity => None,
     }
+}
 
-    fn apply(
+/// A factor as a matrix, or the root of one, of finite numbers.
+fn matrix_of<'a, B: Backend, T: Real>(
+    backend: &B,
+    factor: &TensorFactor<'a>,
+) -> Result<Factor<Matrix<'a, T>>> {
+    let finite = |x| {
+        let matrix = backend.matrix::<T>(x)?;
+        backend.check_finite(&[matrix], &|_| "a factor".to_owned())?;
+        Ok(matrix)
+    };
+    Ok(match factor {
+        Factor::Whole(x) => Factor::Whole(finite(x)?),
+        Factor::Rooted { root, shift } => Factor::Rooted {
+            root: finite(root)?,
+            shift: *shift,
+        },
+        Factor::Identity => Factor::Identity,
+    })
+}
+
+/// Fails unless the factors fit V of this size and one another; returns one of their tensors.
+fn check_factors<'f, 'a>(
+    [rows, columns]: [usize; 2],
+    terms: &'f [(TensorFactor<'a>, TensorFactor<'a>)],
+) -> Result<&'f TensorView<'a>> {
+    let sides = terms
+        .iter()
+        .flat_map(|(a, g)| [(a, columns, "A"), (g, rows, "G")]);
+    let mut like: Option<&TensorView<'_>> = None;
+    for (factor, size, name) in sides {
+        let Some(x) = tensor_of(factor) else { continue };
+        let fits = match (factor, x.shape()) {
+            (Factor::Whole(_), shape) => shape == [size, size],
+            (_, &[height, width]) => height == size && width > 0,
+            _ => false,
+        };
+        if !fits {
+            return Err(Error::Shape(format!(
+                "{name} must be [{size}, {size}], or a root of {size} rows, got shape {:?}",
+                x.shape()
+            )));
+        }
+        let first = *like.get_or_insert(x);
+        if x.dtype() != first.dtype() {
+            return Err(Error::Dtype(format!(
+                "{name} must be {} like the first factor, got {}",
+                first.dtype(),
+                x.dtype()
+            )));
+        }
+        x.place().device.expect(first.place().device)?;
+    }
+    let is_thin = |x: &TensorFactor<'_>| matches!(x, Factor::Rooted { shift: 0.0, .. });
+    let is_whole = |x: &TensorFactor<'_>| matches!(x, Factor::Whole(_));
+    let has_way = |(a, g): &(TensorFactor<'_>, TensorFactor<'_>)| {
+        is_thin(a) || is_thin(g) || (is_whole(a) && is_whole(g))
+    };
+    match like {
+        Some(like) if terms.iter().all(has_way) => Ok(like),
+        _ => Err(Error::Option(
+            "a term needs two whole factors, or one by its root alone, and a sum needs a term"
+                .to_owned(),
+        )),
+    }
+}
+
+/// A packed sum of any backend and type.
+trait Multiply: Send + Sync {
+    fn multiply(
         &self,
-        backend: &B,
         v: &TensorView<'_>,
         out: &mut TensorViewMut<'_>,
-        (): (),
-        _: &Cancel,
-    ) -> Result<Option<f64>> {
-        let (v, out) = (backend.matrix::<T>(v)?, backend.matrix_mut(out)?);
-        backend.apply_packed(&self.0, v, out)
+        wanted: Combination,
+        inner: Option<&mut TensorViewMut<'_>>,
+    ) -> Result<()>;
+}
+
+/// A sum as its backend packs it, and where its memory is.
+struct Packed<B: Backend, T: Real> {
+    packed: B::Packed<T>,
+    home: Place,
+}
+
+impl<B: Backend, T: Real> Multiply for Packed<B, T> {
+    fn multiply(
+        &self,
+        v: &TensorView<'_>,
+        out: &mut TensorViewMut<'_>,
+        wanted: Combination,
+        inner: Option<&mut TensorViewMut<'_>>,
+    ) -> Result<()> {
+        visit(v.place(), self.home, B::at_for_packed, |backend: &B| {
+            let inner = inner.map(|inner| backend.matrix_mut(inner)).transpose()?;
+            let (v, out) = (backend.matrix::<T>(v)?, backend.matrix_mut(out)?);
+            backend.apply_packed(&self.packed, v, out, wanted, inner)
+        })
     }
 }

@@ -6,12 +6,13 @@
 //!
 //! | A | G | L | M | c |
 //! |---|---|---|---|---|
-//! | full | full | G | V A | D |
-//! | full | thin | Q | (Q^T V) A | rank of G |
+//! | whole | whole | G | V A | D |
+//! | any | thin | Q | (Q^T V) A | rank of G |
 //! | thin | any | G (V S) | S^T | rank of A |
 //!
-//! G, Q and S^T are written once, when the sum is packed. The columns of M and of the result are
-//! independent of one another: each thread takes its own.
+//! "Any" is whole, a root and a multiple of the identity, or the identity itself. G, Q and S^T are
+//! written once, when the sum is packed. The columns of M and of the result are independent of one
+//! another: each thread takes its own.
 //!
 //! Each group of rows is packed like this. Where a group is a single row, G is a number: its terms
 //! are added up to one matrix `[K, K]`, and the product with many of these runs along the groups.
@@ -22,14 +23,15 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
 use super::blas::{cut_rows, gemm, split_columns};
-use super::elements::dot;
-use super::host::{HostTerm, read_terms};
+use super::elements::{add_scaled, dot, zip_elements};
+use super::host::{self, HostTerm, read_terms};
 use super::openmp::lock;
 use super::simd;
 use super::team::Team;
 use crate::element::Real;
-use crate::error::Result;
-use crate::terms::Group;
+use crate::error::{Error, Result};
+use crate::matrix::Matrix;
+use crate::terms::{Combination, Factor, FactoredTerm, Group, Way};
 
 /// A packed sum, with everything that is written during a product.
 pub struct Packed<T>(Form<T>);
@@ -51,8 +53,23 @@ impl<T: Real> Packed<T> {
             return Ok(Self(Form::Rows(PackedRows::new(&terms))));
         }
         let groups = terms.iter().map(|terms| PackedGroup::new(team, terms));
-        let (groups, workspaces) = groups.unzip();
+        let groups: Vec<_> = groups.collect::<Result<_>>()?;
+        let (groups, workspaces) = groups.into_iter().unzip();
         Ok(Self(Form::Groups(groups, Mutex::new(workspaces))))
+    }
+
+    /// Packs terms of one group, for V of this size, whose factors may be known by their roots.
+    pub(super) fn of_factors(
+        team: &Team,
+        size: [usize; 2],
+        terms: &[FactoredTerm<'_, T>],
+    ) -> Result<Self> {
+        let sides = terms.iter().flat_map(|&(a, g)| [a, g]);
+        let sides: Vec<_> = sides.map(read_factor).collect::<Result<_>>()?;
+        let makers = sides.into_iter().map(|side| move || padded(side));
+        let factors = made(team, makers.collect());
+        let (group, workspace) = assemble(factors, Frame::whole(size))?;
+        Ok(Self(Form::Groups(vec![group], Mutex::new(vec![workspace]))))
     }
 
     /// Floating-point operations of one product.
@@ -63,15 +80,52 @@ impl<T: Real> Packed<T> {
         }
     }
 
-    /// Writes the product with V and returns its inner product with V.
-    pub(super) fn apply(&self, team: &Team, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
+    /// Writes what is wanted of the product with V, and returns inner products with V.
+    pub(super) fn apply(
+        &self,
+        team: &Team,
+        v: MatRef<'_, T>,
+        out: MatMut<'_, T>,
+        wanted: Combination,
+    ) -> InnerProducts {
         match &self.0 {
             Form::Groups(groups, workspaces) => {
-                apply_groups(team, groups, &mut lock(workspaces), v, out)
+                apply_groups(team, groups, &mut lock(workspaces), v, out, wanted)
             }
-            Form::Rows(rows) => rows.apply(team, v, out),
+            Form::Rows(rows) => rows.apply(team, v, out, wanted),
         }
     }
+}
+
+/// Inner products with V.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct InnerProducts {
+    /// Of the product with the sum, unscaled and undamped.
+    pub(super) curved: f64,
+    /// Of V itself.
+    pub(super) flat: f64,
+}
+
+impl std::iter::Sum for InnerProducts {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), |sum, part| Self {
+            curved: sum.curved + part.curved,
+            flat: sum.flat + part.flat,
+        })
+    }
+}
+
+/// Makes what is wanted of a product with V, and returns inner products with V.
+fn finish<T: Real>(v: MatRef<'_, T>, out: MatMut<'_, T>, wanted: Combination) -> InnerProducts {
+    let inner = InnerProducts {
+        curved: dot(v, out.as_ref()),
+        flat: dot(v, v),
+    };
+    if wanted != Combination::PRODUCT {
+        let [scale, damping] = [wanted.scale, wanted.damping].map(T::from_f64);
+        zip_elements(out, v, |out, v| *out = scale * *out + damping * v);
+    }
+    inner
 }
 
 /// The threads share the groups; a single group has them all to itself.
@@ -81,22 +135,23 @@ fn apply_groups<T: Real>(
     workspaces: &mut [Workspace<T>],
     v: MatRef<'_, T>,
     out: MatMut<'_, T>,
-) -> f64 {
+    wanted: Combination,
+) -> InnerProducts {
     let height = v.nrows() / groups.len();
     let flops: usize = groups.iter().map(|group| group.flops).sum();
-    let mut inner = vec![0.0; groups.len()];
+    let mut inner = vec![InnerProducts::default(); groups.len()];
     let blocks = cut_rows(out, height).into_iter().zip(&mut inner);
     let tasks = groups.iter().zip(workspaces).zip(blocks);
     let tasks = tasks.map(|((group, workspace), ((start, out), inner))| {
         let v = v.subrows(start, height);
-        move || *inner = group.apply(team, workspace, v, out)
+        move || *inner = group.apply(team, workspace, v, out, wanted)
     });
     if team.pieces(flops as f64) > 1 {
         team.run(tasks.collect(), |task| task());
     } else {
         tasks.for_each(|task| task());
     }
-    inner.iter().sum()
+    inner.into_iter().sum()
 }
 
 /// Groups of a single row, the terms of each added up to one symmetric matrix.
@@ -140,25 +195,37 @@ impl<T: Real> PackedRows<T> {
         2 * self.groups * self.size * (self.size + 1)
     }
 
-    fn apply(&self, team: &Team, v: MatRef<'_, T>, out: MatMut<'_, T>) -> f64 {
+    fn apply(
+        &self,
+        team: &Team,
+        v: MatRef<'_, T>,
+        out: MatMut<'_, T>,
+        wanted: Combination,
+    ) -> InnerProducts {
         let blocks = self.groups.div_ceil(LANES);
         let share = blocks.div_ceil(team.pieces(self.flops() as f64));
         let triangle = self.entries.len() / blocks;
         let parts = self.entries.chunks(share * triangle);
-        let mut inner = vec![0.0; parts.len()];
+        let mut inner = vec![InnerProducts::default(); parts.len()];
         let tasks = cut_rows(out, share * LANES)
             .into_iter()
             .zip(parts)
             .zip(&mut inner);
-        team.run(tasks.collect(), |(((start, out), entries), inner)| {
+        team.run(tasks.collect(), |(((start, mut out), entries), inner)| {
             let v = v.subrows(start, out.nrows());
-            *inner = simd::run(MultiplyRows { entries, v, out });
+            let target = out.as_mut();
+            simd::run(MultiplyRows {
+                entries,
+                v,
+                out: target,
+            });
+            *inner = finish(v, out, wanted);
         });
-        inner.iter().sum()
+        inner.into_iter().sum()
     }
 }
 
-/// Multiplies each row with a matrix of its own; the result is the inner product.
+/// Multiplies each row with a matrix of its own.
 struct MultiplyRows<'a, T> {
     entries: &'a [[T; LANES]],
     v: MatRef<'a, T>,
@@ -166,10 +233,10 @@ struct MultiplyRows<'a, T> {
 }
 
 impl<T: Real> simd::Loop for MultiplyRows<'_, T> {
-    type Output = f64;
+    type Output = ();
 
     #[inline(always)]
-    fn call(self) -> f64 {
+    fn call(self) {
         let Self {
             entries,
             v,
@@ -178,7 +245,6 @@ impl<T: Real> simd::Loop for MultiplyRows<'_, T> {
         let (rows, size) = (v.nrows(), v.ncols());
         let mut input = vec![[T::default(); LANES]; size];
         let mut output = input.clone();
-        let mut inner = [0.0; LANES];
         let mut entries = entries.iter();
         for first in (0..rows).step_by(LANES) {
             let lanes = LANES.min(rows - first);
@@ -201,16 +267,12 @@ impl<T: Real> simd::Loop for MultiplyRows<'_, T> {
                 }
                 rest[0] = sum;
             }
-            for (k, (input, output)) in input.iter().zip(&output).enumerate() {
-                for ((inner, x), y) in inner.iter_mut().zip(input).zip(output) {
-                    *inner += x.to_f64() * y.to_f64();
-                }
+            for (k, output) in output.iter().enumerate() {
                 for (lane, &value) in output[..lanes].iter().enumerate() {
                     out[(first + lane, k)] = value;
                 }
             }
         }
-        inner.iter().sum()
     }
 }
 
@@ -252,6 +314,10 @@ impl<T: Real> Padded<T> {
         matrix
     }
 
+    fn of(x: MatRef<'_, T>) -> Self {
+        Self::from_fn(x.nrows(), x.ncols(), |i, j| x[(i, j)])
+    }
+
     fn view(&self) -> MatRef<'_, T> {
         let whole = MatRef::from_row_major_slice(&self.data, self.rows, self.stride);
         whole.subcols(0, self.columns)
@@ -263,30 +329,58 @@ impl<T: Real> Padded<T> {
     }
 }
 
-/// A symmetric factor, in full or as a thin root.
-enum Factor<T> {
-    Full(Padded<T>),
-    Thin(Padded<T>),
+/// A whole factor, as a thin root if its rank is deficient.
+fn whole_or_thin<T: Real>(x: MatRef<'_, T>) -> Factor<Padded<T>> {
+    let size = x.nrows();
+    match thin_root(x) {
+        Some(columns) => Factor::Rooted {
+            root: Padded::from_fn(size, columns.len(), |i, j| T::from_f64(columns[j][i])),
+            shift: 0.0,
+        },
+        None => Factor::Whole(Padded::of(x)),
+    }
 }
 
-impl<T: Real> Factor<T> {
-    fn new(x: MatRef<'_, T>) -> Self {
-        let size = x.nrows();
-        match thin_root(x) {
-            Some(columns) => Self::Thin(Padded::from_fn(size, columns.len(), |i, j| {
-                T::from_f64(columns[j][i])
-            })),
-            None => Self::Full(Padded::from_fn(size, size, |i, j| x[(i, j)])),
-        }
+/// A copy of a factor.
+fn padded<T: Real>(factor: Factor<MatRef<'_, T>>) -> Factor<Padded<T>> {
+    match factor {
+        Factor::Whole(x) => whole_or_thin(x),
+        Factor::Rooted { root, shift } => Factor::Rooted {
+            root: Padded::of(root),
+            shift,
+        },
+        Factor::Identity => Factor::Identity,
     }
+}
+
+/// A factor that can be read.
+fn read_factor<T>(factor: Factor<Matrix<'_, T>>) -> Result<Factor<MatRef<'_, T>>> {
+    Ok(match factor {
+        Factor::Whole(x) => Factor::Whole(host::read(x)?),
+        Factor::Rooted { root, shift } => Factor::Rooted {
+            root: host::read(root)?,
+            shift,
+        },
+        Factor::Identity => Factor::Identity,
+    })
+}
+
+/// Makes factors, shared out among the threads.
+fn made<T: Real>(
+    team: &Team,
+    makers: Vec<impl FnOnce() -> Factor<Padded<T>> + Send>,
+) -> Vec<Factor<Padded<T>>> {
+    let mut factors: Vec<Option<Factor<Padded<T>>>> = Vec::new();
+    factors.resize_with(makers.len(), || None);
+    let tasks = factors.iter_mut().zip(makers).collect();
+    team.run(tasks, |(slot, make)| *slot = Some(make()));
+    factors.into_iter().flatten().collect()
 }
 
 /// What remains to be computed of L or M for a term.
 struct Step<T> {
-    factor: Padded<T>,
-    /// A root Q in place of the factor: multiply by `Q Q^T`.
-    thin: bool,
-    /// Where in the stack of roots that were multiplied with V the input is.
+    other: Factor<Padded<T>>,
+    /// Where in the stack of roots that were multiplied with V the input is; V itself without.
     input: Option<usize>,
     /// Where the result goes.
     start: usize,
@@ -298,7 +392,7 @@ pub(super) struct PackedGroup<T> {
     frame: Frame,
     /// Roots S of A side by side, `[K, sum of ranks]`.
     right_roots: Padded<T>,
-    /// Roots Q of G side by side, `[D, sum of ranks]`, for the terms whose A is full.
+    /// Roots Q of G side by side, `[D, sum of ranks]`, for the terms that go through them.
     left_roots: Padded<T>,
     /// Products that give columns of L.
     left_steps: Vec<Step<T>>,
@@ -325,6 +419,8 @@ struct Parts<T> {
     left_v: Padded<T>,
     /// The roots of G times a part of `v_right`.
     middle: Padded<T>,
+    /// Parts of `left_v` times the roots of A, in the rows of the parts.
+    left_v_right: Padded<T>,
 }
 
 /// How the packed problem relates to the one asked for.
@@ -343,7 +439,14 @@ impl Frame {
     fn new<T: Real>(sides_a: &[MatRef<'_, T>], sides_g: &[MatRef<'_, T>]) -> Self {
         let extent = |side: &[MatRef<'_, T>]| side.first().map_or(0, |x| x.nrows());
         let size = (extent(sides_g), extent(sides_a));
-        let (rows, columns) = (reached(sides_g, size.0), reached(sides_a, size.1));
+        Self::reaching(size, reached(sides_g, size.0), reached(sides_a, size.1))
+    }
+
+    fn whole([rows, columns]: [usize; 2]) -> Self {
+        Self::reaching((rows, columns), (0..rows).collect(), (0..columns).collect())
+    }
+
+    fn reaching(size: (usize, usize), rows: Vec<usize>, columns: Vec<usize>) -> Self {
         let transposed = rows.len() > columns.len();
         Self {
             size,
@@ -401,45 +504,40 @@ impl Frame {
 
 impl<T: Real> PackedGroup<T> {
     /// Packs terms (A, G).
-    fn new(team: &Team, terms: &[HostTerm<'_, T>]) -> (Self, Workspace<T>) {
+    fn new(team: &Team, terms: &[HostTerm<'_, T>]) -> Result<(Self, Workspace<T>)> {
         let (sides_a, sides_g): (Vec<_>, Vec<_>) = terms.iter().copied().unzip();
         let frame = Frame::new(&sides_a, &sides_g);
-        let mut factors: Vec<Option<Factor<T>>> = Vec::new();
-        factors.resize_with(2 * terms.len(), || None);
-        team.run(factors.iter_mut().enumerate().collect(), |(index, slot)| {
-            let (x, kept) = match index % 2 {
-                0 => (sides_a[index / 2], &frame.columns),
-                _ => (sides_g[index / 2], &frame.rows),
-            };
-            let reduced = Padded::from_fn(kept.len(), kept.len(), |i, j| x[(kept[i], kept[j])]);
-            *slot = Some(Factor::new(reduced.view()));
-        });
-        let mut factors = factors.into_iter().flatten();
-        let mut pairs = Vec::new();
-        while let (Some(a), Some(g)) = (factors.next(), factors.next()) {
-            pairs.push(if frame.transposed { (g, a) } else { (a, g) });
-        }
-        assemble(pairs, frame)
+        let sides = terms
+            .iter()
+            .flat_map(|&(a, g)| [(a, &frame.columns), (g, &frame.rows)]);
+        let reduced = |(x, kept): (MatRef<'_, T>, &Vec<usize>)| {
+            Padded::from_fn(kept.len(), kept.len(), |i, j| x[(kept[i], kept[j])])
+        };
+        let makers = sides.map(|side| move || whole_or_thin(reduced(side).view()));
+        let factors = made(team, makers.collect());
+        assemble(factors, frame)
     }
 
-    /// Writes the product with V and returns its inner product with V.
+    /// Writes what is wanted of the product with V, and returns inner products with V.
     fn apply(
         &self,
         team: &Team,
         workspace: &mut Workspace<T>,
         v: MatRef<'_, T>,
-        out: MatMut<'_, T>,
-    ) -> f64 {
+        mut out: MatMut<'_, T>,
+        wanted: Combination,
+    ) -> InnerProducts {
         let frame = &self.frame;
         if frame.is_whole() {
             let (v, out) = (frame.orient(v), frame.orient_mut(out));
-            return self.multiply(team, v, out, &mut workspace.parts);
+            return self.multiply(team, v, out, &mut workspace.parts, wanted);
         }
         frame.gather(v, workspace.v.view_mut());
-        let (v, result) = (workspace.v.view(), workspace.out.view_mut());
-        let inner = self.multiply(team, v, result, &mut workspace.parts);
-        frame.scatter(workspace.out.view(), out);
-        inner
+        let (packed, result) = (workspace.v.view(), workspace.out.view_mut());
+        let product = Combination::PRODUCT;
+        self.multiply(team, packed, result, &mut workspace.parts, product);
+        frame.scatter(workspace.out.view(), out.as_mut());
+        finish(v, out, wanted)
     }
 
     fn multiply(
@@ -448,8 +546,8 @@ impl<T: Real> PackedGroup<T> {
         v: MatRef<'_, T>,
         out: MatMut<'_, T>,
         parts: &mut Parts<T>,
-    ) -> f64 {
-        let one = T::from_f64(1.0);
+        wanted: Combination,
+    ) -> InnerProducts {
         if self.right_roots.columns > 0 {
             multiply_shared(team, parts.v_right.view_mut(), v, self.right_roots.view());
             let (left, middle) = (parts.left.view_mut(), &mut parts.middle);
@@ -458,35 +556,27 @@ impl<T: Real> PackedGroup<T> {
         if self.left_roots.columns > 0 {
             let roots = self.left_roots.view().transpose();
             multiply_shared(team, parts.left_v.view_mut(), roots, v);
+            let target = parts.left_v_right.view_mut();
+            self.through_right_roots(team, target, parts.left_v.view());
         }
         let pieces = team.pieces(self.flops as f64).clamp(1, out.ncols().max(1));
-        let mut inner = vec![0.0; pieces];
+        let mut inner = vec![InnerProducts::default(); pieces];
         let blocks = split_columns(out, pieces).into_iter();
         let rights = split_columns(parts.right.view_mut(), pieces).into_iter();
         let tasks = blocks.zip(rights).zip(&mut inner).collect();
-        let (left, left_v) = (parts.left.view(), parts.left_v.view());
+        let left = parts.left.view();
+        let sources = (v, parts.left_v.view(), parts.left_v_right.view());
         team.run(tasks, |(((start, mut block), (_, mut right)), inner)| {
             let width = block.ncols();
             for step in &self.right_steps {
-                let source = match step.input {
-                    Some(first) => left_v.subrows(first, step.count),
-                    None => v,
-                };
                 let target = right.as_mut().subrows_mut(step.start, step.count);
-                let factor = step.factor.view().subcols(start, width);
-                matmul(target, Accum::Replace, source, factor, one, Par::Seq);
+                step.fill_right(target, start, sources);
             }
-            matmul(
-                block.as_mut(),
-                Accum::Replace,
-                left,
-                right.as_ref(),
-                one,
-                Par::Seq,
-            );
-            *inner = dot(v.subcols(start, width), block.as_ref());
+            let right = right.as_ref();
+            matmul(block.as_mut(), Accum::Replace, left, right, one(), Par::Seq);
+            *inner = finish(v.subcols(start, width), block, wanted);
         });
-        inner.iter().sum()
+        inner.into_iter().sum()
     }
 
     /// Computes `G (V S)` for the terms with a thin A.
@@ -499,50 +589,112 @@ impl<T: Real> PackedGroup<T> {
     ) {
         for step in &self.left_steps {
             let source = v_right.subcols(step.input.unwrap_or(0), step.count);
-            let target = left.as_mut().subcols_mut(step.start, step.count);
-            let factor = step.factor.view();
-            if step.thin {
-                let rank = step.factor.columns;
-                let mut middle = middle.view_mut().submatrix_mut(0, 0, rank, step.count);
-                multiply_shared(team, middle.as_mut(), factor.transpose(), source);
-                multiply_shared(team, target, factor, middle.as_ref());
-            } else {
-                multiply_shared(team, target, factor, source);
+            let mut target = left.as_mut().subcols_mut(step.start, step.count);
+            match &step.other {
+                Factor::Whole(g) => multiply_shared(team, target, g.view(), source),
+                Factor::Rooted { root, shift } => {
+                    let (rank, root) = (root.columns, root.view());
+                    let mut middle = middle.view_mut().submatrix_mut(0, 0, rank, step.count);
+                    multiply_shared(team, middle.as_mut(), root.transpose(), source);
+                    multiply_shared(team, target.as_mut(), root, middle.as_ref());
+                    add_unless_zero(*shift, source, target);
+                }
+                Factor::Identity => target.copy_from(source),
+            }
+        }
+    }
+
+    /// Computes `(Q^T V) R` for the terms with a thin G whose A is `R R^T` and a multiple of the
+    /// identity.
+    fn through_right_roots(&self, team: &Team, mut out: MatMut<'_, T>, left_v: MatRef<'_, T>) {
+        for step in &self.right_steps {
+            if let (Factor::Rooted { root, .. }, Some(first)) = (&step.other, step.input) {
+                let source = left_v.subrows(first, step.count);
+                let target = out.as_mut().subrows_mut(first, step.count);
+                multiply_shared(
+                    team,
+                    target.subcols_mut(0, root.columns),
+                    source,
+                    root.view(),
+                );
             }
         }
     }
 }
 
-/// `out = a b` on as many threads as the size deserves.
-fn multiply_shared<T: Real>(team: &Team, out: MatMut<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>) {
-    gemm(team, out, Accum::Replace, a, b, T::from_f64(1.0));
+impl<T: Real> Step<T> {
+    /// Computes columns of M from `start` on, out of V, `Q^T V` and `(Q^T V) R`.
+    fn fill_right(
+        &self,
+        mut target: MatMut<'_, T>,
+        start: usize,
+        (v, left_v, left_v_right): (MatRef<'_, T>, MatRef<'_, T>, MatRef<'_, T>),
+    ) {
+        let width = target.ncols();
+        let source = match self.input {
+            Some(first) => left_v.subrows(first, self.count),
+            None => v,
+        };
+        match &self.other {
+            Factor::Whole(a) => {
+                let a = a.view().subcols(start, width);
+                matmul(target, Accum::Replace, source, a, one(), Par::Seq);
+            }
+            Factor::Rooted { root, shift } => {
+                let turned = root.view().transpose().subcols(start, width);
+                let inside = left_v_right.subcols(0, root.columns);
+                let inside = inside.subrows(self.input.unwrap_or(0), self.count);
+                matmul(
+                    target.as_mut(),
+                    Accum::Replace,
+                    inside,
+                    turned,
+                    one(),
+                    Par::Seq,
+                );
+                add_unless_zero(*shift, source.subcols(start, width), target);
+            }
+            Factor::Identity => target.copy_from(source.subcols(start, width)),
+        }
+    }
 }
 
+fn one<T: Real>() -> T {
+    T::from_f64(1.0)
+}
+
+/// `y += alpha * x`.
+fn add_unless_zero<T: Real>(alpha: f64, x: MatRef<'_, T>, y: MatMut<'_, T>) {
+    if alpha != 0.0 {
+        add_scaled(alpha, x, y);
+    }
+}
+
+/// `out = a b` on as many threads as the size deserves.
+fn multiply_shared<T: Real>(team: &Team, out: MatMut<'_, T>, a: MatRef<'_, T>, b: MatRef<'_, T>) {
+    gemm(team, out, Accum::Replace, a, b, one());
+}
+
+/// Lays out the terms of a group, whose factors A and G follow one another.
 fn assemble<T: Real>(
-    pairs: Vec<(Factor<T>, Factor<T>)>,
+    factors: Vec<Factor<Padded<T>>>,
     frame: Frame,
-) -> (PackedGroup<T>, Workspace<T>) {
+) -> Result<(PackedGroup<T>, Workspace<T>)> {
     let (outputs, inputs) = frame.packed_size();
+    let (mut factors, mut ways) = (factors.into_iter(), Vec::new());
+    while let (Some(a), Some(g)) = (factors.next(), factors.next()) {
+        let (a, g) = if frame.transposed { (g, a) } else { (a, g) };
+        let way = Way::of(a, g, [outputs, inputs], |x: &Padded<T>| x.columns);
+        let without = || Error::Internal("a term without a way to its product".to_owned());
+        ways.push(way.ok_or_else(without)?);
+    }
     // The shared dimension of L and M: computed rows of M first, those of fixed roots after them.
-    let computed: usize = pairs
-        .iter()
-        .map(|(a, g)| match (a, g) {
-            (Factor::Full(_), Factor::Full(_)) => outputs,
-            (Factor::Full(_), Factor::Thin(q)) => q.columns,
-            _ => 0,
-        })
-        .sum();
-    let rank = |factor: &Factor<T>| match factor {
-        Factor::Full(_) => 0,
-        Factor::Thin(root) => root.columns,
-    };
-    let fixed: usize = pairs.iter().map(|(a, _)| rank(a)).sum();
-    let left_rank: usize = pairs
-        .iter()
-        .filter(|(a, _)| matches!(a, Factor::Full(_)))
-        .map(|(_, g)| rank(g))
-        .sum();
-    let largest_rank = pairs.iter().map(|(_, g)| rank(g)).max().unwrap_or(0);
+    let computed: usize = ways.iter().map(|way| way.columns().0).sum();
+    let fixed: usize = ways.iter().map(|way| way.columns().1).sum();
+    let left_rank: usize = ways.iter().map(Way::rank_of_g).sum();
+    let (across, back) = ways.iter().map(Way::inner_ranks).fold((0, 0), |most, own| {
+        (usize::max(most.0, own.0), usize::max(most.1, own.1))
+    });
 
     let mut left = Padded::zeros(outputs, computed + fixed);
     let mut right = Padded::zeros(computed + fixed, inputs);
@@ -551,48 +703,48 @@ fn assemble<T: Real>(
     let (mut left_steps, mut right_steps) = (Vec::new(), Vec::new());
     let (mut at_computed, mut at_fixed, mut at_left) = (0, 0, 0);
     let mut flops = 2 * outputs * inputs * (computed + fixed + fixed + left_rank + 1);
-    for (a, g) in pairs {
-        match (a, g) {
-            (Factor::Full(a), g) => {
-                let (factor, thin) = match &g {
-                    Factor::Full(g) => (g, false),
-                    Factor::Thin(q) => (q, true),
-                };
-                let count = factor.columns;
+    for way in ways {
+        match way {
+            Way::Whole { a, g } => {
+                let count = g.columns;
                 let mut place = left.view_mut().subcols_mut(at_computed, count);
-                place.copy_from(factor.view());
-                let input = thin.then_some(at_left);
-                if thin {
-                    let mut place = left_roots.view_mut().subcols_mut(at_left, count);
-                    place.copy_from(factor.view());
-                    at_left += count;
-                }
+                place.copy_from(g.view());
                 flops += 2 * count * inputs * inputs;
                 right_steps.push(Step {
-                    factor: a,
-                    thin: false,
-                    input,
+                    other: Factor::Whole(a),
+                    input: None,
                     start: at_computed,
                     count,
                 });
                 at_computed += count;
             }
-            (Factor::Thin(s), g) => {
-                let count = s.columns;
+            Way::ThroughG { root, other } => {
+                let count = root.columns;
+                let mut place = left.view_mut().subcols_mut(at_computed, count);
+                place.copy_from(root.view());
+                let mut place = left_roots.view_mut().subcols_mut(at_left, count);
+                place.copy_from(root.view());
+                flops += flops_of(&other, inputs) * count;
+                right_steps.push(Step {
+                    other,
+                    input: Some(at_left),
+                    start: at_computed,
+                    count,
+                });
+                (at_computed, at_left) = (at_computed + count, at_left + count);
+            }
+            Way::ThroughA { root, other } => {
+                let count = root.columns;
                 let mut place = right_roots.view_mut().subcols_mut(at_fixed, count);
-                place.copy_from(s.view());
-                let mut place = right.view_mut().subrows_mut(computed + at_fixed, count);
-                place.copy_from(s.view().transpose());
-                let (factor, thin) = match g {
-                    Factor::Full(g) => (g, false),
-                    Factor::Thin(q) => (q, true),
-                };
-                flops += if thin { 4 } else { 2 } * outputs * factor.columns * count;
+                place.copy_from(root.view());
+                let start = computed + at_fixed;
+                let mut place = right.view_mut().subrows_mut(start, count);
+                place.copy_from(root.view().transpose());
+                flops += flops_of(&other, outputs) * count;
                 left_steps.push(Step {
-                    factor,
-                    thin,
+                    other,
                     input: Some(at_fixed),
-                    start: computed + at_fixed,
+                    start,
                     count,
                 });
                 at_fixed += count;
@@ -604,7 +756,8 @@ fn assemble<T: Real>(
         right,
         v_right: Padded::zeros(outputs, fixed),
         left_v: Padded::zeros(left_rank, inputs),
-        middle: Padded::zeros(largest_rank, fixed),
+        middle: Padded::zeros(across, fixed),
+        left_v_right: Padded::zeros(left_rank, back),
     };
     let (gathered_rows, gathered_columns) = if frame.is_whole() {
         (0, 0)
@@ -624,7 +777,48 @@ fn assemble<T: Real>(
         right_steps,
         flops,
     };
-    (packed, workspace)
+    Ok((packed, workspace))
+}
+
+/// Floating-point operations of a vector's product with a factor of this size.
+fn flops_of<T>(factor: &Factor<Padded<T>>, size: usize) -> usize {
+    match factor {
+        Factor::Whole(_) => 2 * size * size,
+        Factor::Rooted { root, .. } => 4 * size * root.columns,
+        Factor::Identity => 0,
+    }
+}
+
+impl<T> Way<Padded<T>> {
+    /// How many columns of L and M are computed for M, and how many for L.
+    fn columns(&self) -> (usize, usize) {
+        match self {
+            Self::Whole { g, .. } => (g.columns, 0),
+            Self::ThroughG { root, .. } => (root.columns, 0),
+            Self::ThroughA { root, .. } => (0, root.columns),
+        }
+    }
+
+    /// How many rows of `Q^T V` it needs.
+    fn rank_of_g(&self) -> usize {
+        match self {
+            Self::ThroughG { root, .. } => root.columns,
+            _ => 0,
+        }
+    }
+
+    /// The rank of the other factor, of a G and of an A.
+    fn inner_ranks(&self) -> (usize, usize) {
+        let rank = |other: &Factor<Padded<T>>| match other {
+            Factor::Rooted { root, .. } => root.columns,
+            _ => 0,
+        };
+        match self {
+            Self::Whole { .. } => (0, 0),
+            Self::ThroughG { other, .. } => (0, rank(other)),
+            Self::ThroughA { other, .. } => (rank(other), 0),
+        }
+    }
 }
 
 /// The indices whose row is not zero in every factor: dead pixels and dead units drop out. All of

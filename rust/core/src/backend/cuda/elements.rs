@@ -10,6 +10,7 @@ use crate::element::{Dtype, Real};
 use crate::error::Result;
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
 use crate::spectrum::Spectrum;
+use crate::terms::Combination;
 
 impl Cuda {
     /// A copy, row by row.
@@ -170,26 +171,77 @@ impl Cuda {
         Ok((partial, down * columns))
     }
 
+    /// Makes what is wanted of a product with V; the inner products with V of the product itself,
+    /// and of V, are written to a row of two numbers.
+    pub(super) fn combine<T: Real>(
+        &self,
+        wanted: Combination,
+        v: Matrix<'_, T>,
+        out: MatrixMut<'_, T>,
+        inner: MatrixMut<'_, f64>,
+    ) -> Result<()> {
+        let out = out.as_ref();
+        let (v, out) = if runs_along_rows(out) {
+            (v, out)
+        } else {
+            (v.transpose(), out.transpose())
+        };
+        let (rows, columns) = (out.rows(), out.columns());
+        // Every block of the launch writes a row of pairs.
+        let [_, down, _] = self.grid(1, rows, columns);
+        let partial = self.matrix_of::<f64>(down, 2 * columns)?;
+        let mut arguments = vec![Number(wanted.scale), Number(wanted.damping)];
+        arguments.push(Pointer(self.address(v)?));
+        arguments.extend(strides(v));
+        arguments.extend([rows, columns].map(count));
+        arguments.push(Pointer(self.address(out)?));
+        arguments.extend(strides(out));
+        arguments.push(Pointer(partial.address()));
+        // SAFETY: the views are of matrices of one size on this device; `out` was exclusive, and
+        // there is a row of pairs for every block that `launch` starts.
+        unsafe { self.launch([T::DTYPE; 2], "combine", 1, rows, columns, arguments)? };
+        let (sums, length) = self.folded(partial, down * 2 * columns, 2)?;
+        self.fold_once(sums.address(), length, 2, self.address(inner.as_ref())?)
+    }
+
     /// Sums of the numbers whose indices differ by multiples of `width`, in a fixed order.
     pub(super) fn fold(
+        &self,
+        numbers: DeviceMatrix<f64>,
+        length: usize,
+        width: usize,
+    ) -> Result<Vec<f64>> {
+        let (numbers, length) = self.folded(numbers, length, width)?;
+        let sums = self.matrix_of::<f64>(1, width)?;
+        self.fold_once(numbers.address(), length, width, sums.address())?;
+        self.download::<f64>(sums.buffer(), width)
+    }
+
+    /// Folds numbers until one thread for each column can add up the rest.
+    fn folded(
         &self,
         mut numbers: DeviceMatrix<f64>,
         mut length: usize,
         width: usize,
-    ) -> Result<Vec<f64>> {
+    ) -> Result<(DeviceMatrix<f64>, usize)> {
         /// Numbers that one thread adds up.
         const EACH: usize = 32;
-        while length > width {
+        while length > EACH * width {
             let columns = (length / width).div_ceil(EACH) * width;
             let sums = self.matrix_of::<f64>(1, columns)?;
-            let mut arguments = vec![Pointer(numbers.address())];
-            arguments.extend([length, columns].map(count));
-            arguments.push(Pointer(sums.address()));
-            // SAFETY: each matrix holds as many numbers as is said.
-            unsafe { self.launch([Dtype::Float64; 2], "fold", 1, 1, columns, arguments)? };
+            self.fold_once(numbers.address(), length, columns, sums.address())?;
             (numbers, length) = (sums, columns);
         }
-        self.download::<f64>(numbers.buffer(), width)
+        Ok((numbers, length))
+    }
+
+    /// Adds up the numbers whose indices differ by multiples of `columns`.
+    fn fold_once(&self, numbers: u64, length: usize, columns: usize, sums: u64) -> Result<()> {
+        let mut arguments = vec![Pointer(numbers)];
+        arguments.extend([length, columns].map(count));
+        arguments.push(Pointer(sums));
+        // SAFETY: each matrix holds as many numbers as is said.
+        unsafe { self.launch([Dtype::Float64; 2], "fold", 1, 1, columns, arguments) }
     }
 
     /// `y += alpha * x`.

@@ -305,6 +305,28 @@ extern "C" __global__ void dot(
     partial[blockIdx.y * columns + column] = sum;
 }
 
+// out = scale * out + damping * v; partial[2 * (run * columns + column)] is the sum over a run of
+// rows of v * out as it was, and the number after it that of v * v.
+extern "C" __global__ void combine(
+    double scale, double damping, const T* v, u64 v_row, u64 v_column, u64 rows, u64 columns,
+    T* out, u64 down, u64 across, double* partial)
+{
+    COLUMN(columns)
+    double curved = 0.0, flat = 0.0;
+    T by = (T)scale, with = (T)damping;
+    FOR_ROWS(rows) {
+        T own = v[row * v_row + column * v_column];
+        T* target = out + row * down + column * across;
+        T product = *target;
+        curved += (double)own * product;
+        flat += (double)own * own;
+        *target = by * product + with * own;
+    }
+    double* pair = partial + 2 * (blockIdx.y * columns + column);
+    pair[0] = curved;
+    pair[1] = flat;
+}
+
 // --- elementwise --------------------------------------------------------------------------------
 
 // Copies a stack of matrices, converting; ELEMENT is float or double here.

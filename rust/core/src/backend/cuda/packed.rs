@@ -4,6 +4,9 @@
 //! `[G_1 .. G_n]` times the stack is the result: the sum over terms happens inside one product.
 //! The stack is written in memory of its own, so that a product allocates nothing and a CUDA graph
 //! may capture it.
+//!
+//! Of terms whose factors are known by their roots, those that go through the same side have their
+//! roots side by side: a product with all of them before and after what is done for each.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -12,9 +15,9 @@ use super::elements::blocks;
 use super::memory::DeviceMatrix;
 use super::queue::Cuda;
 use crate::element::Real;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::matrix::{Matrix, MatrixMut, Storage};
-use crate::terms::Group;
+use crate::terms::{Factor, FactoredTerm, Group, Way};
 
 /// Copies of the factors of all groups.
 pub struct Packed<T> {
@@ -38,6 +41,21 @@ enum Factors<T> {
     },
     /// Where groups are single rows, `sum_k G_k A_k`, `[groups, K, K]`.
     Rows(DeviceMatrix<T>),
+    /// Where factors may be known by their roots; of one group.
+    Roots {
+        /// (A, G).
+        whole: Vec<(DeviceMatrix<T>, DeviceMatrix<T>)>,
+        through_g: Roots<T>,
+        through_a: Roots<T>,
+    },
+}
+
+/// Thin roots of one side of some terms, and the terms' other factors.
+struct Roots<T> {
+    /// Side by side, `[n, columns]`.
+    roots: DeviceMatrix<T>,
+    /// How many columns each has, and what their product with V is multiplied by.
+    others: Vec<(usize, Factor<DeviceMatrix<T>>)>,
 }
 
 impl<T: Real> Packed<T> {
@@ -79,13 +97,56 @@ impl<T: Real> Packed<T> {
         })
     }
 
+    /// Packs terms of one group, for V of this size, whose factors may be known by their roots.
+    pub(super) fn of_factors(
+        cuda: &Cuda,
+        [height, inputs]: [usize; 2],
+        terms: &[FactoredTerm<'_, T>],
+    ) -> Result<Self> {
+        drop(cuda.handles()?);
+        let (mut whole, mut by_g, mut by_a) = (Vec::new(), Vec::new(), Vec::new());
+        for &(a, g) in terms {
+            let way = Way::of(a, g, [height, inputs], |x: &Matrix<'_, T>| x.columns());
+            match way {
+                Some(Way::Whole { a, g }) => whole.push((cuda.copied(a)?, cuda.copied(g)?)),
+                Some(Way::ThroughG { root, other }) => by_g.push((root, other)),
+                Some(Way::ThroughA { root, other }) => by_a.push((root, other)),
+                None => {
+                    let message = "a term without a way to its product";
+                    return Err(Error::Internal(message.to_owned()));
+                }
+            }
+        }
+        Ok(Self {
+            groups: 1,
+            terms: terms.len(),
+            height,
+            inputs,
+            home: cuda.stream,
+            factors: Factors::Roots {
+                whole,
+                through_g: Roots::new(cuda, height, by_g)?,
+                through_a: Roots::new(cuda, inputs, by_a)?,
+            },
+        })
+    }
+
     /// Floating-point operations of one product.
     pub(super) fn flops(&self) -> usize {
-        let each = match self.factors {
-            Factors::Terms { .. } => self.terms * (self.inputs + self.height),
-            Factors::Rows(_) => self.inputs,
+        let (height, inputs) = (self.height, self.inputs);
+        let each = match &self.factors {
+            Factors::Terms { .. } => self.terms * (inputs + height),
+            Factors::Rows(_) => inputs,
+            Factors::Roots {
+                whole,
+                through_g,
+                through_a,
+            } => {
+                let of_whole = 2 * height * inputs * (height + inputs) * whole.len();
+                return of_whole + through_g.flops(inputs) + through_a.flops(height);
+            }
         };
-        2 * self.groups * self.height * self.inputs * each
+        2 * self.groups * height * inputs * each
     }
 
     /// Queues the product with V.
@@ -119,6 +180,30 @@ impl<T: Real> Packed<T> {
                 };
                 let first = matrices.view().subrows(0, inputs);
                 cuda.multiply_stack(out, false, v, first, 1.0, batch)
+            }
+            Factors::Roots {
+                whole,
+                through_g,
+                through_a,
+            } => {
+                let mut out = out;
+                let mut keep = false;
+                for (a, g) in whole {
+                    let mut half = cuda.matrix_of::<T>(height, inputs)?;
+                    cuda.multiply(half.view_mut(), false, v, a.view(), 1.0)?;
+                    cuda.multiply(out.as_mut(), keep, g.view(), half.view(), 1.0)?;
+                    keep = true;
+                }
+                if let Some(moved) = through_g.moved(cuda, v.transpose())? {
+                    let (roots, moved) = (through_g.roots.view(), moved.view().transpose());
+                    cuda.multiply(out.as_mut(), keep, roots, moved, 1.0)?;
+                    keep = true;
+                }
+                if let Some(moved) = through_a.moved(cuda, v)? {
+                    let roots = through_a.roots.view().transpose();
+                    cuda.multiply(out, keep, moved.view(), roots, 1.0)?;
+                }
+                Ok(())
             }
             Factors::Terms { right, left, stack } => {
                 // The lock is held until both kinds of products are queued. On another stream
@@ -160,6 +245,77 @@ impl<T: Real> Packed<T> {
                 cuda.multiply_stack(out, false, g, halves, 1.0, batch)
             }
         }
+    }
+}
+
+impl<T: Real> Roots<T> {
+    /// Copies roots of `size` rows, and the factors beside them.
+    fn new(
+        cuda: &Cuda,
+        size: usize,
+        terms: Vec<(Matrix<'_, T>, Factor<Matrix<'_, T>>)>,
+    ) -> Result<Self> {
+        let columns = terms.iter().map(|(root, _)| root.columns()).sum();
+        let mut roots = cuda.matrix_of::<T>(size, columns)?;
+        let (mut start, mut others) = (0, Vec::with_capacity(terms.len()));
+        for (root, other) in terms {
+            let count = root.columns();
+            cuda.convert(root, roots.view_mut().subcolumns(start, count))?;
+            start += count;
+            let other = match other {
+                Factor::Whole(x) => Factor::Whole(cuda.copied(x)?),
+                Factor::Rooted { root, shift } => {
+                    let root = cuda.copied(root)?;
+                    Factor::Rooted { root, shift }
+                }
+                Factor::Identity => Factor::Identity,
+            };
+            others.push((count, other));
+        }
+        Ok(Self { roots, others })
+    }
+
+    /// Floating-point operations of products with these roots and the factors of `size` beside them.
+    fn flops(&self, size: usize) -> usize {
+        let inside = self.others.iter().map(|(count, other)| match other {
+            Factor::Whole(_) => count * size * size,
+            Factor::Rooted { root, .. } => 2 * count * size * root.view().columns(),
+            Factor::Identity => 0,
+        });
+        let roots = self.roots.view();
+        4 * roots.rows() * roots.columns() * size + 2 * inside.sum::<usize>()
+    }
+
+    /// `V` times each root, then the factor beside it times that, side by side; nothing without
+    /// roots.
+    fn moved(&self, cuda: &Cuda, v: Matrix<'_, T>) -> Result<Option<DeviceMatrix<T>>> {
+        if self.others.is_empty() {
+            return Ok(None);
+        }
+        let (height, columns) = (v.rows(), self.roots.view().columns());
+        let mut inside = cuda.matrix_of::<T>(height, columns)?;
+        cuda.multiply(inside.view_mut(), false, v, self.roots.view(), 1.0)?;
+        let mut moved = cuda.matrix_of::<T>(height, columns)?;
+        let mut start = 0;
+        for (count, other) in &self.others {
+            let part = inside.view().subcolumns(start, *count);
+            let mut target = moved.view_mut().subcolumns(start, *count);
+            start += count;
+            match other {
+                Factor::Identity => cuda.convert(part, target)?,
+                Factor::Whole(whole) => cuda.multiply(target, false, whole.view(), part, 1.0)?,
+                Factor::Rooted { root, shift } => {
+                    let mut middle = cuda.matrix_of::<T>(root.view().columns(), *count)?;
+                    let turned = root.view().transpose();
+                    cuda.multiply(middle.view_mut(), false, turned, part, 1.0)?;
+                    cuda.multiply(target.as_mut(), false, root.view(), middle.view(), 1.0)?;
+                    if *shift != 0.0 {
+                        cuda.add_multiple(*shift, part, target)?;
+                    }
+                }
+            }
+        }
+        Ok(Some(moved))
     }
 }
 
