@@ -42,8 +42,8 @@ Tensor: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], str, str, int, 
 # (A [K, K], G [D, D]), both symmetric, in full storage; or stacks of them, (A [groups, K, K],
 # G [groups, D / groups, D / groups]): each group of consecutive rows of V, [D, K], has its own.
 Term: TypeAlias = tuple[Tensor, Tensor]
-# A symmetric matrix and None; a root [n, r] and what is on the diagonal beside; None: the identity.
-Factor: TypeAlias = tuple[Tensor, float | None] | None
+# A symmetric matrix and None; or a root [n, r] and what is on the diagonal beside.
+Factor: TypeAlias = tuple[Tensor, float | None]
 # (a word of eight bytes on the device of the units, described as float64; the number that stands
 # for the mini-batch's first example).
 Note: TypeAlias = tuple[Tensor, int]
@@ -207,9 +207,9 @@ class KroneckerOperator:
     def __new__(cls, terms: Sequence[Term]) -> KroneckerOperator: ...
     @staticmethod
     def from_factors(
-        shape: tuple[int, int], terms: Sequence[tuple[Factor, Factor]]
+        shape: tuple[int, int], terms: Sequence[tuple[Factor | None, Factor | None]]
     ) -> KroneckerOperator:
-        """Pack terms (A, G) of one group whose factors may be known by their roots.
+        """Pack terms (A, G) of one group whose factors may be known by their roots; None: identity.
 
         Of each term both factors are whole, or one is a root with nothing beside.
         """
@@ -228,3 +228,16 @@ def apply_operators(products: Sequence[Product], scale: float) -> None:
 
     On the CPU the threads share the products.
     """
+
+def batch_moments(inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Write mean and population variance by channel of inputs [N, C, S] of one type, on the CPU."""
+
+# What merged weights are made of: weight [D, K]; bias and gamma or None, mean and variance, each
+# [D]; epsilon. All without gaps.
+Layer: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, float]
+
+def merge(layers: Sequence[tuple[Layer, Tensor | None, Tensor, Tensor]]) -> None:
+    """For (layer, beta, anchor, out) write merged weights [D, K + 1] less the anchor."""
+
+def merge_backward(layers: Sequence[tuple[Layer, Tensor, Sequence[Tensor | None]]]) -> None:
+    """For (layer, gradient, out) write gradients of weight, bias, gamma, beta, mean, variance."""

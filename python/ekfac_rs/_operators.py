@@ -198,7 +198,7 @@ def write_products(
 
 def _borrowed(
     layers: Sequence[tuple[Operator, Tensor, Tensor]], told: Tensor, scale: float, damping: float
-) -> "list[_core.Product]":
+) -> list[_core.Product]:
     products = []
     for (operator, D, target), inner in zip(layers, told, strict=True):
         assert operator.packed is not None

@@ -29,7 +29,14 @@ from ekfac_rs._operators import (
 )
 from ekfac_rs._ranks import Ranks
 from ekfac_rs._tensors import accumulation_dtype
-from ekfac_rs.batchnorm import Anchor, moments_of
+from ekfac_rs.batchnorm import (
+    Anchor,
+    Merging,
+    deviations,
+    merges_in_the_core,
+    moments_of,
+    moments_of_all,
+)
 from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of, require_over
 from ekfac_rs.curvature import (
     Block,
@@ -201,16 +208,16 @@ class QuadraticPenalty:
             The current weights are NaN or infinite. On a GPU nothing is looked at, so that nothing
             waits for it, and the value is NaN or infinite, too.
         """
-        deviations = [self._deviation(layer) for layer in self._layers]
+        from_anchor = self._deviations()
         modes = tuple(self._uses_batch(layer) for layer in self._layers)
         if self._stable.is_due(modes):
             self._stable.look({layer.name: self._situation(layer) for layer in self._layers}, modes)
         operators = [self._operators[layer.name] for layer in self._layers]
-        squares = _Squares(deviations[0])
-        value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, squares, *deviations)
+        squares = _Squares(from_anchor[0])
+        value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, squares, *from_anchor)
         self._increase, self._saw_batches = squares.increase, any(modes)
         if not value.is_cuda and not is_finite(value):
-            self._raise_non_finite(deviations)
+            self._raise_non_finite(from_anchor)
         return value
 
     @torch.no_grad()
@@ -227,13 +234,11 @@ class QuadraticPenalty:
         """
         if not self._saw_batches:
             return self._increase  # the last call's product serves
-        squares, deviations = _Squares(next(iter(self._anchor.values()))), []
-        for layer in self._layers:
-            self._require_unchanged(layer)
-            deviations.append((self._settled_weight(layer) - self._anchor[layer.name]).contiguous())
+        squares = _Squares(next(iter(self._anchor.values())))
+        settled = [D.contiguous() for D in self._deviations(settled=True)]
         operators = [self._operators[layer.name] for layer in self._layers]
-        out = [torch.empty_like(D) for D in deviations]
-        for products in write_products(operators, deviations, out, 1.0, 0.0):
+        out = [torch.empty_like(D) for D in settled]
+        for products in write_products(operators, settled, out, 1.0, 0.0):
             squares.add(products)
         return squares.increase
 
@@ -255,7 +260,8 @@ class QuadraticPenalty:
 
     def deviations(self) -> dict[str, Tensor]:
         """Return each layer's current weights less the anchor, of shape (D, K)."""
-        return {layer.name: self._deviation(layer) for layer in self._layers}
+        names = [layer.name for layer in self._layers]
+        return dict(zip(names, self._deviations(), strict=True))
 
     def top_eigenvalue(self) -> float:
         """Largest eigenvalue of the penalty's Hessian in the weights it lives on."""
@@ -377,9 +383,7 @@ class QuadraticPenalty:
     @staticmethod
     def _running(layer: AffineLayer) -> Situation:
         """Return running statistics, constants for now."""
-        dtype = accumulation_dtype(layer.like.dtype)
-        mean, variance = (s.to(dtype, copy=True) for s in layer.running_statistics())
-        return Situation(mean, variance)
+        return Situation(*(statistic.clone() for statistic in _running_statistics(layer)))
 
     def _stable_step(self, layer: AffineLayer) -> StableStep:
         operator = self._operators[layer.name]
@@ -403,26 +407,54 @@ class QuadraticPenalty:
 
         return product
 
-    def _deviation(self, layer: AffineLayer) -> Tensor:
-        self._require_unchanged(layer)
-        return self._current_weight(layer) - self._anchor[layer.name]
+    def _deviations(self, settled: bool = False) -> list[Tensor]:
+        """Weights less the anchor, as they are now; or under running statistics, if settled."""
+        for layer in self._layers:
+            self._require_unchanged(layer)
+        merged = [x for x in self._layers if self._is_merged(x) and merges_in_the_core(x)]
+        statistics = self._statistics(merged, settled)
+        together = deviations(
+            [
+                Merging(layer, *moments, self._anchor[layer.name])
+                for layer, moments in zip(merged, statistics, strict=True)
+            ]
+        )
+        known = {layer.name: D for layer, D in zip(merged, together, strict=True)}
+        return [
+            known[layer.name] if layer.name in known else self._by_itself(layer, settled)
+            for layer in self._layers
+        ]
 
-    def _current_weight(self, layer: AffineLayer) -> Tensor:
+    def _is_merged(self, layer: AffineLayer) -> bool:
+        return self.coordinates == "merged" and layer.batchnorm is not None
+
+    def _by_itself(self, layer: AffineLayer, settled: bool) -> Tensor:
         # Half precision would not hold a deviation: its gradients are rounded, nothing else.
-        if self.coordinates == "raw" or layer.batchnorm is None:
-            return self._settled_weight(layer)
-        if layer.batchnorm.training:
-            return layer.merged_weight(*self._batches[layer.name].moments())
-        return self._settled_weight(layer)
+        if self._is_merged(layer):
+            [moments] = self._statistics([layer], settled)
+            weight = layer.merged_weight(*moments)
+        else:
+            weight = layer.raw_weight().to(accumulation_dtype(layer.like.dtype))
+        return weight - self._anchor[layer.name]
 
-    def _settled_weight(self, layer: AffineLayer) -> Tensor:
-        """Weights under running statistics, or those of the mini-batch where there are no such."""
-        dtype = accumulation_dtype(layer.like.dtype)
-        if self.coordinates == "raw" or layer.batchnorm is None:
-            return layer.raw_weight().to(dtype)
-        if layer.batchnorm.running_var is None and layer.name in self._batches:
-            return layer.merged_weight(*self._batches[layer.name].moments())
-        return layer.merged_weight(*(s.to(dtype) for s in layer.running_statistics()))
+    def _statistics(
+        self, layers: Sequence[AffineLayer], settled: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Mean and variance, each of shape (D,), that merge these layers.
+
+        Those of the mini-batch in train mode, unless settled, and where there are no others.
+        """
+        of_batch = {
+            layer.name: self._batches[layer.name]
+            for layer in layers
+            if (layer.batchnorm.training and not settled)
+            or (layer.batchnorm.running_var is None and layer.name in self._batches)
+        }
+        moments = dict(zip(of_batch, _moments(list(of_batch.values())), strict=True))
+        return [
+            moments[layer.name] if layer.name in moments else _running_statistics(layer)
+            for layer in layers
+        ]
 
     def _top_eigenvalue_of_parameters(self, layer: AffineLayer) -> float:
         operator = self._operators[layer.name]
@@ -457,7 +489,7 @@ class QuadraticPenalty:
             like = layer.like.new_empty((), dtype=accumulation_dtype(layer.like.dtype))
             require_like(place, weight, layer.shape(self.coordinates), like)
             require_finite(place, weight)
-            checked[layer.name] = weight.detach().clone()
+            checked[layer.name] = weight.detach().clone(memory_format=torch.contiguous_format)
         return checked
 
     def _checked_own(self, own: Curvature) -> dict[str, Block]:
@@ -509,8 +541,8 @@ class QuadraticPenalty:
                     "got one of other weights: the model changed between the two"
                 )
 
-    def _raise_non_finite(self, deviations: Sequence[Tensor]) -> None:
-        for layer, deviation in zip(self._layers, deviations, strict=True):
+    def _raise_non_finite(self, from_anchor: Sequence[Tensor]) -> None:
+        for layer, deviation in zip(self._layers, from_anchor, strict=True):
             if not is_finite(deviation):
                 raise NonFiniteError(
                     f"layer {layer.name!r}: expected finite weights, got NaN or infinity"
@@ -549,8 +581,13 @@ class _LastBatch:
     def forget(self) -> None:
         self._values = None
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance, each of shape (D,), with the graph that they came from."""
+    @property
+    def is_of_all_ranks(self) -> bool:
+        """Whether the mini-batch is that of several processes."""
+        return isinstance(self._layer.batchnorm, nn.SyncBatchNorm) and not self._ranks.alone
+
+    def values(self) -> Tensor:
+        """Return the BatchNorm's input, in a dtype that holds a variance, and with its graph."""
         if self._values is None:
             raise ModelChangedError(
                 f"layer {self._layer.batchnorm_name!r}: expected a forward pass in train mode, "
@@ -562,17 +599,17 @@ class _LastBatch:
                 f"layer {self._layer.name!r}: expected the parameters of the last forward pass, "
                 "got changed ones: call the model again before penalty()"
             )
-        # Half precision, as under autocast, would not hold a variance.
-        values = self._values.to(accumulation_dtype(self._layer.like.dtype))
-        name, batchnorm = str(self._layer.batchnorm_name), self._layer.batchnorm
-        if not isinstance(batchnorm, nn.SyncBatchNorm):
-            return moments_of(values, name)
-        require_over(name, batchnorm, self._ranks)
-        return moments_of(values, name, self._ranks)
+        if isinstance(self._layer.batchnorm, nn.SyncBatchNorm):
+            require_over(str(self._layer.batchnorm_name), self._layer.batchnorm, self._ranks)
+        return self._values.to(accumulation_dtype(self._layer.like.dtype))
+
+    def moments_over_ranks(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, each of shape (D,), over the values of all processes."""
+        return moments_of(self.values(), str(self._layer.batchnorm_name), self._ranks)
 
     def situation(self) -> Situation:
         """Return the moments as values, and how they move with the layer's weights."""
-        mean, variance = self.moments()
+        [(mean, variance)] = _moments([self])
         layer, weight = self._layer, self._layer.module.weight
         if not (layer.absorbs_scale and weight.requires_grad and mean.requires_grad):
             return Situation(mean.detach(), variance.detach())
@@ -588,6 +625,19 @@ class _LastBatch:
     def _current_weights(self) -> tuple[tuple[int, int, int], ...]:
         """Tell these very parameters, their memory and their contents from any others."""
         return tuple((id(p), p.data_ptr(), p._version) for p in self._layer.parameters("merged"))
+
+
+def _moments(batches: Sequence[_LastBatch]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance, each of shape (D,), of mini-batches, with the graphs they came from."""
+    own = [batch for batch in batches if not batch.is_of_all_ranks]
+    known = iter(moments_of_all([batch.values() for batch in own]))
+    return [x.moments_over_ranks() if x.is_of_all_ranks else next(known) for x in batches]
+
+
+def _running_statistics(layer: AffineLayer) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(layer.like.dtype)
+    mean, variance = layer.running_statistics()
+    return mean.to(dtype), variance.to(dtype)
 
 
 class _Deaf:

@@ -206,3 +206,37 @@ def test_a_note_is_one_number_on_the_device_of_the_units():
         with pytest.raises(error):
             _core.accumulate_gram(borrow(x), [borrow(out)], *options, (word, 0))
     assert not out.any()
+
+
+def test_merged_weights_of_all_layers_take_three_launches():
+    counts = []
+    for depth in (2, 12, 40):
+        layers = [(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6)) for _ in range(depth)]
+        model = nn.Sequential(*(module for pair in layers for module in pair))
+        penalty = ek.QuadraticPenalty(model, [], ek.merged_weights(model), damping=0.1)
+
+        def step(model: nn.Module = model, penalty: ek.QuadraticPenalty = penalty) -> None:
+            model(torch.randn(8, 6))
+            penalty().backward()
+
+        waited, launched = counted(step, WAIT, LAUNCH)
+        assert waited == 0
+        counts.append(launched)
+    # One forward and two backward for every 32 layers.
+    assert counts == [3, 3, 6]
+
+
+def test_a_product_is_scaled_damped_and_summed_in_three_launches():
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5))
+    data = [(torch.randn(8, 6), torch.arange(8) % 5) for _ in range(2)]
+    curvature = ek.estimate_curvature(model, data, approximation="kfac-expand")
+    penalty = ek.QuadraticPenalty(model, curvature, ek.merged_weights(model), damping=0.1)
+
+    def value() -> None:
+        model(data[0][0])
+        penalty()
+
+    waited, launched, multiplied = counted(value, WAIT, LAUNCH, ("cublas", "cublasSgemm_v2_64"))
+    # Merged weights are one launch more.
+    assert (waited, launched) == (0, 4)
+    assert multiplied == 2

@@ -1,5 +1,6 @@
 """BatchNorm: one map with the layer before it, given new statistics, protected in passes."""
 
+from ekfac_rs.batchnorm.deviations import Merging, deviations, merges_in_the_core
 from ekfac_rs.batchnorm.merging import (
     Anchor,
     is_exported,
@@ -13,19 +14,24 @@ from ekfac_rs.batchnorm.statistics import (
     device_of,
     frozen_batchnorms,
     moments_of,
+    moments_of_all,
     use_batch_statistics,
 )
 
 __all__ = [
     "WEIGHTS",
     "Anchor",
+    "Merging",
     "as_found",
+    "deviations",
     "device_of",
     "frozen_batchnorms",
     "is_exported",
     "merge_batchnorm",
     "merged_weights",
+    "merges_in_the_core",
     "moments_of",
+    "moments_of_all",
     "raw_weights",
     "reparameterize",
     "use_batch_statistics",

@@ -74,7 +74,7 @@ class Factor(NamedTuple):
         square.diagonal().add_(self.shift)
         return square
 
-    def borrowed(self) -> "_core.Factor":
+    def borrowed(self) -> _core.Factor:
         """Describe it to the core."""
         return borrow(self.root), self.shift
 
@@ -144,7 +144,7 @@ class TruncatedSum:
         self.shift = sum((each.shift for each in remainders if each is not None), 0.0)
         self._through = through_G, through_A
         self._exact = exact
-        terms: list[tuple[_core.Factor, _core.Factor]]
+        terms: list[tuple[_core.Factor | None, _core.Factor | None]]
         terms = [((borrow(A), None), (borrow(G), None)) for A, G in exact]
         terms += [(other, one) for one, other in through_G.borrowed()]
         terms += through_A.borrowed()
@@ -236,7 +236,7 @@ class _Through:
             self._roots.append(remainder.root)
             self._others.append(None)
 
-    def borrowed(self) -> "list[tuple[_core.Factor, _core.Factor]]":
+    def borrowed(self) -> list[tuple[_core.Factor, _core.Factor | None]]:
         """Describe the factors of every term to the core: on this side, and the other."""
         return [
             ((borrow(root), 0.0), _borrowed(other))
@@ -251,7 +251,7 @@ class _Through:
         ]
 
 
-def _borrowed(factor: Factor | Tensor | None) -> "_core.Factor":
+def _borrowed(factor: Factor | Tensor | None) -> _core.Factor | None:
     if isinstance(factor, Tensor):
         return borrow(factor), None
     return None if factor is None else factor.borrowed()

@@ -9,6 +9,7 @@ use crate::cancel::Cancel;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
+use crate::merging::{Deviation, MapGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
 use crate::terms::{Combination, FactoredTerm, Group, Term};
@@ -172,6 +173,12 @@ pub trait Backend: Sized + Sync {
         wanted: Combination,
         inner: Option<MatrixMut<'_, f64>>,
     ) -> Result<()>;
+
+    /// Writes how far merged weights are from anchors.
+    fn merge<T: Real>(&self, layers: Vec<Deviation<'_, T>>) -> Result<()>;
+
+    /// Writes what the gradients of merged weights become.
+    fn merge_backward<T: Real>(&self, layers: Vec<MapGradient<'_, T>>) -> Result<()>;
 
     /// Floating-point operations of one product with a packed sum.
     fn packed_flops<T: Real>(packed: &Self::Packed<T>) -> usize;

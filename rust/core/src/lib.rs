@@ -10,6 +10,7 @@
 //! all of them. Imports run only downwards, which `tests/floors.rs` asserts.
 
 pub mod backend;
+pub mod batchnorm;
 pub mod cancel;
 pub mod element;
 pub mod error;
@@ -18,6 +19,7 @@ pub mod gram;
 pub mod kronecker;
 pub mod linalg;
 pub mod matrix;
+pub mod merging;
 pub mod place;
 pub mod spectrum;
 pub mod strata;

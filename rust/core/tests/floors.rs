@@ -16,7 +16,9 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
     ),
     (
         "vocabulary",
-        &[&["geometry", "strata", "units", "terms", "spectrum"]],
+        &[&[
+            "geometry", "strata", "units", "terms", "spectrum", "merging",
+        ]],
     ),
     ("operations", &[&["backend"]]),
     (
@@ -37,6 +39,7 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
                 "backend::cpu::gram",
                 "backend::cpu::product",
                 "backend::cpu::packed",
+                "backend::cpu::merging",
                 "backend::cpu",
             ],
             &[
@@ -52,6 +55,7 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
                 "backend::cuda::solver",
                 "backend::cuda::gram",
                 "backend::cuda::packed",
+                "backend::cuda::merging",
                 "backend::cuda",
             ],
         ],
@@ -62,6 +66,7 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
         &[
             &["linalg"],
             &["gram"],
+            &["batchnorm"],
             &[
                 "kronecker::sum",
                 "kronecker::decomposition",

@@ -5,6 +5,7 @@
 
 use pyo3::prelude::*;
 
+mod batchnorm;
 mod build;
 mod call;
 mod cuda;
@@ -23,11 +24,14 @@ mod _core {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         ekfac_core::backend::cpu::note_process();
-        module.add("Tensor", module.py().get_type::<PyTuple>())?;
-        module.add("Note", module.py().get_type::<PyTuple>())?;
-        module.add("Term", module.py().get_type::<PyTuple>())
+        for alias in ["Tensor", "Note", "Term", "Factor", "Product", "Layer"] {
+            module.add(alias, module.py().get_type::<PyTuple>())?;
+        }
+        Ok(())
     }
 
+    #[pymodule_export]
+    use crate::batchnorm::{batch_moments, merge, merge_backward};
     #[pymodule_export]
     use crate::build::{build_info, num_threads, set_num_threads};
     #[pymodule_export]

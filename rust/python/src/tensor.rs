@@ -64,6 +64,31 @@ impl RawTensor {
         unsafe { TensorViewMut::from_raw_parts(self.address, self.layout.clone()) }
     }
 
+    /// A vector as a matrix of one row, to be read.
+    pub fn row(&self) -> Result<TensorView<'_>> {
+        // SAFETY: as in `view`; a dimension of one element reaches no more memory.
+        unsafe { TensorView::from_raw_parts(self.address, self.as_row()?) }
+    }
+
+    /// A vector as a matrix of one row, to be written to.
+    pub fn row_mut(&mut self) -> Result<TensorViewMut<'_>> {
+        // SAFETY: as in `row`.
+        unsafe { TensorViewMut::from_raw_parts(self.address, self.as_row()?) }
+    }
+
+    fn as_row(&self) -> Result<Layout> {
+        let mut layout = self.layout.clone();
+        let &[columns] = &layout.shape[..] else {
+            return Err(Error::Shape(format!(
+                "expected a vector, got shape {:?}",
+                layout.shape
+            )));
+        };
+        layout.shape.insert(0, 1);
+        layout.strides.insert(0, columns);
+        Ok(layout)
+    }
+
     /// First and one past the last byte.
     fn bytes(&self) -> (usize, usize) {
         let reach = self.layout.shape.iter().zip(&self.layout.strides);

@@ -12,6 +12,7 @@ use crate::cancel::Cancel;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, non_finite};
+use crate::merging::{Deviation, MapGradient, Moments};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
 use crate::terms::{Combination, FactoredTerm, Group, Term};
@@ -21,6 +22,7 @@ mod blas;
 mod elements;
 mod gram;
 mod host;
+mod merging;
 mod offsets;
 mod openmp;
 mod packed;
@@ -45,6 +47,11 @@ impl Cpu {
     pub fn current() -> Current {
         let team = Team::current();
         Current(Self { team })
+    }
+
+    /// Writes the moments of BatchNorms' inputs.
+    pub(crate) fn moments<T: Real>(&self, tasks: Vec<Moments<'_, T>>) -> Result<()> {
+        merging::moments(&self.team, tasks)
     }
 
     /// Does independent work of so many flops each: what is more than a thread's share by all
@@ -217,6 +224,14 @@ impl Backend for Cpu {
             (inner[(0, 0)], inner[(0, 1)]) = (products.curved, products.flat);
         }
         Ok(())
+    }
+
+    fn merge<T: Real>(&self, layers: Vec<Deviation<'_, T>>) -> Result<()> {
+        merging::merge(&self.team, layers)
+    }
+
+    fn merge_backward<T: Real>(&self, layers: Vec<MapGradient<'_, T>>) -> Result<()> {
+        merging::merge_backward(&self.team, layers)
     }
 
     fn packed_flops<T: Real>(packed: &Packed<T>) -> usize {

@@ -17,6 +17,7 @@ use crate::cancel::Cancel;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage, non_finite};
+use crate::merging::{Deviation, MapGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
 use crate::terms::{Combination, FactoredTerm, Group, Term};
@@ -31,6 +32,7 @@ mod gram;
 mod kernels;
 mod libraries;
 mod memory;
+mod merging;
 mod packed;
 mod queue;
 mod solver;
@@ -218,6 +220,14 @@ impl Backend for Cuda {
                 self.combine(wanted, v, out, unread.view_mut())
             }
         }
+    }
+
+    fn merge<T: Real>(&self, layers: Vec<Deviation<'_, T>>) -> Result<()> {
+        self.merge_all(layers)
+    }
+
+    fn merge_backward<T: Real>(&self, layers: Vec<MapGradient<'_, T>>) -> Result<()> {
+        self.merge_all_backward(layers)
     }
 
     fn packed_flops<T: Real>(packed: &Packed<T>) -> usize {

@@ -40,8 +40,9 @@ impl<T: Real> Loop for Dot<'_, T> {
     }
 }
 
+/// The sum in double precision; as the others here, for loops that are compiled themselves.
 #[inline(always)]
-fn sum<S: Element>(values: &[S]) -> f64 {
+pub(super) fn sum<S: Element>(values: &[S]) -> f64 {
     let (blocks, rest) = values.as_chunks::<LANES>();
     let mut sums = [0.0; LANES];
     for block in blocks {
@@ -53,8 +54,9 @@ fn sum<S: Element>(values: &[S]) -> f64 {
     sums.iter().sum::<f64>() + rest
 }
 
+/// The inner product in double precision.
 #[inline(always)]
-fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
+pub(super) fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
     let (blocks_a, rest_a) = a.as_chunks::<LANES>();
     let (blocks_b, rest_b) = b.as_chunks::<LANES>();
     let mut sums = [0.0; LANES];
@@ -65,6 +67,22 @@ fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
     }
     let rest = rest_a.iter().zip(rest_b);
     let rest: f64 = rest.map(|(x, y)| x.to_f64() * y.to_f64()).sum();
+    sums.iter().sum::<f64>() + rest
+}
+
+/// The sum of squared distances from a number, in double precision.
+#[inline(always)]
+pub(super) fn squares_about<T: Real>(values: &[T], centre: f64) -> f64 {
+    let (blocks, rest) = values.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for block in blocks {
+        for (sum, value) in sums.iter_mut().zip(block) {
+            let distance = value.to_f64() - centre;
+            *sum += distance * distance;
+        }
+    }
+    let rest = rest.iter().map(|value| value.to_f64() - centre);
+    let rest: f64 = rest.map(|distance| distance * distance).sum();
     sums.iter().sum::<f64>() + rest
 }
 

@@ -327,6 +327,99 @@ extern "C" __global__ void combine(
     pair[1] = flat;
 }
 
+// --- merged weights -----------------------------------------------------------------------------
+
+// A layer and the BatchNorm after it: the number of its first row among those of all layers, columns
+// of its weight, the bits of epsilon, then addresses, 0 for what is not there. Its weight, the
+// anchor and their gradients lie row by row. As in merging.rs.
+struct Merged {
+    u64 first, inputs, epsilon, weight, bias, gamma, mean, variance;
+    u64 others[7];
+};
+
+struct MergedLayers {
+    Merged layer[32];
+};
+
+// The other addresses: forward, and backward.
+enum Forward { BETA, ANCHOR, OUT };
+enum Backward { GRADIENT, TO_WEIGHT, TO_BIAS, TO_GAMMA, TO_BETA, TO_MEAN, TO_VARIANCE };
+
+__device__ inline const Merged& layer_of(const MergedLayers& layers, u64 count, u64 row) {
+    u64 layer = 0;
+    while (layer + 1 < count && layers.layer[layer + 1].first <= row) ++layer;
+    return layers.layer[layer];
+}
+
+__device__ inline double at(u64 address, u64 index, double otherwise) {
+    return address ? (double)((const T*)address)[index] : otherwise;
+}
+
+__device__ inline double inverse_deviation(const Merged& layer, u64 own) {
+    union { u64 bits; double value; } epsilon = { layer.epsilon };
+    return 1.0 / sqrt(at(layer.variance, own, 0.0) + epsilon.value);
+}
+
+__device__ inline double centred(const Merged& layer, u64 own) {
+    return at(layer.bias, own, 0.0) - at(layer.mean, own, 0.0);
+}
+
+// 32 threads to a row, of each layer's [D, K + 1].
+extern "C" __global__ void merge(MergedLayers layers, u64 count, u64 rows)
+{
+    COLUMN(rows * 32)
+    const Merged& layer = layer_of(layers, count, column / 32);
+    u64 own = column / 32 - layer.first, inputs = layer.inputs;
+    const T* weight = (const T*)layer.weight + own * inputs;
+    const T* anchor = (const T*)layer.others[ANCHOR] + own * (inputs + 1);
+    T* out = (T*)layer.others[OUT] + own * (inputs + 1);
+    double gain = at(layer.gamma, own, 1.0) * inverse_deviation(layer, own);
+    for (u64 k = column % 32; k < inputs; k += 32) out[k] = (T)gain * weight[k] - anchor[k];
+    if (column % 32 == 0) {
+        double shift = at(layer.others[BETA], own, 0.0) + gain * centred(layer, own);
+        out[inputs] = (T)shift - anchor[inputs];
+    }
+}
+
+// The weight's gradient, and for each thread of a row a part of the inner product of what goes
+// back with the weight.
+extern "C" __global__ void merge_backward(
+    MergedLayers layers, u64 count, u64 rows, double* partial)
+{
+    COLUMN(rows * 32)
+    const Merged& layer = layer_of(layers, count, column / 32);
+    u64 own = column / 32 - layer.first, inputs = layer.inputs;
+    const T* weight = (const T*)layer.weight + own * inputs;
+    const T* gradient = (const T*)layer.others[GRADIENT] + own * (inputs + 1);
+    T* to_weight = layer.others[TO_WEIGHT] ? (T*)layer.others[TO_WEIGHT] + own * inputs : 0;
+    T gain = (T)(at(layer.gamma, own, 1.0) * inverse_deviation(layer, own));
+    double sum = 0.0;
+    for (u64 k = column % 32; k < inputs; k += 32) {
+        if (to_weight) to_weight[k] = gain * gradient[k];
+        sum += (double)gradient[k] * weight[k];
+    }
+    partial[column] = sum;
+}
+
+// The gradients of bias, gamma, beta, mean and variance.
+extern "C" __global__ void merge_backward_rows(
+    MergedLayers layers, u64 count, u64 rows, double* partial)
+{
+    COLUMN(rows)
+    const Merged& layer = layer_of(layers, count, column);
+    u64 own = column - layer.first;
+    double of_shift = at(layer.others[GRADIENT], own * (layer.inputs + 1) + layer.inputs, 0.0);
+    double inverse = inverse_deviation(layer, own), gain = at(layer.gamma, own, 1.0) * inverse;
+    double of_gain = of_shift * centred(layer, own);
+    for (u64 lane = 0; lane < 32; ++lane) of_gain += partial[column * 32 + lane];
+    double values[5] = {gain * of_shift, inverse * of_gain, of_shift, -gain * of_shift,
+                        -0.5 * gain * inverse * inverse * of_gain};
+    for (int i = 0; i < 5; ++i) {
+        u64 to = layer.others[TO_BIAS + i];
+        if (to) ((T*)to)[own] = (T)values[i];
+    }
+}
+
 // --- elementwise --------------------------------------------------------------------------------
 
 // Copies a stack of matrices, converting; ELEMENT is float or double here.

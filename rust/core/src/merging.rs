@@ -1,0 +1,58 @@
+//! BatchNorms' inputs, and weights merged with the BatchNorm after them, as matrices.
+
+use crate::matrix::{Matrix, MatrixMut};
+use crate::view::TensorView;
+
+/// A BatchNorm's input, and where its moments by channel go.
+#[derive(Debug)]
+pub struct Moments<'a, T> {
+    /// `[N, C, S]`.
+    pub x: TensorView<'a>,
+    /// Over N and S, `[1, C]`.
+    pub mean: MatrixMut<'a, T>,
+    /// The mean of squared distances from it, `[1, C]`.
+    pub variance: MatrixMut<'a, T>,
+}
+
+/// What merged weights are made of.
+#[derive(Debug)]
+pub struct Map<'a, T> {
+    /// `[D, K]`, row by row.
+    pub weight: Matrix<'a, T>,
+    /// `[1, D]`, as everything that follows.
+    pub bias: Option<Matrix<'a, T>>,
+    /// The BatchNorm's scale.
+    pub gamma: Option<Matrix<'a, T>>,
+    /// The BatchNorm's statistics.
+    pub mean: Matrix<'a, T>,
+    /// Population variance.
+    pub variance: Matrix<'a, T>,
+    /// What is added to the variance.
+    pub epsilon: f64,
+}
+
+/// How far merged weights are from an anchor.
+#[derive(Debug)]
+pub struct Deviation<'a, T> {
+    /// What they are made of, but for the shift.
+    pub map: Map<'a, T>,
+    /// The BatchNorm's shift.
+    pub beta: Option<Matrix<'a, T>>,
+    /// `[D, K + 1]`, row by row.
+    pub anchor: Matrix<'a, T>,
+    /// `[D, K + 1]`, row by row.
+    pub out: MatrixMut<'a, T>,
+}
+
+/// What the gradient of merged weights becomes.
+#[derive(Debug)]
+pub struct MapGradient<'a, T> {
+    /// What they are made of, but for the shift.
+    pub map: Map<'a, T>,
+    /// Their gradient, `[D, K + 1]`, row by row.
+    pub gradient: Matrix<'a, T>,
+    /// `[D, K]`, row by row.
+    pub weight: Option<MatrixMut<'a, T>>,
+    /// Of bias, gamma, beta, mean and variance.
+    pub rows: [Option<MatrixMut<'a, T>>; 5],
+}
