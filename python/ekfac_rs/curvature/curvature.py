@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ekfac_rs._checks import require_count
+from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.curvature import files
 from ekfac_rs.curvature.block import Block, kept_strata, require_same_kind
 from ekfac_rs.curvature.bounding import bounded
@@ -32,9 +33,6 @@ from ekfac_rs.layers import AffineLayer
 
 # Fixed incommensurate phases: no change of weights short of a conspiracy keeps their projection.
 _PHASE = 0.7390851
-
-# What is widened at a time, for the copy not to go through memory.
-_ELEMENTS_IN_CACHE = 1 << 16
 
 
 class Signature(NamedTuple):
@@ -57,19 +55,16 @@ class Signature(NamedTuple):
         gain, shift : Tensor of shape (D,), optional
         """
         (D, K), device = weight.shape, weight.device
+        # Rounded sums of a row tell as much as exact ones do, in a fraction of the time.
+        weight = weight.detach().to(accumulation_dtype(weight.dtype))
         width = K if shift is None else K + 1
         across = _PHASE * torch.arange(width, dtype=torch.float64, device=device)
         down = _PHASE * width * torch.arange(D, dtype=torch.float64, device=device)
         # cos(x + y) from waves along a row: as many cosines as rows and columns, not as entries.
-        waves = torch.stack([across[:K].cos(), across[:K].sin()], dim=1)
-        squares = weight.new_empty(D, dtype=torch.float64)
-        sums = weight.new_empty(D, 2, dtype=torch.float64)
-        rows = max(1, _ELEMENTS_IN_CACHE // max(K, 1))
-        for start in range(0, D, rows):
-            part, chunk = slice(start, start + rows), weight[start : start + rows].detach().double()
-            squares[part] = chunk.square().sum(dim=1)
-            sums[part] = chunk @ waves
-        projections = down.cos() * sums[:, 0] - down.sin() * sums[:, 1]
+        waves = (across[:K].cos(), across[:K].sin())
+        sums = [(weight @ wave.to(weight.dtype)).double() for wave in waves]
+        squares = torch.linalg.vector_norm(weight, dim=1).double().square()
+        projections = down.cos() * sums[0] - down.sin() * sums[1]
         if gain is not None:
             gain = gain.detach().double()
             squares, projections = gain.square() * squares, gain * projections
@@ -77,7 +72,10 @@ class Signature(NamedTuple):
             shift = shift.detach().double()
             squares = squares + shift.square()
             projections = projections + shift * (down + across[K]).cos()
-        return cls(math.sqrt(float(squares.sum())), float(projections.sum()))
+        signature = cls(math.sqrt(float(squares.sum())), float(projections.sum()))
+        if not all(map(math.isfinite, signature)) and weight.dtype != torch.float64:
+            return cls.of(weight.double(), gain, shift)
+        return signature
 
     def agrees(self, other: "Signature", tolerance: float = 1e-4) -> bool:
         """Whether both belong to the same weights up to the rounding of merging them."""

@@ -408,8 +408,8 @@ PARTS: dict[str, Part] = {
                 *("fine-tuning", "fine-tuning-frozen", "fine-tuning-put-back", "l2"),
                 *("kfac-frozen", "xkfac-nested", "xkfac-nested-auto", _WITHOUT_SEARCH),
             ),
-            lrs=(0.001, 0.003, 0.01),
-            frozen_lrs=(0.0003, 0.001, 0.003),
+            lrs=(0.001, 0.003, 0.01, 0.03),
+            frozen_lrs=(0.0003, 0.001, 0.003, 0.01),
             scales=(1.0, 10.0),
             # Weak ones: fine-tuning, but for the statistics that are put back.
             l2=(1e-6, 1e-5),
