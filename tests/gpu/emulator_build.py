@@ -9,7 +9,7 @@ they then answer to the names under which the backend loads CUDA. More variables
   at every call, ``cuDriverGetVersion=12000!`` makes it report that value. Values that can be
   set: ``cuDriverGetVersion``, ``cuDeviceGetCount``, ``cuDeviceGetAttribute.75`` (by number),
   ``cuStreamIsCapturing``, ``nvrtcVersion``, ``cublasGetVersion_v2``, ``cusolverGetVersion``,
-  ``potrf.info``, ``syevd.info`` and ``syevBatched.info``.
+  ``potrf.info``, ``syevd.info``, ``syevBatched.info`` and ``syevjBatched.info``.
 
 Each library also has ``long emulator_calls(const char *name)``: how often the process called one of
 its functions. ``double emulator_flops(const char *type)`` of libcublas: floating-point operations

@@ -350,7 +350,9 @@ def test_inverses_and_roots_agree(both, groups, D, K, count, real):
 
 
 @pytest.mark.parametrize("real", REALS)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (40, 40), (7, 3, 3), (600, 2, 2)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 5), (40, 40), (7, 3, 3), (600, 2, 2), (4, 32, 32), (3, 33, 33)]
+)
 def test_eigendecompositions_reproduce_the_matrix(both, shape, real):
     cuda, cpu = both
     x = numbers(shape, seed=3).to(real)

@@ -240,3 +240,17 @@ def test_a_product_is_scaled_damped_and_summed_in_three_launches():
     # Merged weights are one launch more.
     assert (waited, launched) == (0, 4)
     assert multiplied == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "rotated", "batched"), [((960, 9, 9), 1, 0), ((3, 32, 32), 1, 0), ((3, 33, 33), 0, 1)]
+)
+def test_stacks_of_small_matrices_are_rotated_all_at_once(shape, rotated, batched):
+    x = torch.randn(shape)
+    values, vectors = torch.zeros(shape[:-1]), torch.zeros(shape)
+
+    def decompose() -> None:
+        _core.eigh(*map(borrow, (x + x.mT, values, vectors)))
+
+    functions = "cusolverDnSsyevjBatched", "cusolverDnXsyevBatched"
+    assert counted(decompose, *(("cusolver", name) for name in functions)) == [rotated, batched]

@@ -437,6 +437,53 @@ def test_batched_eigendecompositions(
         check_decomposition(matrices[index].astype(float), values[index], a[index], dtype)
 
 
+def rotate(
+    emulator: Libraries, solver: tuple[c_void_p, c_void_p], a: np.ndarray, fill: int, short: int = 0
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Eigenvalues, info and status for an array of small matrices, (count, n, n)."""
+    count, n = a.shape[:2]
+    values, info = np.full((count, n), np.nan, a.dtype), np.full(count, -1, np.int32)
+    settings, elements = c_void_p(), c_int()
+    emulator("cusolverDnCreateSyevjInfo", byref(settings))
+    letter = {np.float32: "S", np.float64: "D"}[a.dtype.type]
+    name = f"cusolverDn{letter}syevjBatched"
+    matrix = (solver[0], 1, fill, n, data(a), n, data(values))
+    emulator(f"{name}_bufferSize", *matrix, byref(elements), settings, count)
+    work = np.empty(elements.value, a.dtype)
+    given = (data(work), elements.value - short, data(info), settings, count)
+    status = emulator.status(name, *matrix, *given)
+    emulator("cusolverDnDestroySyevjInfo", settings)
+    return values, info, status
+
+
+@both_types
+@triangles
+@pytest.mark.parametrize("n", [1, 9, 32])
+def test_rotations(
+    emulator: Libraries, solver: tuple[c_void_p, c_void_p], dtype: type, fill: int, n: int
+) -> None:
+    generator = np.random.default_rng(0)
+    matrices = np.stack([symmetric(generator, n, "indefinite") for _ in range(4)]).astype(dtype)
+    a = matrices.copy()
+    values, info, status = rotate(emulator, solver, a, fill)
+    assert status == 0
+    assert not info.any()
+    for index in range(4):
+        check_decomposition(matrices[index].astype(float), values[index], a[index], dtype)
+    assert rotate(emulator, solver, matrices.copy(), fill, short=1)[2] == 3
+
+
+def test_rotations_of_large_matrices_are_refused(
+    emulator: Libraries, solver: tuple[c_void_p, c_void_p]
+) -> None:
+    settings, elements = c_void_p(), c_int()
+    emulator("cusolverDnCreateSyevjInfo", byref(settings))
+    a, values = np.eye(33), np.empty(33)
+    given = (solver[0], 1, LOWER, 33, data(a), 33, data(values), byref(elements), settings, 1)
+    assert emulator.status("cusolverDnDsyevjBatched_bufferSize", *given) == 3
+    emulator("cusolverDnDestroySyevjInfo", settings)
+
+
 def test_a_workspace_that_is_too_small_is_refused(
     emulator: Libraries, solver: tuple[c_void_p, c_void_p]
 ) -> None:
@@ -689,7 +736,9 @@ def test_faults_are_injected(emulator: Libraries, monkeypatch: pytest.MonkeyPatc
 def test_info_is_injected(
     emulator: Libraries, solver: tuple[c_void_p, c_void_p], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("EKFAC_EMULATOR_FAULT", "potrf.info=3!,syevd.info=2!,syevBatched.info=1!")
+    faults = "potrf.info=3!,syevd.info=2!,syevBatched.info=1!,syevjBatched.info=4!"
+    monkeypatch.setenv("EKFAC_EMULATOR_FAULT", faults)
+    assert rotate(emulator, solver, np.eye(4)[None], LOWER)[1][0] == 4
     assert factorize(emulator, solver, np.eye(4), LOWER) == 3
     assert decompose(emulator, solver, np.eye(4)[None], LOWER)[1][0] == 2
     assert decompose(emulator, solver, np.eye(4)[None], LOWER, count=1)[1][0] == 1

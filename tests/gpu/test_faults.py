@@ -63,6 +63,12 @@ def decomposition(device: int) -> None:
     assert torch.equal(values, torch.ones(3))
 
 
+def small_ones(device: int) -> None:
+    x, values, vectors = torch.eye(3).repeat(4, 1, 1), torch.zeros(4, 3), torch.zeros(4, 3, 3)
+    _core.eigh(on(device, x), on(device, values), on(device, vectors))
+    assert torch.equal(values, torch.ones(4, 3))
+
+
 def inverse(device: int) -> None:
     terms = [(torch.eye(3) * k, torch.eye(2)) for k in (1.0, 2.0)]
     V, out = torch.ones(2, 3), torch.zeros(2, 3)
@@ -97,6 +103,9 @@ FAULTS = [
     ("cusolverDnXsyevd_bufferSize=7", decomposition, CudaError, "cusolverDnXsyevd_bufferSize"),
     ("cusolverDnXsyevd=7", decomposition, CudaError, "cusolverDnXsyevd failed"),
     ("syevd.info=2!", decomposition, ek.errors.NumericalError, "3 x 3 .* did not converge"),
+    ("cusolverDnCreateSyevjInfo=2", small_ones, OutOfMemory, "cusolverDnCreateSyevjInfo"),
+    ("cusolverDnSsyevjBatched=7", small_ones, CudaError, "cusolverDnSsyevjBatched failed"),
+    ("syevjBatched.info=4!", small_ones, ek.errors.NumericalError, "3 x 3 .* did not converge"),
     ("cusolverDnXpotrf=7", inverse, CudaError, "cusolverDnXpotrf failed"),
     ("potrf.info=2!", inverse, ek.errors.NumericalError, "singular or indefinite"),
     ("cublasDtrsm_v2_64=14", inverse, CudaError, "trsm failed"),
@@ -182,7 +191,7 @@ def test_a_penalty_never_waits_for_the_device():
 
 
 def test_memory_is_given_back(device):
-    for call in (factor, product, operator, decomposition, inverse):
+    for call in (factor, product, operator, decomposition, small_ones, inverse):
         call(device)
         gc.collect()
         before = emulated_device.allocated()

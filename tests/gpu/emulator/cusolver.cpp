@@ -25,6 +25,7 @@ enum : int { CUDA_R_32F = 0, CUDA_R_64F = 1 };
 
 struct Handle {};
 struct Parameters {};
+struct Rotations {};
 
 std::mutex handles_mutex;
 std::set<Handle*> handles;
@@ -332,6 +333,39 @@ int cholesky(int fill, std::int64_t n, Real* a, std::int64_t lda) {
     return 0;
 }
 
+// Elements of what the rotations of many matrices work in.
+int rotations_elements(int n, int count) { return 64 + n * count; }
+
+int check_rotations(Handle* handle, int mode, int fill, int n, int type, const void* a, int lda,
+                    const void* w, Rotations* rotations, int count) {
+    REQUIRE(rotations != nullptr);
+    // The library takes small ones only.
+    REQUIRE(n <= 32);
+    Parameters parameters;
+    return check_eigen(handle, &parameters, mode, fill, n, type, a, lda, type, w, type, count);
+}
+
+int rotations_workspace(Handle* handle, int mode, int fill, int n, int type, const void* a,
+                        int lda, const void* w, int* elements, Rotations* rotations, int count) {
+    RETURN_FAILURE(check_rotations(handle, mode, fill, n, type, a, lda, w, rotations, count));
+    REQUIRE(elements != nullptr);
+    *elements = rotations_elements(n, count);
+    return CUSOLVER_STATUS_SUCCESS;
+}
+
+int rotate(Handle* handle, int mode, int fill, int n, int type, void* a, int lda, void* w,
+           void* work, int elements, int* info, Rotations* rotations, int count) {
+    RETURN_FAILURE(check_rotations(handle, mode, fill, n, type, a, lda, w, rotations, count));
+    REQUIRE(info != nullptr && work != nullptr && elements >= rotations_elements(n, count));
+    std::memset(work, 0xa5, static_cast<std::size_t>(elements) * (type == CUDA_R_32F ? 4 : 8));
+    for (std::int64_t index = 0; index < count; ++index) {
+        info[index] = eigen_any(mode, fill, n, type, a, lda, w, index);
+        info[index] =
+            static_cast<int>(emulator::injected_value("syevjBatched.info").value_or(info[index]));
+    }
+    return CUSOLVER_STATUS_SUCCESS;
+}
+
 }  // namespace
 
 EMULATOR_API int cusolverGetVersion(int* version) {
@@ -455,4 +489,54 @@ EMULATOR_API int cusolverDnXpotrf(Handle* handle, Parameters* parameters, int fi
                                  : cholesky(fill, n, static_cast<double*>(a), lda);
     *info = static_cast<int>(emulator::injected_value("potrf.info").value_or(*info));
     return CUSOLVER_STATUS_SUCCESS;
+}
+
+// --- many small matrices, as by Jacobi's rotations ---
+
+EMULATOR_API int cusolverDnCreateSyevjInfo(Rotations** rotations) {
+    RETURN_INJECTED_FAULT();
+    REQUIRE(rotations != nullptr);
+    *rotations = new Rotations;
+    return CUSOLVER_STATUS_SUCCESS;
+}
+
+EMULATOR_API int cusolverDnDestroySyevjInfo(Rotations* rotations) {
+    RETURN_INJECTED_FAULT();
+    REQUIRE(rotations != nullptr);
+    delete rotations;
+    return CUSOLVER_STATUS_SUCCESS;
+}
+
+EMULATOR_API int cusolverDnSsyevjBatched_bufferSize(Handle* handle, int mode, int fill, int n,
+                                                    const float* a, int lda, const float* w,
+                                                    int* elements, Rotations* rotations,
+                                                    int count) {
+    RETURN_INJECTED_FAULT();
+    return rotations_workspace(handle, mode, fill, n, CUDA_R_32F, a, lda, w, elements, rotations,
+                               count);
+}
+
+EMULATOR_API int cusolverDnDsyevjBatched_bufferSize(Handle* handle, int mode, int fill, int n,
+                                                    const double* a, int lda, const double* w,
+                                                    int* elements, Rotations* rotations,
+                                                    int count) {
+    RETURN_INJECTED_FAULT();
+    return rotations_workspace(handle, mode, fill, n, CUDA_R_64F, a, lda, w, elements, rotations,
+                               count);
+}
+
+EMULATOR_API int cusolverDnSsyevjBatched(Handle* handle, int mode, int fill, int n, float* a,
+                                         int lda, float* w, float* work, int elements, int* info,
+                                         Rotations* rotations, int count) {
+    RETURN_INJECTED_FAULT();
+    return rotate(handle, mode, fill, n, CUDA_R_32F, a, lda, w, work, elements, info, rotations,
+                  count);
+}
+
+EMULATOR_API int cusolverDnDsyevjBatched(Handle* handle, int mode, int fill, int n, double* a,
+                                         int lda, double* w, double* work, int elements, int* info,
+                                         Rotations* rotations, int count) {
+    RETURN_INJECTED_FAULT();
+    return rotate(handle, mode, fill, n, CUDA_R_64F, a, lda, w, work, elements, info, rotations,
+                  count);
 }

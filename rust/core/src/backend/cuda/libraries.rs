@@ -89,7 +89,13 @@ impl Library {
             Self::Cusolver => &[
                 "cusolverDnCreate",
                 "cusolverDnCreateParams",
+                "cusolverDnCreateSyevjInfo",
+                "cusolverDnDestroySyevjInfo",
+                "cusolverDnDsyevjBatched",
+                "cusolverDnDsyevjBatched_bufferSize",
                 "cusolverDnSetStream",
+                "cusolverDnSsyevjBatched",
+                "cusolverDnSsyevjBatched_bufferSize",
                 "cusolverDnXpotrf",
                 "cusolverDnXpotrf_bufferSize",
                 "cusolverDnXsyevBatched",

@@ -17,6 +17,9 @@ use cudarc::cusolver::sys::{
 /// Matrices up to this size are decomposed many at a time.
 const SMALL: usize = 512;
 
+/// And up to this size by Jacobi's rotations, which are faster there: as many as torch has them do.
+const TINY: usize = 32;
+
 /// Matrices are stored row by row and read column by column: their lower triangle is the upper one
 /// to cuSOLVER.
 const LOWER: cublasFillMode_t = cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
@@ -38,6 +41,27 @@ struct Room {
     on_device: usize,
     host: *mut c_void,
     on_host: usize,
+}
+
+/// How rotations go on: by default until nothing is left beside the diagonal, with eigenvalues in
+/// ascending order.
+struct Rotations(sys::syevjInfo_t);
+
+impl Rotations {
+    fn new() -> Result<Self> {
+        let mut settings = std::ptr::null_mut();
+        // SAFETY: the call writes one pointer.
+        let status = unsafe { sys::cusolverDnCreateSyevjInfo(&mut settings) };
+        check(status, "cusolverDnCreateSyevjInfo")?;
+        Ok(Self(settings))
+    }
+}
+
+impl Drop for Rotations {
+    fn drop(&mut self) {
+        // SAFETY: made by the library and destroyed once. Nothing could be done about a failure.
+        let _ = unsafe { sys::cusolverDnDestroySyevjInfo(self.0) };
+    }
 }
 
 impl Cuda {
@@ -170,6 +194,9 @@ impl Cuda {
                     }
                 },
             )?;
+        } else if size <= TINY {
+            let values = (values.address(), info.address());
+            self.rotate::<T>(x.address(), values, size, count)?;
         } else {
             let batch = count as i64;
             self.with_room(
@@ -232,6 +259,85 @@ impl Cuda {
         }
         let values = self.to_host(values.view())?;
         Ok(values.chunks(size).map(<[f64]>::to_vec).collect())
+    }
+
+    /// Queues the rotations of many small matrices, and waits for them.
+    fn rotate<T: Real>(
+        &self,
+        x: u64,
+        (values, info): (u64, u64),
+        size: usize,
+        count: usize,
+    ) -> Result<()> {
+        let settings = Rotations::new()?;
+        let (n, batch) = (size as i32, count as i32);
+        let vectors = cusolverEigMode_t::CUSOLVER_EIG_MODE_VECTOR;
+        macro_rules! call {
+            ($type:ty, $ask:path, $work:path) => {{
+                let (x, values) = (x as *mut $type, values as *mut $type);
+                self.with_room(
+                    stringify!($work)
+                        .rsplit("::")
+                        .next()
+                        .unwrap_or_default()
+                        .trim(),
+                    |handles, on_device, _| {
+                        let (handle, mut elements) = (handles.cusolver, 0);
+                        // SAFETY: the handle and the settings live; sizes are those of the stack
+                        // and of its eigenvalues.
+                        let status = unsafe {
+                            $ask(
+                                handle,
+                                vectors,
+                                LOWER,
+                                n,
+                                x,
+                                n,
+                                values,
+                                &mut elements,
+                                settings.0,
+                                batch,
+                            )
+                        };
+                        *on_device = elements.max(0) as usize * size_of::<$type>();
+                        status
+                    },
+                    |handles, room| {
+                        let elements = (room.on_device / size_of::<$type>()) as i32;
+                        // SAFETY: as above; the memory outlives the work, as `with_room` waits for
+                        // it, and there is a number for each matrix in `info`.
+                        unsafe {
+                            $work(
+                                handles.cusolver,
+                                vectors,
+                                LOWER,
+                                n,
+                                x,
+                                n,
+                                values,
+                                room.device.cast(),
+                                elements,
+                                info as *mut i32,
+                                settings.0,
+                                batch,
+                            )
+                        }
+                    },
+                )
+            }};
+        }
+        match T::DTYPE {
+            Dtype::Float32 => call!(
+                f32,
+                sys::cusolverDnSsyevjBatched_bufferSize,
+                sys::cusolverDnSsyevjBatched
+            ),
+            _ => call!(
+                f64,
+                sys::cusolverDnDsyevjBatched_bufferSize,
+                sys::cusolverDnDsyevjBatched
+            ),
+        }
     }
 
     /// Replaces the lower triangle of a matrix by its Cholesky factor, or returns the index of the
