@@ -425,7 +425,7 @@ PARTS: dict[str, Part] = {
             scales=(1.0, 10.0),
             # Weak ones: fine-tuning, but for the statistics that are put back.
             l2=(1e-6, 1e-5),
-            plain_lrs=(0.0003, 0.001, 0.003, 0.01, 0.03),
+            plain_lrs=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
             rule_lrs=(0.003,),
         ),
         dataclasses.replace(
