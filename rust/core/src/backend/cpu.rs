@@ -207,7 +207,7 @@ impl Backend for Cpu {
         size: [usize; 2],
         terms: &[FactoredTerm<'_, T>],
     ) -> Result<Packed<T>> {
-        Packed::of_factors(&self.team, size, terms)
+        Packed::of_factors(size, terms)
     }
 
     fn apply_packed<T: Real>(

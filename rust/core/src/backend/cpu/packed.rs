@@ -59,15 +59,9 @@ impl<T: Real> Packed<T> {
     }
 
     /// Packs terms of one group, for V of this size, whose factors may be known by their roots.
-    pub(super) fn of_factors(
-        team: &Team,
-        size: [usize; 2],
-        terms: &[FactoredTerm<'_, T>],
-    ) -> Result<Self> {
+    pub(super) fn of_factors(size: [usize; 2], terms: &[FactoredTerm<'_, T>]) -> Result<Self> {
         let sides = terms.iter().flat_map(|&(a, g)| [a, g]);
-        let sides: Vec<_> = sides.map(read_factor).collect::<Result<_>>()?;
-        let makers = sides.into_iter().map(|side| move || padded(side));
-        let factors = made(team, makers.collect());
+        let factors: Vec<_> = sides.map(copied).collect::<Result<_>>()?;
         let (group, workspace) = assemble(factors, Frame::whole(size))?;
         Ok(Self(Form::Groups(vec![group], Mutex::new(vec![workspace]))))
     }
@@ -341,24 +335,13 @@ fn whole_or_thin<T: Real>(x: MatRef<'_, T>) -> Factor<Padded<T>> {
     }
 }
 
-/// A copy of a factor.
-fn padded<T: Real>(factor: Factor<MatRef<'_, T>>) -> Factor<Padded<T>> {
-    match factor {
-        Factor::Whole(x) => whole_or_thin(x),
-        Factor::Rooted { root, shift } => Factor::Rooted {
-            root: Padded::of(root),
-            shift,
-        },
-        Factor::Identity => Factor::Identity,
-    }
-}
-
-/// A factor that can be read.
-fn read_factor<T>(factor: Factor<Matrix<'_, T>>) -> Result<Factor<MatRef<'_, T>>> {
+/// A copy of a factor. Who knows the roots of some knows the ranks of the others.
+fn copied<T: Real>(factor: Factor<Matrix<'_, T>>) -> Result<Factor<Padded<T>>> {
+    let copy = |x| host::read(x).map(Padded::of);
     Ok(match factor {
-        Factor::Whole(x) => Factor::Whole(host::read(x)?),
+        Factor::Whole(x) => Factor::Whole(copy(x)?),
         Factor::Rooted { root, shift } => Factor::Rooted {
-            root: host::read(root)?,
+            root: copy(root)?,
             shift,
         },
         Factor::Identity => Factor::Identity,
