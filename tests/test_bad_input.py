@@ -150,6 +150,9 @@ TABLE = {
     "negative damping of a penalty": Row(
         lambda: penalty(damping=-1.0), errors.OptionError, "damping.*-1.0"
     ),
+    "huge scale of a penalty": Row(
+        lambda: penalty(scale=10**400), errors.OptionError, "scale: expected a finite number"
+    ),
     "NaN scale of a penalty": Row(lambda: penalty(scale=NAN), errors.OptionError, "scale.*nan"),
     "negative damping of a solve": Row(
         lambda: block().solve(torch.ones(3, 4).double(), -0.1), errors.OptionError, "damping"

@@ -1,6 +1,7 @@
 """The checks of arguments that every entry point shares."""
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def require_count(argument: str, value: object) -> None:
 
 def require_nonnegative(argument: str, value: float) -> None:
     """Raise `OptionError` unless ``value`` is a finite number of at least 0."""
-    if not (isinstance(value, int | float) and 0.0 <= value < float("inf")):
+    if not (isinstance(value, int | float) and 0.0 <= value <= sys.float_info.max):
         raise OptionError(f"{argument}: expected a finite number >= 0, got {value!r}")
 
 

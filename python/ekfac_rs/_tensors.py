@@ -26,6 +26,8 @@ def borrow(tensor: Tensor) -> _core.Tensor:
 
     The descriptor holds the tensor, so that even a temporary lives until the call returns.
     """
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()  # its memory holds the numbers with the other sign
     dtype = _DTYPE_NAMES.get(tensor.dtype)
     if dtype is None:
         expected = ", ".join(_DTYPE_NAMES.values())

@@ -28,7 +28,7 @@ from ekfac_rs._operators import (
     write_products,
 )
 from ekfac_rs._ranks import Ranks
-from ekfac_rs._tensors import accumulation_dtype
+from ekfac_rs._tensors import accumulation_dtype, put_back
 from ekfac_rs.batchnorm import (
     Anchor,
     Merging,
@@ -37,7 +37,13 @@ from ekfac_rs.batchnorm import (
     moments_of,
     moments_of_all,
 )
-from ekfac_rs.batchnorm.statistics import hook_inputs, in_own_pass, input_of, require_over
+from ekfac_rs.batchnorm.statistics import (
+    hook_inputs,
+    in_own_pass,
+    input_of,
+    kept_statistics,
+    require_over,
+)
 from ekfac_rs.curvature import (
     Block,
     Curvature,
@@ -208,10 +214,15 @@ class QuadraticPenalty:
             The current weights are NaN or infinite. On a GPU nothing is looked at, so that nothing
             waits for it, and the value is NaN or infinite, too.
         """
+        with without_autocast(self._layers[0].like.device):
+            return self._value()
+
+    def _value(self) -> Tensor:
         from_anchor = self._deviations()
         modes = tuple(self._uses_batch(layer) for layer in self._layers)
-        if self._stable.is_due(modes):
-            self._stable.look({layer.name: self._situation(layer) for layer in self._layers}, modes)
+        # Without gradients nothing tells how statistics move with the weights.
+        if torch.is_grad_enabled() and self._stable.is_due(modes):
+            self._look(modes)
         operators = [self._operators[layer.name] for layer in self._layers]
         squares = _Squares(from_anchor[0])
         value: Tensor = _Quadratic.apply(operators, self.scale, self.damping, squares, *from_anchor)
@@ -235,11 +246,12 @@ class QuadraticPenalty:
         if not self._saw_batches:
             return self._increase  # the last call's product serves
         squares = _Squares(next(iter(self._anchor.values())))
-        settled = [D.contiguous() for D in self._deviations(settled=True)]
-        operators = [self._operators[layer.name] for layer in self._layers]
-        out = [torch.empty_like(D) for D in settled]
-        for products in write_products(operators, settled, out, 1.0, 0.0):
-            squares.add(products)
+        with without_autocast(self._layers[0].like.device):
+            settled = [D.contiguous() for D in self._deviations(settled=True)]
+            operators = [self._operators[layer.name] for layer in self._layers]
+            out = [torch.empty_like(D) for D in settled]
+            for products in write_products(operators, settled, out, 1.0, 0.0):
+                squares.add(products)
         return squares.increase
 
     @property
@@ -369,8 +381,22 @@ class QuadraticPenalty:
                 self._own = own
             self._stable.apply(lr, self.scale)
 
-    def _uses_batch(self, layer: AffineLayer) -> bool:
-        return layer.name in self._batches and bool(layer.batchnorm.training)
+    def _uses_batch(self, layer: AffineLayer, settled: bool = False) -> bool:
+        """Whether a layer is merged by its mini-batch's statistics.
+
+        In train mode, unless settled, and where there are no others.
+        """
+        if layer.name not in self._batches:
+            return False
+        return bool(layer.batchnorm.training and not settled) or layer.batchnorm.running_var is None
+
+    def _look(self, modes: tuple[bool, ...]) -> None:
+        # Slopes are gradients: a checkpointed pass is made again for them, statistics and all.
+        before = kept_statistics(self._model)
+        try:
+            self._stable.look({layer.name: self._situation(layer) for layer in self._layers}, modes)
+        finally:
+            put_back(before)
 
     def _situation(self, layer: AffineLayer) -> Situation | None:
         if layer.name not in self._batches:
@@ -383,7 +409,7 @@ class QuadraticPenalty:
     @staticmethod
     def _running(layer: AffineLayer) -> Situation:
         """Return running statistics, constants for now."""
-        return Situation(*(statistic.clone() for statistic in _running_statistics(layer)))
+        return Situation(*_running_statistics(layer))
 
     def _stable_step(self, layer: AffineLayer) -> StableStep:
         operator = self._operators[layer.name]
@@ -440,15 +466,11 @@ class QuadraticPenalty:
     def _statistics(
         self, layers: Sequence[AffineLayer], settled: bool
     ) -> list[tuple[Tensor, Tensor]]:
-        """Mean and variance, each of shape (D,), that merge these layers.
-
-        Those of the mini-batch in train mode, unless settled, and where there are no others.
-        """
+        """Mean and variance, each of shape (D,), that merge these layers."""
         of_batch = {
             layer.name: self._batches[layer.name]
             for layer in layers
-            if (layer.batchnorm.training and not settled)
-            or (layer.batchnorm.running_var is None and layer.name in self._batches)
+            if self._uses_batch(layer, settled)
         }
         moments = dict(zip(of_batch, _moments(list(of_batch.values())), strict=True))
         return [
@@ -635,9 +657,10 @@ def _moments(batches: Sequence[_LastBatch]) -> list[tuple[Tensor, Tensor]]:
 
 
 def _running_statistics(layer: AffineLayer) -> tuple[Tensor, Tensor]:
+    """Return copies: the next pass in train mode changes them, and autograd knows nothing of it."""
     dtype = accumulation_dtype(layer.like.dtype)
     mean, variance = layer.running_statistics()
-    return mean.to(dtype), variance.to(dtype)
+    return mean.to(dtype, copy=True), variance.to(dtype, copy=True)
 
 
 class _Deaf:

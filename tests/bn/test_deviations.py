@@ -87,6 +87,16 @@ def test_constant_statistics_take_no_gradient():
     assert layer.layer.module.weight.grad is not None
 
 
+def test_a_shift_that_changes_afterwards_is_no_matter():
+    layer = merging("linear", torch.float64)
+    [D] = deviations([layer])
+    with torch.no_grad():
+        layer.layer.batchnorm.bias.add_(1.0)
+    D.sum().backward()
+    ones = torch.ones(4, dtype=torch.float64)
+    torch.testing.assert_close(layer.layer.batchnorm.bias.grad, ones)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -144,6 +154,13 @@ def test_moments_and_their_gradients_are_torch_s(together, dtype):
             torch.testing.assert_close(moment, wanted)
     for own, other in zip(*gradients, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_that_lie_with_the_other_sign_are_read_right():
+    x = torch.complex(torch.ones(4, 3), torch.randn(4, 3)).conj().imag
+    assert x.is_neg()
+    [(mean, _)] = moments_of_all([x])
+    torch.testing.assert_close(mean, x.mean(0))
 
 
 @settings(max_examples=60, deadline=None)

@@ -93,3 +93,19 @@ def test_a_penalty_knows_the_weights_of_its_curvature():
     moved = ek.merged_weights(network, example=x)
     with pytest.raises(ek.errors.EkfacError):
         ek.QuadraticPenalty(network, curvature, moved)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e-18])
+def test_weights_whose_squares_vanish_have_a_signature(scale):
+    weight = scale * torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    own = Signature.of(weight)
+    assert own.agrees(Signature.of(weight.double()))
+    assert own.norm > 0.0
+    assert not own.agrees(Signature.of(1.01 * weight))
+
+
+def test_autocast_rounds_no_signature():
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    own = Signature.of(weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Signature.of(weight) == own

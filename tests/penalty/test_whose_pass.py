@@ -152,3 +152,90 @@ def _saved_and_loaded(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+# --- statistics --------------------------------------------------------------------------------
+
+
+def another_pass_in_train_mode(model, other):
+    model.train()(other)
+
+
+def a_write_to_the_statistics(model, other):
+    model[1].running_mean.mul_(2.0)
+
+
+@pytest.mark.parametrize("change", [another_pass_in_train_mode, a_write_to_the_statistics])
+def test_gradients_are_of_the_statistics_that_the_value_was_of(change):
+    model, penalty, x, other = student()
+    model(x)
+    model.eval()
+    value = penalty()
+    expected = torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+    change(model, other)
+    got = torch.autograd.grad(value, list(model.parameters()))
+    for own, before in zip(got, expected, strict=True):
+        torch.testing.assert_close(own, before, rtol=0.0, atol=0.0)
+
+
+def test_a_checkpointed_pass_that_is_made_again_for_a_look_leaves_the_statistics():
+    model, penalty, x, _ = student()
+    checkpoint(model, x, use_reentrant=False)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    penalty()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_without_running_statistics_those_of_the_mini_batch_serve_in_eval_mode_too():
+    model = nn.Sequential(
+        nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)
+    ).double()
+    x = torch.randn(16, 5, dtype=torch.float64)
+    anchor = {"0": torch.zeros(4, 6).double(), "2": torch.zeros(2, 5).double()}
+    with ek.QuadraticPenalty(model, [], anchor, damping=1.0) as penalty:
+        model(x)
+        expected = penalty()
+        model.eval()
+        torch.testing.assert_close(penalty(), expected)
+
+
+def test_a_value_without_gradients_leaves_the_stable_step_as_it_is():
+    gradients = []
+    for first in (torch.no_grad, torch.enable_grad):
+        torch.manual_seed(0)
+        model, penalty, x, _ = student()
+        model(x)
+        with first():
+            penalty()
+        model(x)
+        penalty().backward()
+        penalty.precondition(1.0)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for own, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("kind", ["eigenvalues", "truncated", "packed"])
+def test_autocast_rounds_nothing_of_a_penalty(kind):
+    generator = torch.Generator().manual_seed(0)
+    model = mlp(5, 6, 6, 3).float()
+    x = torch.randn(64, 5, generator=generator)
+    y = torch.randint(3, (64,), generator=generator)
+    correction = "eigenvalues" if kind == "eigenvalues" else None
+    values = []
+    for enabled in (False, True):
+        twin = copy.deepcopy(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            with torch.autocast("cpu", enabled=False):
+                curvature = ek.estimate_curvature(
+                    twin, [(x, y)], labels="type2", correction=correction
+                )
+            dropped = 0.1 if kind == "truncated" else 0.0
+            anchor = ek.merged_weights(twin)
+            penalty = ek.QuadraticPenalty(twin, curvature, anchor, dropped=dropped)
+            with torch.no_grad():
+                twin[0].weight.add_(0.1)
+            twin.eval()
+            values.append((penalty().detach(), penalty.predicted_increase()))
+    torch.testing.assert_close(values[1], values[0], rtol=1e-6, atol=0.0)

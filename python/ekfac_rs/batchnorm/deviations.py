@@ -65,20 +65,20 @@ def _vectors(layer: AffineLayer) -> tuple[Tensor | None, Tensor | None, Tensor |
 
 
 # Weight, bias, gamma, beta, mean and variance.
-_PARTS = 6
+_PARTS, _BETA = 6, 3
 
 
 class _Deviations(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: Sequence[Merging], *parts: Tensor | None) -> tuple[Tensor, ...]:
         ctx.layers = [merging.layer for merging in layers]
-        ctx.save_for_backward(*parts)
+        # Nothing of the way back depends on the shift.
+        ctx.save_for_backward(*(None if n % _PARTS == _BETA else x for n, x in enumerate(parts)))
         ctx.set_materialize_grads(False)
         out = [torch.empty_like(merging.anchor) for merging in layers]
         by_kind: dict[object, list[Any]] = {}
         for (layer, *_, anchor), target, own in zip(layers, out, _of_each(parts), strict=True):
-            beta = own[3]
-            task = _borrowed(layer, own), _optional(beta), borrow(anchor), borrow(target)
+            task = _borrowed(layer, own), _optional(own[_BETA]), borrow(anchor), borrow(target)
             by_kind.setdefault((target.device, target.dtype), []).append(task)
         for tasks in by_kind.values():
             _core.merge(tasks)
@@ -97,10 +97,11 @@ class _Deviations(torch.autograd.Function):
             written.append([None] * _PARTS)
             if gradient is None or not any(needs):
                 continue
-            gradient, parts = gradient.contiguous(), (layer.as_matrix(own[0]), *own[1:])
+            gradient = gradient.contiguous()
+            D, K = gradient.shape
             written[-1] = [
-                torch.empty_like(part, memory_format=torch.contiguous_format) if need else None
-                for part, need in zip(parts, needs, strict=True)
+                gradient.new_empty(shape) if need else None
+                for shape, need in zip([(D, K - 1), *[(D,)] * (_PARTS - 1)], needs, strict=True)
             ]
             task = _borrowed(layer, own), borrow(gradient), list(map(_optional, written[-1]))
             by_kind.setdefault((gradient.device, gradient.dtype), []).append(task)

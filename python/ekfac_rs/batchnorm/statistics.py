@@ -280,6 +280,16 @@ def kept_batchnorms(model: nn.Module) -> Kept:
     )
 
 
+def kept_statistics(model: nn.Module) -> Kept:
+    """Statistics of every BatchNorm, each with a copy, for `put_back`."""
+    return kept(
+        buffer
+        for module in model.modules()
+        if isinstance(module, _BatchNorm)
+        for buffer in module.buffers(recurse=False)
+    )
+
+
 def _refuse_one_value(name: str) -> Hook:
     def check(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         x = input_of(args, kwargs)

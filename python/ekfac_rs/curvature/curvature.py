@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ekfac_rs._checks import require_count
+from ekfac_rs._modes import without_autocast
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.curvature import files
 from ekfac_rs.curvature.block import Block, kept_strata, require_same_kind
@@ -33,6 +34,9 @@ from ekfac_rs.layers import AffineLayer
 
 # Fixed incommensurate phases: no change of weights short of a conspiracy keeps their projection.
 _PHASE = 0.7390851
+
+# Of a smaller norm, squares may have been lost in single precision.
+_LEAST = 1e-12
 
 
 class Signature(NamedTuple):
@@ -62,7 +66,8 @@ class Signature(NamedTuple):
         down = _PHASE * width * torch.arange(D, dtype=torch.float64, device=device)
         # cos(x + y) from waves along a row: as many cosines as rows and columns, not as entries.
         waves = (across[:K].cos(), across[:K].sin())
-        sums = [(weight @ wave.to(weight.dtype)).double() for wave in waves]
+        with without_autocast(device):
+            sums = [(weight @ wave.to(weight.dtype)).double() for wave in waves]
         squares = torch.linalg.vector_norm(weight, dim=1).double().square()
         projections = down.cos() * sums[0] - down.sin() * sums[1]
         if gain is not None:
@@ -73,7 +78,9 @@ class Signature(NamedTuple):
             squares = squares + shift.square()
             projections = projections + shift * (down + across[K]).cos()
         signature = cls(math.sqrt(float(squares.sum())), float(projections.sum()))
-        if not all(map(math.isfinite, signature)) and weight.dtype != torch.float64:
+        told = math.isfinite(signature.projection) and _LEAST < signature.norm < math.inf
+        if not told and weight.dtype != torch.float64:
+            # Squares that single precision does not hold.
             return cls.of(weight.double(), gain, shift)
         return signature
 
