@@ -4,14 +4,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
 
 __all__ = [
+    "Factor",
     "KroneckerInverse",
     "KroneckerOperator",
     "KroneckerRoot",
+    "Layer",
     "Note",
+    "Product",
     "Tensor",
     "Term",
     "accumulate_gram",
     "accumulate_patch_gram",
+    "apply_operators",
+    "batch_moments",
     "build_info",
     "compile_cuda_kernels",
     "conjugate_gradients",
@@ -27,6 +32,8 @@ __all__ = [
     "kronecker_quadratic",
     "kronecker_top_eigenvalue",
     "kronecker_trace",
+    "merge",
+    "merge_backward",
     "num_threads",
     "set_cuda_allocator",
     "set_num_threads",
