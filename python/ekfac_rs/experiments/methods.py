@@ -22,7 +22,7 @@ METHODS: dict[str, Method] = {
     ),
     # A penalty so weak that it does nothing: what putting the statistics back does alone.
     "fine-tuning-put-back": Method(
-        "fine-tuning, statistics put back", {"curvature": "none", "damping": 1e-12}, {"lr": "lrs"}
+        "fine-tuning, statistics put back", {"curvature": "none", "damping": 1e-12}, _PLAIN
     ),
     "l2": Method("L2 to anchor", {"curvature": "none"}, {"lr": "lrs", "damping": "l2"}),
     "ewc": Method("diagonal Fisher (EWC)", {"curvature": "diagonal"}, _DIAGONAL),
