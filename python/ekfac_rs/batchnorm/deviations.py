@@ -88,7 +88,6 @@ class _Deviations(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         written: list[list[Tensor | None]] = []
-        written_back: list[Tensor | None] = []
         wanted = _of_each(ctx.needs_input_grad[1:])
         by_kind: dict[object, list[Any]] = {}
         for layer, gradient, own, needs in zip(
@@ -107,10 +106,10 @@ class _Deviations(torch.autograd.Function):
             by_kind.setdefault((gradient.device, gradient.dtype), []).append(task)
         for tasks in by_kind.values():
             _core.merge_backward(tasks)
-        for layer, (matrix, *rest) in zip(ctx.layers, written, strict=True):
-            stored = None if matrix is None else layer.as_stored(matrix)
-            written_back += [stored, *rest]
-        return (None, *written_back)
+        for layer, gradients_of in zip(ctx.layers, written, strict=True):
+            if gradients_of[0] is not None:
+                gradients_of[0] = layer.as_stored(gradients_of[0])
+        return (None, *chain.from_iterable(written))
 
 
 def _of_each(parts: Sequence[Any]) -> list[Sequence[Any]]:
