@@ -177,7 +177,16 @@ def write_products(
     scale: float,
     damping: float,
 ) -> list[InnerProducts]:
-    """Write ``scale H D + damping D`` for each layer, contiguous matrices."""
+    """Write ``scale H D + damping D`` for each layer.
+
+    Parameters
+    ----------
+    operators : sequence of Operator
+        The ``H``.
+    deviations, out : sequence of Tensor
+        The ``D``, contiguous and of each layer's shape (D, K), and where the results go.
+    scale, damping : float
+    """
     inner: list[InnerProducts | None] = [None] * len(operators)
     layers = list(zip(operators, deviations, out, strict=True))
     by_device: dict[torch.device, list[int]] = {}

@@ -48,6 +48,16 @@ def deviations(layers: Sequence[Merging]) -> tuple[Tensor, ...]:
     Differentiable once in the layers' and BatchNorms' parameters and in the statistics (method:
     merged weights). A call of the core for each device and dtype, forward and backward, where
     autograd would go through some thirty operations a layer.
+
+    Parameters
+    ----------
+    layers : sequence of Merging
+        Statistics and anchors of a layer's own dtype and device.
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError
+        Statistics or an anchor do not fit their layer.
     """
     if not layers:
         return ()

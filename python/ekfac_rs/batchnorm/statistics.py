@@ -272,22 +272,18 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
 
 def kept_batchnorms(model: nn.Module) -> Kept:
     """Parameters and statistics of every BatchNorm, each with a copy, for `put_back`."""
-    return kept(
-        tensor
-        for module in model.modules()
-        if isinstance(module, _BatchNorm)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    )
+    parameters = (module.parameters(recurse=False) for module in _batchnorms_of(model))
+    return [*kept(chain.from_iterable(parameters)), *kept_statistics(model)]
 
 
 def kept_statistics(model: nn.Module) -> Kept:
     """Statistics of every BatchNorm, each with a copy, for `put_back`."""
-    return kept(
-        buffer
-        for module in model.modules()
-        if isinstance(module, _BatchNorm)
-        for buffer in module.buffers(recurse=False)
-    )
+    buffers = (module.buffers(recurse=False) for module in _batchnorms_of(model))
+    return kept(chain.from_iterable(buffers))
+
+
+def _batchnorms_of(model: nn.Module) -> list[_BatchNorm]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def _refuse_one_value(name: str) -> Hook:
@@ -373,7 +369,10 @@ def moments_of(values: Tensor, name: str, ranks: Ranks | None = None) -> tuple[T
 
 
 def moments_of_all(inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Means and biased variances of the inputs of several BatchNorms, as `moments_of` one's own."""
+    """Mean and biased variance, each ``[C]``, of the inputs ``[N, C, ...]`` of several BatchNorms.
+
+    Differentiable once; NaN where there are no values.
+    """
     moments = _MomentsOf.apply(*inputs) if inputs else ()
     return list(zip(moments[::2], moments[1::2], strict=True))
 

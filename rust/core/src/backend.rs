@@ -163,15 +163,14 @@ pub trait Backend: Sized + Sync {
         terms: &[FactoredTerm<'_, T>],
     ) -> Result<Self::Packed<T>>;
 
-    /// Writes what is wanted of the product with V and, where there is room for two numbers, the
-    /// inner products with V of the product itself, and of V.
+    /// Writes the product with V; or what is wanted of it, and to two numbers the inner products with
+    /// V of the product itself, and of V.
     fn apply_packed<T: Real>(
         &self,
         packed: &Self::Packed<T>,
         v: Matrix<'_, T>,
         out: MatrixMut<'_, T>,
-        wanted: Combination,
-        inner: Option<MatrixMut<'_, f64>>,
+        wanted: Option<(Combination, MatrixMut<'_, f64>)>,
     ) -> Result<()>;
 
     /// Writes how far merged weights are from anchors.

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use crate::error::{Error, Result};
 use crate::matrix::{Matrix, MatrixMut};
 
 /// A term (A, G) of a sum of Kronecker products `G (x) A`.
@@ -85,20 +86,24 @@ pub enum Way<M> {
 }
 
 impl<M> Way<M> {
-    /// The cheapest way, for V of this size; none where a factor that is not whole meets another
-    /// that is no mere root.
+    /// The cheapest way, for V of this size.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Internal`] where a factor that is not whole meets another that is no mere root: to be
+    /// looked for before.
     pub fn of(
         a: Factor<M>,
         g: Factor<M>,
         [rows, columns]: [usize; 2],
         width: impl Fn(&M) -> usize,
-    ) -> Option<Self> {
+    ) -> Result<Self> {
         match (a.thin(), g.thin()) {
             (Ok(s), Ok(q)) => {
                 let (by_s, by_q) = (width(&s), width(&q));
                 let by_a = by_s * (rows * columns + rows * by_q);
                 let by_g = by_q * (rows * columns + columns * by_s);
-                Some(if by_g < by_a {
+                Ok(if by_g < by_a {
                     let other = Factor::Rooted {
                         root: s,
                         shift: 0.0,
@@ -112,10 +117,12 @@ impl<M> Way<M> {
                     Self::ThroughA { root: s, other }
                 })
             }
-            (Ok(root), Err(other)) => Some(Self::ThroughA { root, other }),
-            (Err(other), Ok(root)) => Some(Self::ThroughG { root, other }),
-            (Err(Factor::Whole(a)), Err(Factor::Whole(g))) => Some(Self::Whole { a, g }),
-            _ => None,
+            (Ok(root), Err(other)) => Ok(Self::ThroughA { root, other }),
+            (Err(other), Ok(root)) => Ok(Self::ThroughG { root, other }),
+            (Err(Factor::Whole(a)), Err(Factor::Whole(g))) => Ok(Self::Whole { a, g }),
+            _ => Err(Error::Internal(
+                "a term without a way to its product".to_owned(),
+            )),
         }
     }
 }

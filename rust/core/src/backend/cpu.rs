@@ -215,9 +215,10 @@ impl Backend for Cpu {
         packed: &Packed<T>,
         v: Matrix<'_, T>,
         out: MatrixMut<'_, T>,
-        wanted: Combination,
-        inner: Option<MatrixMut<'_, f64>>,
+        wanted: Option<(Combination, MatrixMut<'_, f64>)>,
     ) -> Result<()> {
+        let (wanted, inner) = wanted.unzip();
+        let wanted = wanted.unwrap_or(Combination::PRODUCT);
         let products = packed.apply(&self.team, host::read(v)?, host::write(out)?, wanted);
         if let Some(inner) = inner {
             let mut inner = host::write(inner)?;

@@ -208,17 +208,12 @@ impl Backend for Cuda {
         packed: &Packed<T>,
         v: Matrix<'_, T>,
         mut out: MatrixMut<'_, T>,
-        wanted: Combination,
-        inner: Option<MatrixMut<'_, f64>>,
+        wanted: Option<(Combination, MatrixMut<'_, f64>)>,
     ) -> Result<()> {
         packed.apply(self, v, out.as_mut())?;
-        match inner {
-            Some(inner) => self.combine(wanted, v, out, inner),
-            None if wanted == Combination::PRODUCT => Ok(()),
-            None => {
-                let mut unread = self.matrix_of::<f64>(1, 2)?;
-                self.combine(wanted, v, out, unread.view_mut())
-            }
+        match wanted {
+            Some((wanted, inner)) => self.combine(wanted, v, out, inner),
+            None => Ok(()),
         }
     }
 

@@ -95,7 +95,7 @@ impl KroneckerOperator {
     /// Writes `sum_k G_k V A_k` for V of shape `[D, K]`.
     pub fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<()> {
         self.check(v, out)?;
-        self.packed.multiply(v, out, Combination::PRODUCT, None)
+        self.packed.multiply(v, out, None)
     }
 
     /// Writes `scale * sum_k G_k V A_k + damping * V` for each of these. On the CPU the threads
@@ -118,7 +118,7 @@ impl KroneckerOperator {
             *answer = product
                 .operator
                 .packed
-                .multiply(v, out, wanted, Some(inner));
+                .multiply(v, out, Some((wanted, inner)));
         };
         let all_on_host = products
             .iter()
@@ -231,8 +231,7 @@ trait Multiply: Send + Sync {
         &self,
         v: &TensorView<'_>,
         out: &mut TensorViewMut<'_>,
-        wanted: Combination,
-        inner: Option<&mut TensorViewMut<'_>>,
+        wanted: Option<(Combination, &mut TensorViewMut<'_>)>,
     ) -> Result<()>;
 }
 
@@ -247,13 +246,15 @@ impl<B: Backend, T: Real> Multiply for Packed<B, T> {
         &self,
         v: &TensorView<'_>,
         out: &mut TensorViewMut<'_>,
-        wanted: Combination,
-        inner: Option<&mut TensorViewMut<'_>>,
+        wanted: Option<(Combination, &mut TensorViewMut<'_>)>,
     ) -> Result<()> {
         visit(v.place(), self.home, B::at_for_packed, |backend: &B| {
-            let inner = inner.map(|inner| backend.matrix_mut(inner)).transpose()?;
+            let wanted = match wanted {
+                Some((wanted, inner)) => Some((wanted, backend.matrix_mut(inner)?)),
+                None => None,
+            };
             let (v, out) = (backend.matrix::<T>(v)?, backend.matrix_mut(out)?);
-            backend.apply_packed(&self.packed, v, out, wanted, inner)
+            backend.apply_packed(&self.packed, v, out, wanted)
         })
     }
 }

@@ -29,7 +29,7 @@ use super::openmp::lock;
 use super::simd;
 use super::team::Team;
 use crate::element::Real;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::matrix::Matrix;
 use crate::terms::{Combination, Factor, FactoredTerm, Group, Way};
 
@@ -348,18 +348,6 @@ fn copied<T: Real>(factor: Factor<Matrix<'_, T>>) -> Result<Factor<Padded<T>>> {
     })
 }
 
-/// Makes factors, shared out among the threads.
-fn made<T: Real>(
-    team: &Team,
-    makers: Vec<impl FnOnce() -> Factor<Padded<T>> + Send>,
-) -> Vec<Factor<Padded<T>>> {
-    let mut factors: Vec<Option<Factor<Padded<T>>>> = Vec::new();
-    factors.resize_with(makers.len(), || None);
-    let tasks = factors.iter_mut().zip(makers).collect();
-    team.run(tasks, |(slot, make)| *slot = Some(make()));
-    factors.into_iter().flatten().collect()
-}
-
 /// What remains to be computed of L or M for a term.
 struct Step<T> {
     other: Factor<Padded<T>>,
@@ -496,9 +484,12 @@ impl<T: Real> PackedGroup<T> {
         let reduced = |(x, kept): (MatRef<'_, T>, &Vec<usize>)| {
             Padded::from_fn(kept.len(), kept.len(), |i, j| x[(kept[i], kept[j])])
         };
-        let makers = sides.map(|side| move || whole_or_thin(reduced(side).view()));
-        let factors = made(team, makers.collect());
-        assemble(factors, frame)
+        let mut factors: Vec<Option<Factor<Padded<T>>>> = Vec::new();
+        factors.resize_with(2 * terms.len(), || None);
+        team.run(factors.iter_mut().zip(sides).collect(), |(slot, side)| {
+            *slot = Some(whole_or_thin(reduced(side).view()));
+        });
+        assemble(factors.into_iter().flatten().collect(), frame)
     }
 
     /// Writes what is wanted of the product with V, and returns inner products with V.
@@ -667,9 +658,8 @@ fn assemble<T: Real>(
     let (mut factors, mut ways) = (factors.into_iter(), Vec::new());
     while let (Some(a), Some(g)) = (factors.next(), factors.next()) {
         let (a, g) = if frame.transposed { (g, a) } else { (a, g) };
-        let way = Way::of(a, g, [outputs, inputs], |x: &Padded<T>| x.columns);
-        let without = || Error::Internal("a term without a way to its product".to_owned());
-        ways.push(way.ok_or_else(without)?);
+        let size = [outputs, inputs];
+        ways.push(Way::of(a, g, size, |x: &Padded<T>| x.columns)?);
     }
     // The shared dimension of L and M: computed rows of M first, those of fixed roots after them.
     let computed: usize = ways.iter().map(|way| way.columns().0).sum();

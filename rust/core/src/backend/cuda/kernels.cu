@@ -341,6 +341,9 @@ struct MergedLayers {
     Merged layer[32];
 };
 
+// Threads that share a row. As in merging.rs.
+#define LANES 32
+
 // The other addresses: forward, and backward.
 enum Forward { BETA, ANCHOR, OUT };
 enum Backward { GRADIENT, TO_WEIGHT, TO_BIAS, TO_GAMMA, TO_BETA, TO_MEAN, TO_VARIANCE };
@@ -364,18 +367,18 @@ __device__ inline double centred(const Merged& layer, u64 own) {
     return at(layer.bias, own, 0.0) - at(layer.mean, own, 0.0);
 }
 
-// 32 threads to a row, of each layer's [D, K + 1].
+// LANES threads to a row, of each layer's [D, K + 1].
 extern "C" __global__ void merge(MergedLayers layers, u64 count, u64 rows)
 {
-    COLUMN(rows * 32)
-    const Merged& layer = layer_of(layers, count, column / 32);
-    u64 own = column / 32 - layer.first, inputs = layer.inputs;
+    COLUMN(rows * LANES)
+    const Merged& layer = layer_of(layers, count, column / LANES);
+    u64 own = column / LANES - layer.first, inputs = layer.inputs;
     const T* weight = (const T*)layer.weight + own * inputs;
     const T* anchor = (const T*)layer.others[ANCHOR] + own * (inputs + 1);
     T* out = (T*)layer.others[OUT] + own * (inputs + 1);
     double gain = at(layer.gamma, own, 1.0) * inverse_deviation(layer, own);
-    for (u64 k = column % 32; k < inputs; k += 32) out[k] = (T)gain * weight[k] - anchor[k];
-    if (column % 32 == 0) {
+    for (u64 k = column % LANES; k < inputs; k += LANES) out[k] = (T)gain * weight[k] - anchor[k];
+    if (column % LANES == 0) {
         double shift = at(layer.others[BETA], own, 0.0) + gain * centred(layer, own);
         out[inputs] = (T)shift - anchor[inputs];
     }
@@ -386,15 +389,15 @@ extern "C" __global__ void merge(MergedLayers layers, u64 count, u64 rows)
 extern "C" __global__ void merge_backward(
     MergedLayers layers, u64 count, u64 rows, double* partial)
 {
-    COLUMN(rows * 32)
-    const Merged& layer = layer_of(layers, count, column / 32);
-    u64 own = column / 32 - layer.first, inputs = layer.inputs;
+    COLUMN(rows * LANES)
+    const Merged& layer = layer_of(layers, count, column / LANES);
+    u64 own = column / LANES - layer.first, inputs = layer.inputs;
     const T* weight = (const T*)layer.weight + own * inputs;
     const T* gradient = (const T*)layer.others[GRADIENT] + own * (inputs + 1);
     T* to_weight = layer.others[TO_WEIGHT] ? (T*)layer.others[TO_WEIGHT] + own * inputs : 0;
     T gain = (T)(at(layer.gamma, own, 1.0) * inverse_deviation(layer, own));
     double sum = 0.0;
-    for (u64 k = column % 32; k < inputs; k += 32) {
+    for (u64 k = column % LANES; k < inputs; k += LANES) {
         if (to_weight) to_weight[k] = gain * gradient[k];
         sum += (double)gradient[k] * weight[k];
     }
@@ -411,7 +414,7 @@ extern "C" __global__ void merge_backward_rows(
     double of_shift = at(layer.others[GRADIENT], own * (layer.inputs + 1) + layer.inputs, 0.0);
     double inverse = inverse_deviation(layer, own), gain = at(layer.gamma, own, 1.0) * inverse;
     double of_gain = of_shift * centred(layer, own);
-    for (u64 lane = 0; lane < 32; ++lane) of_gain += partial[column * 32 + lane];
+    for (u64 lane = 0; lane < LANES; ++lane) of_gain += partial[column * LANES + lane];
     double values[5] = {gain * of_shift, inverse * of_gain, of_shift, -gain * of_shift,
                         -0.5 * gain * inverse * inverse * of_gain};
     for (int i = 0; i < 5; ++i) {

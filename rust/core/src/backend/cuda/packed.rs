@@ -15,7 +15,7 @@ use super::elements::blocks;
 use super::memory::DeviceMatrix;
 use super::queue::Cuda;
 use crate::element::Real;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::matrix::{Matrix, MatrixMut, Storage};
 use crate::terms::{Factor, FactoredTerm, Group, Way};
 
@@ -106,15 +106,10 @@ impl<T: Real> Packed<T> {
         drop(cuda.handles()?);
         let (mut whole, mut by_g, mut by_a) = (Vec::new(), Vec::new(), Vec::new());
         for &(a, g) in terms {
-            let way = Way::of(a, g, [height, inputs], |x: &Matrix<'_, T>| x.columns());
-            match way {
-                Some(Way::Whole { a, g }) => whole.push((cuda.copied(a)?, cuda.copied(g)?)),
-                Some(Way::ThroughG { root, other }) => by_g.push((root, other)),
-                Some(Way::ThroughA { root, other }) => by_a.push((root, other)),
-                None => {
-                    let message = "a term without a way to its product";
-                    return Err(Error::Internal(message.to_owned()));
-                }
+            match Way::of(a, g, [height, inputs], |x: &Matrix<'_, T>| x.columns())? {
+                Way::Whole { a, g } => whole.push((cuda.copied(a)?, cuda.copied(g)?)),
+                Way::ThroughG { root, other } => by_g.push((root, other)),
+                Way::ThroughA { root, other } => by_a.push((root, other)),
             }
         }
         Ok(Self {
