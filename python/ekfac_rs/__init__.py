@@ -25,10 +25,10 @@ from ekfac_rs.curvature import (
     estimate_curvature,
 )
 from ekfac_rs.description import Description, describe
-from ekfac_rs.errors import EkfacError
+from ekfac_rs.errors import EkfacError, StabilityWarning
 from ekfac_rs.learning import ContinualLearner
 from ekfac_rs.metrics import AccuracyMatrix
-from ekfac_rs.penalty import QuadraticPenalty, StabilityWarning
+from ekfac_rs.penalty import QuadraticPenalty
 
 __version__: str = build_info()["version"]
 

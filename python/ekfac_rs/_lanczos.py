@@ -12,6 +12,26 @@ from ekfac_rs.errors import NumericalError
 _FAR = 0.2
 # What is left of a product by so many roundings or less is nothing new.
 _ROUNDINGS = 8.0
+# What of a direction at random is put beside the one found last, to begin with.
+_RANDOM = 0.1
+
+
+def start_vector(size: int, like: Tensor, near: Tensor | None = None) -> Tensor:
+    """Return a direction to begin with; the user's random state stays as it is.
+
+    Parameters
+    ----------
+    size : int
+    like : Tensor
+        Of its dtype and device.
+    near : Tensor of shape (size,), optional
+        One that was found last, of a similar operator; another shape says nothing.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(size, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
+    if near is None or near.shape != start.shape:
+        return start
+    return near + start * (_RANDOM / _norm(start))
 
 
 def top_eigenvalue(
@@ -34,7 +54,7 @@ def top_eigenpair(
     tolerance: float = 1e-5,
     limit: float | None = None,
 ) -> tuple[float, Tensor]:
-    """Top eigenvalue of a positive semi-definite operator on vectors, from below, and its vector.
+    """Top eigenvalue of a symmetric operator on vectors, from below, and its vector.
 
     By Lanczos (Golub & Van Loan 2013, section 10.1). The vector has length 1, and the eigenvalue
     is its Rayleigh quotient.
@@ -48,7 +68,8 @@ def top_eigenpair(
     tolerance : float
         Stop when two more change the value by less than this share.
     limit : float, optional
-        Only which side of it the value is on matters: stop when that is settled.
+        Only which side of it the value is on matters: stop when that is settled. Of operators
+        that are positive semi-definite.
 
     Raises
     ------
@@ -76,7 +97,7 @@ def top_eigenpair(
         top, weights = _top_of_tridiagonal(diagonal, beside)
         size = _norm(w)
         # Twice in a row: it may rest for one product on its way.
-        at_rest = top - earlier_top <= tolerance * top
+        at_rest = top >= 0.0 and top - earlier_top <= tolerance * top
         settled = limit is not None and (top > limit or (i > 2 and top < _FAR * limit))
         if at_rest or settled or size <= rounding * top:
             break

@@ -1,7 +1,7 @@
 """The quadratic penalty around an anchor, as an autograd function over the Rust product."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, reduce
 from operator import add
 from typing import Any, Self
@@ -58,6 +58,7 @@ from ekfac_rs.errors import (
     NonFiniteError,
     OptionError,
     ShapeError,
+    StabilityWarning,
     UnknownLayerError,
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
@@ -67,13 +68,10 @@ from ekfac_rs.stability import (
     Situation,
     StableStep,
     StableSteps,
+    Together,
     View,
     top_eigenvalue_of_parameters,
 )
-
-
-class StabilityWarning(UserWarning):
-    """The learning rate is above what explicit SGD stands on this penalty."""
 
 
 class QuadraticPenalty:
@@ -181,6 +179,7 @@ class QuadraticPenalty:
         self._input_moments = _input_moments(curvatures[-1:], self._layers)
         self._top_eigenvalue: float | None = None
         self._stable = StableSteps()
+        self._together = Together(model, self._ranks)
         self._own: Curvature | None = None
         self._batches: dict[str, _LastBatch] = {}
         self._handles = []
@@ -330,7 +329,15 @@ class QuadraticPenalty:
         return {layer.name: self._operators[layer.name].describe() for layer in self._layers}
 
     @torch.no_grad()
-    def precondition(self, lr: float, own: Curvature | None = None) -> None:
+    def precondition(
+        self,
+        lr: float,
+        own: Curvature | None = None,
+        *,
+        loss: Callable[[], Tensor] | None = None,
+        momentum: float = 0.0,
+        step_lr: float | None = None,
+    ) -> None:
         """Make the next step of an optimiser stable on this penalty, whatever its learning rate.
 
         The gradients of each layer's parameters are multiplied by ``(I + lr K)^-1``, where ``K``
@@ -346,11 +353,30 @@ class QuadraticPenalty:
         Parameters
         ----------
         lr : float
-            The learning rate of the step to be made.
+            The learning rate of the step to be made, or the highest of a schedule for all of its
+            steps alike.
         own : Curvature, optional
             The present task's own, of some mini-batches: ``K`` holds it, too, and the step is
             stable on the new task's loss as far as this knows it. Natural gradient descent
             with a K-FAC, beside what earlier tasks hold on to.
+        loss : callable, optional
+            Returns the new task's loss of some mini-batch as the model is, a scalar:
+            ``lambda: criterion(model(x), y)``. Steps that are stable in every layer by itself
+            need not be so in all of them together. With this they are: the gradients of all
+            parameters are multiplied by the largest number up to 1 that makes them so. Called when
+            ``K`` is taken anew, for a few products with the loss's Hessian.
+        momentum : float
+            Of the optimiser, for ``loss``: heavy-ball steps are stable up to ``1 + momentum``
+            times as far.
+        step_lr : float, optional
+            The learning rate of this step, where ``lr`` is the highest of a schedule: a shorter
+            step has to be shortened less. Default: ``lr``.
+
+        Warns
+        -----
+        StabilityWarning
+            Once, where torch cannot differentiate the loss twice. Steps are then stable layer by
+            layer.
 
         Raises
         ------
@@ -361,10 +387,11 @@ class QuadraticPenalty:
             It lacks a layer, or has one of another shape.
         ModelChangedError
             There was no ``penalty()`` before, whose mini-batch it needs.
-        NumericalError
-            The products overflow.
+        NumericalError, NonFiniteError
+            The products overflow; the loss is not finite.
         OptionError
-            ``lr`` is negative or not finite; ``own`` is no curvature.
+            A number is negative or not finite, or ``step_lr`` above ``lr``; ``own`` is no
+            curvature, or ``loss`` returns no scalar with gradients.
 
         Examples
         --------
@@ -372,14 +399,29 @@ class QuadraticPenalty:
         >>> penalty.precondition(lr)  # doctest: +SKIP
         >>> optimizer.step()  # doctest: +SKIP
         """
-        require_nonnegative("lr", lr)
+        step_lr = lr if step_lr is None else step_lr
+        for name, value in (("lr", lr), ("momentum", momentum), ("step_lr", step_lr)):
+            require_nonnegative(name, value)
+        if step_lr > lr:
+            raise OptionError(f"step_lr: expected at most lr, {lr:g}, got {step_lr:g}")
         with without_autocast(self._layers[0].like.device):
             if not self._stable.steps:
                 self._stable.steps = {x.name: self._stable_step(x) for x in self._layers}
             if own is not self._own:
                 self._stable.take_own({} if own is None else self._checked_own(own))
                 self._own = own
-            self._stable.apply(lr, self.scale)
+            if self._stable.prepare(lr, self.scale):
+                self._together.forget()
+            shortening = 1.0
+            if loss is not None:
+                if self._together.top is None:
+                    steps = tuple(self._stable.steps.values())
+                    self._together.look(loss, steps, self._stable.prepared_lr)
+                shortening = self._together.shortening(step_lr / lr if lr else 1.0, momentum)
+            self._stable.apply(lr)
+            if shortening < 1.0:
+                gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+                torch._foreach_mul_(gradients, shortening)
 
     def _uses_batch(self, layer: AffineLayer, settled: bool = False) -> bool:
         """Whether a layer is merged by its mini-batch's statistics.

@@ -233,7 +233,10 @@ def test_missing_data_end_it_before_any_run(tmp_path, made):
 # The parts
 
 
-@pytest.mark.parametrize("name", PARTS)
+COMPARING = [name for name, part in PARTS.items() if len(part.preset.methods) > 1]
+
+
+@pytest.mark.parametrize("name", COMPARING)
 def test_every_part_is_a_fair_comparison_over_three_seeds(tmp_path, name):
     part = PARTS[name]
     for preset in (part.preset, part.quick):
@@ -247,6 +250,19 @@ def test_every_part_is_a_fair_comparison_over_three_seeds(tmp_path, name):
         assert preset.name.startswith("study")
     assert len(part.preset.seeds) >= 3
     assert "fine-tuning" in part.preset.methods
+
+
+@pytest.mark.parametrize("name", sorted(set(PARTS) - set(COMPARING)))
+def test_a_part_of_one_method_repeats_that_of_another_part_over_many_seeds(name):
+    part, repeated = PARTS[name], PARTS[name.removesuffix("-seeds")]
+    alike = dataclasses.replace(
+        part.preset, methods=repeated.preset.methods, seeds=repeated.preset.seeds
+    )
+    assert alike == repeated.preset
+    assert len(part.preset.seeds) >= 30
+    [method] = part.preset.methods
+    assert method in repeated.preset.methods
+    assert len(part.experiment.methods[method].settings(part.preset)) == 1
 
 
 def test_streams_of_the_same_images_find_each_others_grids(mnist_folder):

@@ -599,11 +599,11 @@ def test_a_checkpoint_that_cannot_be_is_refused(tmp_path):
 def test_the_mini_batches_of_an_own_curvature_are_read_from_files_of_now_and_before(written):
     x, y = torch.randn(2, 4), torch.zeros(2)
     inputs = Inputs((x,), {"mask": y})
-    own = OwnCurvature(lambda batches, generator: batches)
+    own = OwnCurvature(lambda batches, generator: batches, lambda batch: batch)
     own.at(Batch(inputs, y, 2), frozen=False)
     state = own.state_dict()
     if written == "before":
         state["batches"] = [(inputs, y)]
-    other = OwnCurvature(lambda batches, generator: batches)
+    other = OwnCurvature(lambda batches, generator: batches, lambda batch: batch)
     other.load_state_dict(state)
     assert other.at(Batch(inputs, y, 2), frozen=False) == ((inputs, y), (inputs, y))

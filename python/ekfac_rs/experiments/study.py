@@ -268,6 +268,8 @@ _QUICK_PERMUTED = dataclasses.replace(
     factor_examples=1_000,
 )
 _DEEP = (100,) * 6
+# Enough to see what diverges in one run of ten.
+_MANY_SEEDS, _SOME_SEEDS = tuple(range(30)), tuple(range(5))
 # One that needs no search, to be met in every part: what does best on permuted images.
 _WITHOUT_SEARCH = "scheduled-kfac-first-own-auto"
 _BEST = (
@@ -350,6 +352,20 @@ PARTS: dict[str, Part] = {
         dataclasses.replace(_PERMUTED, methods=_BEST, tasks=30),
         dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, tasks=6),
         "Does it last for many more tasks, at settings chosen on fewer?",
+    ),
+    "permuted-mnist-seeds": Part(
+        PermutedMnist,
+        dataclasses.replace(_PERMUTED, methods=(_WITHOUT_SEARCH,), seeds=_MANY_SEEDS),
+        dataclasses.replace(_QUICK_PERMUTED, methods=(_WITHOUT_SEARCH,), seeds=_SOME_SEEDS),
+        "Does what needs no search hold, whatever the seed?",
+    ),
+    "permuted-mnist-deep-seeds": Part(
+        PermutedMnist,
+        dataclasses.replace(_PERMUTED, methods=(_WITHOUT_SEARCH,), seeds=_MANY_SEEDS, hidden=_DEEP),
+        dataclasses.replace(
+            _QUICK_PERMUTED, methods=(_WITHOUT_SEARCH,), seeds=_SOME_SEEDS, hidden=_DEEP
+        ),
+        "And in the deeper network?",
     ),
     "split-cifar": Part(
         SplitCifar,

@@ -13,7 +13,7 @@ from ekfac_rs.batchnorm import device_of
 from ekfac_rs.batchnorm.statistics import restored_on_failure
 from ekfac_rs.errors import IncompatibleError, ModelChangedError, OptionError
 from ekfac_rs.learning import ContinualLearner
-from ekfac_rs.learning.optimization import highest_rate, require_plain_step
+from ekfac_rs.learning.optimization import Rates, require_plain_step
 from ekfac_rs.learning.protection import Protection
 from ekfac_rs.learning.watching import FiniteCheck
 from ekfac_rs.loading import Batch, Source
@@ -169,7 +169,7 @@ class LearnersPart:
             return  # Without a penalty, the step is the library's alone.
         self._finite.add(protection.steps_done, loss)
         protection.note(loss)
-        protection.before_step(lambda: self._noted_rate(optimizer))
+        protection.before_step(lambda: self._noted_rates(optimizer))
 
     def consolidate(self, loader: Source) -> None:
         """Close the task, as `ContinualLearner.consolidate`."""
@@ -250,7 +250,8 @@ class LearnersPart:
     def _read(self, mini_batch: Any) -> Batch:
         return next(self.learner._loader([mini_batch]).batches())
 
-    def _noted_rate(self, optimizer: Optimizer) -> float:
-        """Highest learning rate of the task's steps so far."""
-        self._highest_lr = max(self._highest_lr, highest_rate(optimizer))
-        return self._highest_lr
+    def _noted_rates(self, optimizer: Optimizer) -> Rates:
+        """Those of the next step, with the highest of the task's steps so far."""
+        rates = Rates.of(optimizer, self._highest_lr)
+        self._highest_lr = rates.highest
+        return rates

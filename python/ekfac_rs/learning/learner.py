@@ -186,10 +186,11 @@ class ContinualLearner:
         diverge in either case; for them "stable" turns steps away from what is held on to.
     own : bool
         Whether stable steps also count with the curvature of the task that is being learnt, taken
-        of the last four mini-batches from time to time (`QuadraticPenalty.precondition`): a
-        learning rate that its own loss would not bear, as with frozen BatchNorms, does not diverge
-        then, as far as that is seen in layers one by one: a deep network still can (docs/method.md,
-        stable step). Under a penalty alone, from the second task on, and with stable steps alone.
+        of the last four mini-batches from time to time, and are shortened where layers that are
+        stable one by one are not so together (`QuadraticPenalty.precondition`): a learning rate
+        that its own loss would not bear, as with frozen BatchNorms, does not diverge then. Under a
+        penalty alone, from the second task on, and with stable steps alone. Torch has to be able to
+        differentiate the loss twice, or a `StabilityWarning` says that nobody looks at the whole.
     optimizer : callable, optional
         Called as ``optimizer(parameters, lr=lr)`` when a task's training begins, with the list of
         the model's trainable parameters and the learning rate given to `fit`; returns a
@@ -708,7 +709,10 @@ class ContinualLearner:
                 process_group=self._ranks.group,
             )
 
-        return OwnCurvature(estimate, seed=self._ranks.number)
+        def loss(batch: Batch) -> Tensor:
+            return self.likelihood.loss(*self._outputs(batch))
+
+        return OwnCurvature(estimate, loss, seed=self._ranks.number)
 
     @own_modes()
     @_on_all_ranks

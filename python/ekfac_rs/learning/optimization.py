@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -34,6 +34,43 @@ def require_scheduler(scheduler: object) -> None:
     """Raise `OptionError` unless this is None, a schedule's name or makes schedulers."""
     if scheduler is not None and not callable(scheduler):
         require_choice("scheduler", scheduler, SCHEDULES)
+
+
+class Rates(NamedTuple):
+    """Learning rates of an optimiser's next step.
+
+    Attributes
+    ----------
+    highest : float
+        Of any group in any step of the task so far.
+    now : float
+        Of the fastest group.
+    momentum : float
+        That group's, where the optimiser is SGD; 0 of others.
+    """
+
+    highest: float
+    now: float
+    momentum: float
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, before: float) -> Self:
+        """Read them off an optimiser; ``before`` is the highest of earlier steps.
+
+        Raises
+        ------
+        OptionError
+            A group has no learning rate.
+        """
+        for number, group in enumerate(optimizer.param_groups):
+            if not _has_lr(group):
+                raise OptionError(
+                    f"optimizer: expected a number as 'lr' of every group, got {group.get('lr')!r} "
+                    f"in group {number} of {type(optimizer).__name__}; step='explicit' does without"
+                )
+        fastest = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
+        now, is_sgd = float(fastest["lr"]), isinstance(optimizer, torch.optim.SGD)
+        return cls(max(before, now), now, float(fastest["momentum"]) if is_sgd else 0.0)
 
 
 class Optimization:
@@ -84,23 +121,22 @@ class Optimization:
         self._note_lr()
 
     @property
-    def highest_lr(self) -> float:
-        """Highest learning rate that any group of parameters has had so far.
+    def rates(self) -> Rates:
+        """Those of the next step, with the highest that any group has had so far.
 
         Raises
         ------
         OptionError
             A group has none.
         """
-        highest_rate(self.optimizer)
-        return self._highest_lr
+        return Rates.of(self.optimizer, self._highest_lr)
 
     def sgd(self) -> tuple[float, float] | None:
         """Learning rate and momentum of SGD's fastest group; None where it is no SGD."""
         if not isinstance(self.optimizer, torch.optim.SGD):
             return None
-        fastest = max(self.optimizer.param_groups, key=lambda group: float(group["lr"]))
-        return self.highest_lr, float(fastest["momentum"])
+        rates = self.rates
+        return rates.highest, rates.momentum
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes on from step to step."""
@@ -144,23 +180,6 @@ class Optimization:
     def _note_lr(self) -> None:
         rates = [float(group["lr"]) for group in self.optimizer.param_groups if _has_lr(group)]
         self._highest_lr = max([self._highest_lr, *rates])
-
-
-def highest_rate(optimizer: Optimizer) -> float:
-    """Return the highest learning rate of an optimiser's groups.
-
-    Raises
-    ------
-    OptionError
-        A group has none.
-    """
-    for number, group in enumerate(optimizer.param_groups):
-        if not _has_lr(group):
-            raise OptionError(
-                f"optimizer: expected a number as 'lr' of every group, got {group.get('lr')!r} in "
-                f"group {number} of {type(optimizer).__name__}; step='explicit' does without"
-            )
-    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def half_cosine(share: float) -> float:

@@ -12,6 +12,7 @@ from ekfac_rs._modes import own_modes
 from ekfac_rs._ranks import Ranks
 from ekfac_rs.curvature import Curvature
 from ekfac_rs.errors import NonFiniteError, NumericalError
+from ekfac_rs.learning.optimization import Rates
 from ekfac_rs.learning.own import OwnCurvature
 from ekfac_rs.learning.watching import Copied
 from ekfac_rs.loading import Batch, Inputs
@@ -138,20 +139,21 @@ class Protection:
         if self._scaled is not None:
             self._scaled.note(loss)
 
-    def before_step(self, highest_lr: Callable[[], float]) -> None:
+    def before_step(self, rates: Callable[[], Rates]) -> None:
         """Make the gradients those of a stable step; what stays as it is gets none.
 
         Optimisers pass over what has no gradient: their groups and states stay their own.
 
         Parameters
         ----------
-        highest_lr : callable
-            Returns the highest learning rate so far; called for stable steps.
+        rates : callable
+            Returns the learning rates of the step; called for stable steps.
         """
-        if self._scaled is not None and self._stable:
-            self._scaled.precondition(highest_lr(), self._own_curvature)
         for parameter in self._still:
             parameter.grad = None
+        if self._scaled is not None and self._stable:
+            loss = None if self._own is None else self._own.loss
+            self._scaled.precondition(rates(), self._own_curvature, loss)
 
     def finish(self) -> None:
         """See to what has not been seen yet."""
@@ -282,9 +284,13 @@ class ScaledPenalty:
         self.penalty.scale = self._control.scale
         return self.penalty()
 
-    def precondition(self, lr: float, own: Curvature | None) -> None:
-        """As `QuadraticPenalty.precondition`."""
-        self.penalty.precondition(lr, own)
+    def precondition(
+        self, rates: Rates, own: Curvature | None, loss: Callable[[], Tensor] | None
+    ) -> None:
+        """As `QuadraticPenalty.precondition`, for the learning rates of a step."""
+        self.penalty.precondition(
+            rates.highest, own, loss=loss, momentum=rates.momentum, step_lr=rates.now
+        )
 
     def note(self, loss: Tensor) -> None:
         """Take a step's loss, and what its penalty predicted."""

@@ -311,7 +311,7 @@ class Training:
         self._optimization.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         self._ranks.average_gradients(p for p in self._model.parameters() if p.requires_grad)
-        self._protection.before_step(lambda: self._optimization.highest_lr)
+        self._protection.before_step(lambda: self._optimization.rates)
         self._optimization.step()
         self._protection.steps_done += 1
         self._begun()

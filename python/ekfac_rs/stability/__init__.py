@@ -2,6 +2,7 @@
 
 from ekfac_rs.stability.eigenvalue import Hessian, top_eigenvalue_of_parameters
 from ekfac_rs.stability.step import StableStep, StableSteps, next_look
+from ekfac_rs.stability.together import Together
 from ekfac_rs.stability.view import Situation, View
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Situation",
     "StableStep",
     "StableSteps",
+    "Together",
     "View",
     "next_look",
     "top_eigenvalue_of_parameters",

@@ -12,15 +12,13 @@ from ekfac_rs.errors import ModelChangedError, NumericalError
 from ekfac_rs.layers import AffineLayer
 from ekfac_rs.stability.bounds import Part, bound_of
 from ekfac_rs.stability.eigenvalue import Hessian, seen_from_parameters
-from ekfac_rs.stability.view import Situation, View
+from ekfac_rs.stability.view import Moves, Situation, View
 
 # Of the top eigenvalue of ``(I + lr K)^-1 lr H``: below 2, where even descent without momentum
 # is stable, with some room for what changes until the next look.
-_SAFE = 1.5
+SAFE = 1.5
 # Products with the Hessian to find it, and its accuracy.
 _PRODUCTS, _TOLERANCE = 16, 0.02
-# What of a direction at random is put beside the one found last, to begin with.
-_RANDOM = 0.1
 # Between two strengths that are tried, and how often one is raised before giving up.
 _FACTOR, _MOST_FACTORS = 1.5, 40
 
@@ -74,7 +72,9 @@ class StableStep:
         self._block, self._damping, self._like = block, damping, like
         self._hessian_at = hessian
         self._taken: tuple[float, Block | None] | None = None
+        self._view: View | None = None
         self._parts: list[Part] = []
+        self._lr = 0.0
         self._found: dict[bool, Tensor] = {}
         self.strength = 0.0
         self.top = 0.0
@@ -87,12 +87,12 @@ class StableStep:
         And penalties up to ``scale``, beside the present task's own curvature.
         """
         self._take(scale, own)
-        self._parts, self.top = [], 0.0
-        view = View(self._layer, situation if self._merged else None)
+        self._view = view = View(self._layer, situation if self._merged else None)
+        self._parts, self.top, self._lr = [], 0.0, lr
         if not view.parameters or self._bound.is_zero or lr == 0.0:
             return
         self.top = self._top(view, [], 0.0, lr)
-        if self.top <= _SAFE:
+        if self.top <= SAFE:
             return  # the explicit step is stable here
         # The strength is yet to be found, and may grow.
         parts = list(self._bound.parts(view, _FACTOR**2 * self.strength * lr))
@@ -108,17 +108,34 @@ class StableStep:
                 for parameter, gradient in part.scattered(X, gradients).items():
                     gradients[parameter].copy_(gradient)
 
+    def rooted(self, moves: Moves, *, transposed: bool) -> dict[nn.Parameter, Tensor]:
+        """Multiply moves of the layer's parameters by ``L``, or ``L^T``, as prepared.
+
+        ``L L^T`` is the inverse. What is not touched is left out.
+        """
+        return _rooted(self._parts, self.strength * self._lr, moves, transposed)
+
+    def penalised(self, moves: Moves) -> dict[nn.Parameter, Tensor]:
+        """Multiply moves of the layer's parameters by the penalty's Hessian, as prepared."""
+        assert self._view is not None
+        its_own = self._view.parameters
+        if not any(p in moves for p in its_own):
+            return {}
+        every = {p: moves[p] if p in moves else torch.zeros_like(p) for p in its_own}
+        seen = self._view.pulled(self._of_penalty(self._view.pushed(every)))
+        return {p: gradient for p, gradient in seen.items() if p in moves}
+
     def _take(self, scale: float, own: Block | None) -> None:
         if self._taken is not None and self._taken[0] == scale and self._taken[1] is own:
             return
         self._taken = scale, own
         blocks = [] if self._block is None else [(scale, self._block)]
-        self._hessian = self._hessian_at(scale)
+        self._hessian = self._of_penalty = self._hessian_at(scale)
         if own is not None:
             blocks.append((1.0, own))
             self._hessian = _sum_of(self._hessian, own.product)
         self._bound = bound_of(blocks, self._damping, self._like)
-        self._least_strength = 1.0 / (_SAFE * self._bound.terms)
+        self._least_strength = 1.0 / (SAFE * self._bound.terms)
         self.strength = self.strength or self._bound.terms**-0.5
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -134,10 +151,10 @@ class StableStep:
         strength = self.strength
         enough, top = at(strength)
         for _ in range(_MOST_FACTORS):
-            if top <= _SAFE:
+            if top <= SAFE:
                 break
             # With so many times more of K the eigenvalue is no less than divided by that.
-            least = math.floor(math.log(top / _SAFE) / math.log(_FACTOR))
+            least = math.floor(math.log(top / SAFE) / math.log(_FACTOR))
             strength *= _FACTOR ** max(1, least)
             enough, top = at(strength)
         else:
@@ -150,10 +167,10 @@ class StableStep:
             while strength > self._least_strength:
                 less = strength / _FACTOR
                 # With a share of K the eigenvalue is no larger than divided by that share.
-                while less > self._least_strength and top * strength * _FACTOR <= _SAFE * less:
+                while less > self._least_strength and top * strength * _FACTOR <= SAFE * less:
                     less /= _FACTOR
                 enough_of_less, less_top = at(less)
-                if less_top > _SAFE:
+                if less_top > SAFE:
                     break
                 strength, enough, top = less, enough_of_less, less_top
         self.strength, self.top = strength, top
@@ -163,24 +180,17 @@ class StableStep:
         """Top eigenvalue of ``L^T lr H L`` with ``L L^T = (I + lr strength K)^-1``."""
 
         def with_roots(v: Tensor, transposed: bool) -> Tensor:
-            gradients = view.unflattened(v)
-            for part in parts:
-                X = part.gathered(gradients)
-                if X is not None:
-                    root = part.operator.root_transposed if transposed else part.operator.root
-                    gradients |= part.scattered(root(X, lr * strength), gradients)
-            return view.flat(gradients)
+            moves = view.unflattened(v)
+            return view.flat(moves | _rooted(parts, lr * strength, moves, transposed))
 
         def product(v: Tensor) -> Tensor:
             moved = seen_from_parameters(view, self._hessian, with_roots(v, transposed=False))
             return with_roots(moved, transposed=True)
 
         # From one strength, and one look, to the next the top direction turns a little.
-        start, found = view.start(), self._found.get(bool(parts))
-        if found is not None and found.shape == start.shape:
-            start = found + start * (_RANDOM / torch.linalg.vector_norm(start))
+        start = view.start(near=self._found.get(bool(parts)))
         top, self._found[bool(parts)] = top_eigenpair(
-            product, start, _PRODUCTS, _TOLERANCE, _SAFE / lr
+            product, start, _PRODUCTS, _TOLERANCE, SAFE / lr
         )
         return lr * top
 
@@ -191,12 +201,30 @@ def next_look(count: int) -> int:
     return count + min(_INTERVAL, max(_FIRST_INTERVAL, count))
 
 
+def _rooted(
+    parts: Sequence[Part], c: float, moves: Moves, transposed: bool
+) -> dict[nn.Parameter, Tensor]:
+    """Multiply moves by the roots of ``(I + c K)^-1``: each parameter is in one part."""
+    rooted: dict[nn.Parameter, Tensor] = {}
+    for part in parts:
+        X = part.gathered(moves)
+        if X is not None:
+            root = part.operator.root_transposed if transposed else part.operator.root
+            rooted |= part.scattered(root(X, c), moves)
+    return rooted
+
+
 def _sum_of(first: Hessian, second: Hessian) -> Hessian:
     return lambda V: first(V).add_(second(V.contiguous()))
 
 
 class StableSteps:
-    """The layers' stable steps, and when they look at the model anew."""
+    """The layers' stable steps, and when they look at the model anew.
+
+    Attributes
+    ----------
+    steps : dict of str to StableStep
+    """
 
     def __init__(self) -> None:
         self.steps: dict[str, StableStep] = {}
@@ -220,16 +248,26 @@ class StableSteps:
         """Take the present task's own curvature, for all steps until another is taken."""
         self._own, self._prepared = own, None
 
-    def apply(self, lr: float, scale: float) -> None:
-        """Multiply the gradients of all layers, for a learning rate and a penalty's scale."""
+    @property
+    def prepared_lr(self) -> float:
+        """Up to which learning rate the steps are ready."""
+        return 0.0 if self._prepared is None else self._prepared[0]
+
+    def prepare(self, lr: float, scale: float) -> bool:
+        """Make the steps ready for a learning rate and a penalty's scale; return whether anew."""
         if not self._situations:
             raise ModelChangedError("precondition: expected a call of penalty() before, got none")
-        if not self._is_prepared(lr, scale):
-            lr_and_scale = self._with_headroom(lr, scale)
-            self._prepared = None  # One that fails leaves steps half prepared.
-            for name, step in self.steps.items():
-                step.prepare(self._situations[name], *lr_and_scale, self._own.get(name))
-            self._prepared = lr_and_scale
+        if self._is_prepared(lr, scale):
+            return False
+        lr_and_scale = self._with_headroom(lr, scale)
+        self._prepared = None  # One that fails leaves steps half prepared.
+        for name, step in self.steps.items():
+            step.prepare(self._situations[name], *lr_and_scale, self._own.get(name))
+        self._prepared = lr_and_scale
+        return True
+
+    def apply(self, lr: float) -> None:
+        """Multiply the gradients of all layers, for a learning rate that they are ready for."""
         for step in self.steps.values():
             step.apply(lr)
         self._count += 1

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ekfac_rs._lanczos import start_vector
 from ekfac_rs._tensors import accumulation_dtype
 from ekfac_rs.layers import AffineLayer
 
@@ -175,12 +176,11 @@ class View:
         parts = torch.split(v, [p.numel() for p in self.parameters])
         return {p: part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)}
 
-    def start(self) -> Tensor:
-        """Return a direction to begin with; the user's random state stays as it is."""
-        generator = torch.Generator("cpu").manual_seed(0)
+    def start(self, near: Tensor | None = None) -> Tensor:
+        """Return a direction to begin with, as `start_vector`."""
         size = sum(p.numel() for p in self.parameters)
-        start = torch.randn(size, generator=generator, dtype=self._dtype, device="cpu")
-        return start.to(self.layer.like.device)
+        like = torch.empty(0, dtype=self._dtype, device=self.layer.like.device)
+        return start_vector(size, like, near)
 
 
 def _trainable(parameter: nn.Parameter | None) -> nn.Parameter | None:
