@@ -57,3 +57,15 @@ def classification_loader(
     x = torch.randn(examples, inputs, generator=generator, dtype=torch.float64).to(dtype)
     y = torch.randint(classes, (examples,), generator=generator)
     return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean of what it sees, in a buffer that no BatchNorm has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average.lerp_(x.detach().mean().to(self.average), 0.1)
+        return x

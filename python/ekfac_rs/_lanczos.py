@@ -99,7 +99,8 @@ def top_eigenpair(
         # Twice in a row: it may rest for one product on its way.
         at_rest = top >= 0.0 and top - earlier_top <= tolerance * top
         settled = limit is not None and (top > limit or (i > 2 and top < _FAR * limit))
-        if at_rest or settled or size <= rounding * top:
+        largest = max(map(abs, (*diagonal, *beside)))
+        if at_rest or settled or size <= rounding * largest:
             break
         if i + 1 < len(basis):
             beside.append(size)

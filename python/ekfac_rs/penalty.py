@@ -70,6 +70,7 @@ from ekfac_rs.stability import (
     StableSteps,
     Together,
     View,
+    reach_of,
     top_eigenvalue_of_parameters,
 )
 
@@ -280,35 +281,37 @@ class QuadraticPenalty:
             self._top_eigenvalue = max(op.top_eigenvalue() for op in self._operators.values())
         return self.scale * self._top_eigenvalue + self.damping
 
-    def max_stable_lr(self, momentum: float = 0.0) -> float:
+    def max_stable_lr(self, momentum: float = 0.0, *, nesterov: bool = False) -> float:
         """Learning rate above which explicit SGD on the penalty alone diverges at the anchor.
 
         ``2 (1 + momentum) / top``, the bound of gradient descent with heavy-ball momentum on a
-        quadratic (Polyak 1964), where ``top`` is the top eigenvalue of the penalty's Hessian in
-        the model's own parameters: a step of ``W`` moves the merged weights by the gain
-        ``gamma / sigma``, once in the gradient and once in the weights. Layers are taken one by
-        one, BatchNorms in the mode they are in. In train mode their statistics follow the weights
+        quadratic (Polyak 1964), divided by ``1 + 2 momentum`` for Nesterov's. ``top`` is the top
+        eigenvalue of the penalty's Hessian in the model's own parameters: a step of ``W`` moves the
+        merged weights by the gain ``gamma / sigma``, once in the gradient and once in the weights.
+        Layers are taken one by one, BatchNorms in the mode they are in. In train mode their
+        statistics follow the weights
         as on the last curvature's data; with a diagonal one, with eigenvalues or nearest factors
         (see `estimate_curvature`) and with what `compress_curvatures` made, which do
         not know the inputs, and in eval mode they are constants. Infinite for a zero penalty.
         """
         top = max(self._top_eigenvalue_of_parameters(layer) for layer in self._layers)
-        return 2.0 * (1.0 + momentum) / top if top > 0.0 else float("inf")
+        return 2.0 * reach_of(momentum, nesterov) / top if top > 0.0 else float("inf")
 
-    def check_lr(self, lr: float, momentum: float = 0.0) -> bool:
+    def check_lr(self, lr: float, momentum: float = 0.0, *, nesterov: bool = False) -> bool:
         """Warn with `StabilityWarning` if ``lr`` exceeds `max_stable_lr`; return whether it holds.
 
         Parameters
         ----------
         lr : float
         momentum : float
+        nesterov : bool
         """
-        bound = self.max_stable_lr(momentum)
+        bound = self.max_stable_lr(momentum, nesterov=nesterov)
         if lr <= bound:
             return True
         warnings.warn(
             f"lr {lr:g} exceeds {bound:g}, above which SGD is unstable on this penalty "
-            f"(momentum {momentum:g})",
+            f"({'Nesterov ' if nesterov else ''}momentum {momentum:g})",
             StabilityWarning,
             stacklevel=2,
         )
@@ -336,6 +339,7 @@ class QuadraticPenalty:
         *,
         loss: Callable[[], Tensor] | None = None,
         momentum: float = 0.0,
+        nesterov: bool = False,
         step_lr: float | None = None,
     ) -> None:
         """Make the next step of an optimiser stable on this penalty, whatever its learning rate.
@@ -361,13 +365,16 @@ class QuadraticPenalty:
             with a K-FAC, beside what earlier tasks hold on to.
         loss : callable, optional
             Returns the new task's loss of some mini-batch as the model is, a scalar:
-            ``lambda: criterion(model(x), y)``. Steps that are stable in every layer by itself
-            need not be so in all of them together. With this they are: the gradients of all
-            parameters are multiplied by the largest number up to 1 that makes them so. Called when
-            ``K`` is taken anew, for a few products with the loss's Hessian.
-        momentum : float
-            Of the optimiser, for ``loss``: heavy-ball steps are stable up to ``1 + momentum``
-            times as far.
+            ``lambda: criterion(model(x), y)``, without the penalty. Steps that are stable in every
+            layer by itself need not be so in all of them together. With this they are, as far as
+            the mini-batch tells: the gradients of all parameters are multiplied by the largest
+            number up to 1 that makes them so, by at most twice what it was at the look before.
+            Called, under the caller's autocast, when ``K`` is taken anew and where ``lr`` has
+            fallen far, for a few products with the loss's Hessian; hooks of parameters see these.
+            Random states and the model's buffers stay as they are. What is marked
+            ``once_differentiable`` counts as constant there.
+        momentum, nesterov : float, bool
+            Of the optimiser, for ``loss``, as in `max_stable_lr`.
         step_lr : float, optional
             The learning rate of this step, where ``lr`` is the highest of a schedule: a shorter
             step has to be shortened less. Default: ``lr``.
@@ -375,8 +382,8 @@ class QuadraticPenalty:
         Warns
         -----
         StabilityWarning
-            Once, where torch cannot differentiate the loss twice. Steps are then stable layer by
-            layer.
+            Once, where the loss has no second derivative that torch knows, or not a finite one.
+            Steps are then stable layer by layer.
 
         Raises
         ------
@@ -390,8 +397,9 @@ class QuadraticPenalty:
         NumericalError, NonFiniteError
             The products overflow; the loss is not finite.
         OptionError
-            A number is negative or not finite, or ``step_lr`` above ``lr``; ``own`` is no
-            curvature, or ``loss`` returns no scalar with gradients.
+            A number is negative or not finite, ``momentum`` above 1 or ``step_lr`` above ``lr``;
+            ``own`` is no curvature; ``loss`` cannot be called, or returns no scalar with gradients
+            of the model's parameters.
 
         Examples
         --------
@@ -402,22 +410,39 @@ class QuadraticPenalty:
         step_lr = lr if step_lr is None else step_lr
         for name, value in (("lr", lr), ("momentum", momentum), ("step_lr", step_lr)):
             require_nonnegative(name, value)
+        if momentum > 1.0:
+            raise OptionError(f"momentum: expected at most 1, got {momentum:g}")
         if step_lr > lr:
             raise OptionError(f"step_lr: expected at most lr, {lr:g}, got {step_lr:g}")
-        with without_autocast(self._layers[0].like.device):
+        if loss is not None and not callable(loss):
+            raise OptionError(
+                f"loss: expected a callable that returns it, got a {type(loss).__name__}"
+            )
+        device = self._layers[0].like.device
+        of_caller = torch.autocast(
+            device.type,
+            dtype=torch.get_autocast_dtype(device.type),
+            enabled=torch.is_autocast_enabled(device.type),
+        )
+        with without_autocast(device):
             if not self._stable.steps:
                 self._stable.steps = {x.name: self._stable_step(x) for x in self._layers}
             if own is not self._own:
                 self._stable.take_own({} if own is None else self._checked_own(own))
                 self._own = own
-            if self._stable.prepare(lr, self.scale):
+            are_new = self._stable.prepare(lr, self.scale)
+            if are_new:
                 self._together.forget()
             shortening = 1.0
             if loss is not None:
-                if self._together.top is None:
-                    steps = tuple(self._stable.steps.values())
-                    self._together.look(loss, steps, self._stable.prepared_lr)
-                shortening = self._together.shortening(step_lr / lr if lr else 1.0, momentum)
+                shortening = self._together.shortening(
+                    of_caller(loss),
+                    tuple(self._stable.steps.values()),
+                    lr,
+                    step_lr,
+                    self._stable.prepared_lr,
+                    reach_of(momentum, nesterov),
+                )
             self._stable.apply(lr)
             if shortening < 1.0:
                 gradients = [p.grad for p in self._model.parameters() if p.grad is not None]

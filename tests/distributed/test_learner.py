@@ -42,11 +42,11 @@ def outcome(learner, history=None):
     }
 
 
-def learnt(model, tasks, process_group=None, **options):
+def learnt(model, tasks, process_group=None, epochs=2, **options):
     torch.manual_seed(0)
     learner = ek.ContinualLearner(model, process_group=process_group, **options)
     for loader in tasks:
-        history = learner.fit(loader, epochs=2, lr=0.2)
+        history = learner.fit(loader, epochs=epochs, lr=0.2)
         learner.consolidate(loader)
     accuracies = learner.evaluate(tasks)
     return outcome(learner, [history, accuracies])
@@ -57,6 +57,8 @@ def learnt(model, tasks, process_group=None, **options):
 LEARNERS = {
     "auto": {"scale": "auto", "freeze_bn_after": 0.5, "weights": "first"},
     "adaptive": {"scale": "adaptive", "own": True, "correction": "eigenvalues"},
+    # Long enough for a second look, with BatchNorms on and frozen.
+    "own": {"own": True, "epochs": 10, "freeze_bn_after": 0.6, "damping": 0.01},
     "halving": {"scale": ek.scales.Halving(start=8.0, tolerance=0.0, tries=2), "step": "explicit"},
     "heads": {"head": "new", "max_terms": 1, "approximation": "kfac-expand"},
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 import ekfac_rs as ek
 from cases import APPROXIMATIONS, NETWORKS
+from nets import Averaging, classification_loader
 from oracle import Batch
 
 
@@ -216,3 +217,15 @@ def test_the_snapshot_notices_a_training_step(batches):
     x, y = batches[0]
     nn.functional.cross_entropy(model(x), y).backward()
     assert changes(before, snapshot(model)) == ["state", "gradients"]
+
+
+def test_what_other_modules_count_in_buffers_stays():
+    model = nn.Sequential(nn.Linear(4, 5), Averaging(), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    loader = classification_loader(4, 3, dtype=torch.float32)
+    model(loader[0][0])
+    before = snapshot(model)
+    ek.estimate_curvature(model, loader)
+    ek.reparameterize(model, loader)
+    ek.describe(model, example=loader[0][0])
+    assert torch.equal(model[1].average, before["state"]["1.average"])
+    assert not torch.equal(model[2].running_mean, before["state"]["2.running_mean"])

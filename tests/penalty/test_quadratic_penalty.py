@@ -160,14 +160,14 @@ def test_top_eigenvalue_against_the_dense_hessian():
 # --- the largest stable learning rate, in the model's own parameters ------------------------------
 
 
-def diverges(model, x, penalty, lr, momentum):
+def diverges(model, x, penalty, lr, momentum, nesterov=False):
     """Whether gradient descent from near the anchor takes the penalty up.
 
     Only at first: a layer before a BatchNorm grows when it is thrown about, which slows its steps
     down until they are stable again.
     """
     move(model, size=1e-5)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, nesterov=nesterov)
     values = []
     for _ in range(120):
         model(x)
@@ -194,6 +194,16 @@ def test_sgd_diverges_just_above_max_stable_lr_and_not_below(name, gain, trainin
         with ek.QuadraticPenalty(other, curvature, anchor) as penalty:
             lr = factor * penalty.max_stable_lr(momentum)
             assert diverges(other, x, penalty, lr, momentum) == expected, factor
+
+
+@pytest.mark.parametrize("name", ["Linear", "Linear without bias"])
+def test_nesterovs_momentum_is_stable_less_far(name):
+    model, x, curvature, anchor = one_layer(name, 1.0)
+    for factor, expected in ((0.9, False), (1.1, True)):
+        other = copy.deepcopy(model).eval()
+        with ek.QuadraticPenalty(other, curvature, anchor) as penalty:
+            lr = factor * penalty.max_stable_lr(0.9, nesterov=True)
+            assert diverges(other, x, penalty, lr, 0.9, nesterov=True) == expected, factor
 
 
 @pytest.mark.parametrize("gain", [0.05, 30.0])

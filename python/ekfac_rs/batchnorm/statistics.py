@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -43,10 +44,22 @@ def in_own_pass() -> bool:
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Restore train/eval flags, BatchNorm tracking and random states, whatever happens inside."""
+    """Restore train/eval flags, buffers and random states, whatever happens inside.
+
+    Buffers are those of other modules than BatchNorms, whose statistics are protected (see
+    `use_batch_statistics`), or are what passes are made for.
+    """
     outer = _passing.set(True)
     modes = {module: module.training for module in model.modules()}
     tracking = {m: m.track_running_stats for m in modes if isinstance(m, _BatchNorm)}
+    others = [
+        buffer
+        for module in modes
+        if module not in tracking
+        for buffer in module.buffers(recurse=False)
+        if not is_lazy(buffer)
+    ]
+    before = [(_version(b), b, values) for b, values in kept(others)]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=cuda_devices):
@@ -57,9 +70,20 @@ def as_found(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for batchnorm, tracks in tracking.items():
                 batchnorm.track_running_stats = tracks
+            put_back([(b, values) for version, b, values in before if _is_written(b, version)])
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             _passing.reset(outer)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return a number that every write in place changes; None where nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _is_written(tensor: Tensor, since: int | None) -> bool:
+    version = _version(tensor)
+    return version is None or version != since
 
 
 def frozen_batchnorms(model: nn.Module) -> tuple[str, ...]:

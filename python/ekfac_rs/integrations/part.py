@@ -126,8 +126,7 @@ class LearnersPart:
         self._unfinished = None
         for optimizer in optimizers:
             if isinstance(optimizer, torch.optim.SGD):
-                for group in optimizer.param_groups:
-                    protection.check_lr(float(group["lr"]), float(group["momentum"]))
+                protection.check_lr(Rates.of(optimizer, 0.0))
 
     def before_forward(self, mini_batch: Any) -> None:
         """See to a mini-batch before the model is called with it.

@@ -188,7 +188,7 @@ class ContinualLearner:
         Whether stable steps also count with the curvature of the task that is being learnt, taken
         of the last four mini-batches from time to time, and are shortened where layers that are
         stable one by one are not so together (`QuadraticPenalty.precondition`): a learning rate
-        that its own loss would not bear, as with frozen BatchNorms, does not diverge then. Under a
+        that its own loss would not bear, as with frozen BatchNorms, seldom diverges then. Under a
         penalty alone, from the second task on, and with stable steps alone. Torch has to be able to
         differentiate the loss twice, or a `StabilityWarning` says that nobody looks at the whole.
     optimizer : callable, optional
@@ -620,9 +620,8 @@ class ContinualLearner:
             self.scheduler,
         )
         cleanup.callback(model.zero_grad, set_to_none=True)
-        sgd = optimization.sgd()
-        if sgd is not None:
-            protection.check_lr(*sgd)
+        if optimization.is_sgd:
+            protection.check_lr(optimization.rates)
         training = Training(
             model,
             self.likelihood,
@@ -696,6 +695,8 @@ class ContinualLearner:
         def estimate(
             batches: Sequence[tuple[Inputs, Tensor]], generator: torch.Generator
         ) -> Curvature:
+            # Between two passes each rank's BatchNorms have statistics of their own.
+            self._ranks.broadcast_(self.model.buffers(), "buffers")
             return estimate_curvature(
                 self.model,
                 batches,

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ekfac_rs._checks import require_choice
 from ekfac_rs.errors import IncompatibleError, OptionError
+from ekfac_rs.stability import reach_of
 
 # Called as ``optimizer(parameters, lr=lr)``, as torch's own classes can be.
 MakesOptimizer = Callable[..., Optimizer]
@@ -45,13 +46,15 @@ class Rates(NamedTuple):
         Of any group in any step of the task so far.
     now : float
         Of the fastest group.
-    momentum : float
-        That group's, where the optimiser is SGD; 0 of others.
+    momentum, nesterov : float, bool
+        Of SGD's group whose steps go farthest, measured by how far they would be stable; 0 and
+        False of other optimisers.
     """
 
     highest: float
     now: float
     momentum: float
+    nesterov: bool
 
     @classmethod
     def of(cls, optimizer: Optimizer, before: float) -> Self:
@@ -68,9 +71,13 @@ class Rates(NamedTuple):
                     f"optimizer: expected a number as 'lr' of every group, got {group.get('lr')!r} "
                     f"in group {number} of {type(optimizer).__name__}; step='explicit' does without"
                 )
-        fastest = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
-        now, is_sgd = float(fastest["lr"]), isinstance(optimizer, torch.optim.SGD)
-        return cls(max(before, now), now, float(fastest["momentum"]) if is_sgd else 0.0)
+        groups = optimizer.param_groups
+        now = max(float(group["lr"]) for group in groups)
+        if not isinstance(optimizer, torch.optim.SGD):
+            return cls(max(before, now), now, 0.0, False)
+        kinds = [(float(x["lr"]), float(x["momentum"]), bool(x["nesterov"])) for x in groups]
+        _, momentum, nesterov = max(kinds, key=lambda kind: kind[0] / reach_of(*kind[1:]))
+        return cls(max(before, now), now, momentum, nesterov)
 
 
 class Optimization:
@@ -131,12 +138,10 @@ class Optimization:
         """
         return Rates.of(self.optimizer, self._highest_lr)
 
-    def sgd(self) -> tuple[float, float] | None:
-        """Learning rate and momentum of SGD's fastest group; None where it is no SGD."""
-        if not isinstance(self.optimizer, torch.optim.SGD):
-            return None
-        rates = self.rates
-        return rates.highest, rates.momentum
+    @property
+    def is_sgd(self) -> bool:
+        """Whether steps grow with the gradient."""
+        return isinstance(self.optimizer, torch.optim.SGD)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes on from step to step."""

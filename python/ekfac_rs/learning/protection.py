@@ -101,10 +101,10 @@ class Protection:
         self._frozen: list[nn.Module] | None = None
         self._still: list[nn.Parameter] = []
 
-    def check_lr(self, lr: float, momentum: float) -> None:
+    def check_lr(self, rates: Rates) -> None:
         """Warn where explicit steps of SGD are too long for the penalty."""
         if self._scaled is not None and not self._stable:
-            self._scaled.penalty.check_lr(lr, momentum)
+            self._scaled.penalty.check_lr(rates.highest, rates.momentum, nesterov=rates.nesterov)
 
     def before_forward(self, read: Callable[[], Batch]) -> None:
         """Freeze BatchNorms where it is time, and see to the task's own curvature.
@@ -289,7 +289,12 @@ class ScaledPenalty:
     ) -> None:
         """As `QuadraticPenalty.precondition`, for the learning rates of a step."""
         self.penalty.precondition(
-            rates.highest, own, loss=loss, momentum=rates.momentum, step_lr=rates.now
+            rates.highest,
+            own,
+            loss=loss,
+            momentum=rates.momentum,
+            nesterov=rates.nesterov,
+            step_lr=rates.now,
         )
 
     def note(self, loss: Tensor) -> None:

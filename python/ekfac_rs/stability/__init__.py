@@ -2,7 +2,7 @@
 
 from ekfac_rs.stability.eigenvalue import Hessian, top_eigenvalue_of_parameters
 from ekfac_rs.stability.step import StableStep, StableSteps, next_look
-from ekfac_rs.stability.together import Together
+from ekfac_rs.stability.together import Together, reach_of
 from ekfac_rs.stability.view import Situation, View
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "Together",
     "View",
     "next_look",
+    "reach_of",
     "top_eigenvalue_of_parameters",
 ]

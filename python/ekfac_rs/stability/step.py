@@ -74,7 +74,6 @@ class StableStep:
         self._taken: tuple[float, Block | None] | None = None
         self._view: View | None = None
         self._parts: list[Part] = []
-        self._lr = 0.0
         self._found: dict[bool, Tensor] = {}
         self.strength = 0.0
         self.top = 0.0
@@ -88,7 +87,7 @@ class StableStep:
         """
         self._take(scale, own)
         self._view = view = View(self._layer, situation if self._merged else None)
-        self._parts, self.top, self._lr = [], 0.0, lr
+        self._parts, self.top = [], 0.0
         if not view.parameters or self._bound.is_zero or lr == 0.0:
             return
         self.top = self._top(view, [], 0.0, lr)
@@ -108,12 +107,12 @@ class StableStep:
                 for parameter, gradient in part.scattered(X, gradients).items():
                     gradients[parameter].copy_(gradient)
 
-    def rooted(self, moves: Moves, *, transposed: bool) -> dict[nn.Parameter, Tensor]:
-        """Multiply moves of the layer's parameters by ``L``, or ``L^T``, as prepared.
+    def rooted(self, moves: Moves, lr: float, *, transposed: bool) -> dict[nn.Parameter, Tensor]:
+        """Multiply moves of the layer's parameters by ``L``, or ``L^T``.
 
-        ``L L^T`` is the inverse. What is not touched is left out.
+        ``L L^T`` is the inverse that `apply` multiplies by. What is not touched is left out.
         """
-        return _rooted(self._parts, self.strength * self._lr, moves, transposed)
+        return _rooted(self._parts, self.strength * lr, moves, transposed)
 
     def penalised(self, moves: Moves) -> dict[nn.Parameter, Tensor]:
         """Multiply moves of the layer's parameters by the penalty's Hessian, as prepared."""
