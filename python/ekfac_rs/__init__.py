@@ -25,10 +25,11 @@ from ekfac_rs.curvature import (
     estimate_curvature,
 )
 from ekfac_rs.description import Description, describe
-from ekfac_rs.errors import EkfacError, StabilityWarning
+from ekfac_rs.errors import EkfacError
 from ekfac_rs.learning import ContinualLearner
 from ekfac_rs.metrics import AccuracyMatrix
 from ekfac_rs.penalty import QuadraticPenalty
+from ekfac_rs.stability import StabilityWarning
 
 __version__: str = build_info()["version"]
 

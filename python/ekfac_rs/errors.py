@@ -1,4 +1,4 @@
-"""Every exception ekfac_rs raises, under one base class, and its warning.
+"""Every exception ekfac_rs raises, under one base class.
 
 Each also derives from the built-in exception its users would expect, so
 ``except ValueError`` keeps working. Messages name the layer or argument, what
@@ -24,7 +24,6 @@ __all__ = [
     "OptionError",
     "OutOfMemoryError",
     "ShapeError",
-    "StabilityWarning",
     "UnknownLayerError",
     "UnsupportedLayerError",
     "UnsupportedLossError",
@@ -115,7 +114,3 @@ class MissingPackageError(EkfacError, ImportError):
 
 class FileFormatError(EkfacError, OSError):
     """A file is truncated, corrupted or not one of ours."""
-
-
-class StabilityWarning(UserWarning):
-    """Steps may diverge: on the penalty, or where nobody can see whether they do."""

@@ -58,7 +58,6 @@ from ekfac_rs.errors import (
     NonFiniteError,
     OptionError,
     ShapeError,
-    StabilityWarning,
     UnknownLayerError,
 )
 from ekfac_rs.layers import COORDINATES, AffineLayer, bind_layers, find_layers
@@ -66,6 +65,7 @@ from ekfac_rs.layers.dataflow import removed_afterwards
 from ekfac_rs.stability import (
     Hessian,
     Situation,
+    StabilityWarning,
     StableStep,
     StableSteps,
     Together,

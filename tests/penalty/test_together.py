@@ -9,8 +9,9 @@ from torch import nn
 from torch.func import functional_call
 
 import ekfac_rs as ek
+from ekfac_rs import StabilityWarning
 from ekfac_rs._lanczos import start_vector, top_eigenpair
-from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError, StabilityWarning
+from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
 from ekfac_rs.experiments.data import image_features, load_mnist_subset
 from nets import Averaging, classification_loader, mlp
 

@@ -339,9 +339,11 @@ PARTS: dict[str, Part] = {
         dataclasses.replace(
             _PERMUTED,
             methods=(
-                *("fine-tuning", "ewc", "kfac-frozen", "kfac-train", "xkfac", "xkfac-explicit"),
-                _WITHOUT_SEARCH,
+                *("fine-tuning", "ewc", "kfac-frozen", "kfac-frozen-own", "kfac-train", "xkfac"),
+                *("xkfac-explicit", "scheduled-kfac-first-own", _WITHOUT_SEARCH),
             ),
+            # What is best in one epoch diverges in two, here.
+            finalists=3,
             hidden=_DEEP,
         ),
         dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, hidden=_DEEP),

@@ -2,12 +2,13 @@
 
 from ekfac_rs.stability.eigenvalue import Hessian, top_eigenvalue_of_parameters
 from ekfac_rs.stability.step import StableStep, StableSteps, next_look
-from ekfac_rs.stability.together import Together, reach_of
+from ekfac_rs.stability.together import StabilityWarning, Together, reach_of
 from ekfac_rs.stability.view import Situation, View
 
 __all__ = [
     "Hessian",
     "Situation",
+    "StabilityWarning",
     "StableStep",
     "StableSteps",
     "Together",

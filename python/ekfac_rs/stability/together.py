@@ -15,7 +15,7 @@ from ekfac_rs._modes import own_modes
 from ekfac_rs._ranks import Ranks
 from ekfac_rs._tensors import accumulation_dtype, put_back
 from ekfac_rs.batchnorm.statistics import as_found, kept_statistics
-from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError, StabilityWarning
+from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
 from ekfac_rs.stability.step import SAFE, StableStep
 from ekfac_rs.stability.view import Moves
 
@@ -31,6 +31,10 @@ _ALIKE = 2.0
 _SECOND = re.compile(r"derivative|differentiate twice|double backward|incompatible with \.grad")
 
 Loss = Callable[[], Tensor]
+
+
+class StabilityWarning(UserWarning):
+    """Steps may diverge: on the penalty, or where nobody can see whether they do."""
 
 
 @dataclass(frozen=True)
