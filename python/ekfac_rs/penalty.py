@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ekfac_rs._checks import (
     is_finite,
@@ -204,6 +203,8 @@ class QuadraticPenalty:
 
     def __call__(self) -> Tensor:
         """Value of the penalty at the model's current weights, a differentiable scalar.
+
+        Differentiable once: a backward pass with ``create_graph=True`` raises `OptionError`.
 
         Raises
         ------
@@ -798,8 +799,13 @@ class _Quadratic(torch.autograd.Function):
         return squares.total(scale, damping)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Torch's once_differentiable would let the parts through that it does not see.
+        if torch.is_grad_enabled():
+            raise OptionError(
+                "penalty: expected a backward pass without create_graph=True, which it has no "
+                "second derivatives for: differentiate the loss alone twice"
+            )
         gradients = ctx.saved_tensors
         if grad.is_cuda or grad != 1.0:
             gradients = [grad.to(g.device) * g for g in gradients]

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekfac_rs as ek
-from ekfac_rs.errors import IncompatibleError, ModelChangedError, NonFiniteError, NumericalError
+from ekfac_rs.errors import (
+    IncompatibleError,
+    ModelChangedError,
+    NonFiniteError,
+    NumericalError,
+    OptionError,
+)
 from nets import classification_loader, mlp
 from single_layers import ONE_LAYER, merged_under_batch, move, one_layer
 
@@ -227,6 +233,15 @@ def test_a_bound_that_overflows_is_a_numerical_error(huge):
     with pytest.raises(NumericalError, match="top eigenvalue: .* overflows"):
         penalty.max_stable_lr()
     penalty.close()
+
+
+def test_second_derivatives_are_refused_rather_than_half_there():
+    model, curvatures, anchor = consolidated()
+    model = copy.deepcopy(model).eval()
+    with ek.QuadraticPenalty(model, curvatures, anchor) as penalty:
+        (model(torch.randn(8, model[0].in_features).double()).sum() + penalty()).backward()
+        with pytest.raises(OptionError, match="penalty: .* without create_graph=True"):
+            penalty().backward(create_graph=True)
 
 
 def test_check_lr_warns_only_above_the_bound():
