@@ -47,6 +47,23 @@ PATCHES = {
     "only padding is seen": ((2, 4, 2), (1,), (9,), (1,), ((1, 0),)),
 }
 
+# Those that go by the offsets of kernel positions: stride 1, many channels.
+BY_OFFSETS = {
+    "3x3": ((3, 16, 9, 10), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))),
+    "not padded everywhere": ((2, 18, 14, 13), (3, 3), (1, 1), (1, 1), ((1, 0), (1, 1))),
+    "dilated": ((2, 16, 16, 16), (3, 3), (1, 1), (2, 2), ((2, 2), (2, 2))),
+    "dilated, asymmetric": ((2, 16, 14, 13), (2, 3), (1, 1), (2, 1), ((0, 3), (2, 1))),
+    "one dimension": ((3, 20, 40), (5,), (1,), (2,), ((4, 3),)),
+    "three dimensions": (
+        (2, 16, 8, 7, 9),
+        (2, 2, 2),
+        (1, 1, 1),
+        (1, 1, 1),
+        ((1, 0), (0, 0), (1, 1)),
+    ),
+    "more images than one copy": ((3, 16, 96, 95), (2, 1), (1, 1), (1, 1), ((1, 0), (0, 0))),
+}
+
 
 def numbers(shape: tuple[int, ...], order: tuple[int, ...] | None = None, seed: int = 0) -> Tensor:
     """Normal numbers off zero, with dimensions in this order in memory."""
@@ -149,6 +166,25 @@ def test_factors_of_patches_agree(both, case, element, approximation):
         )
         assert dof == expected_dof
         assert errors(got, expected) < TOLERANCE[real]
+
+
+@pytest.mark.parametrize("case", BY_OFFSETS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_factors_of_patches_by_offsets_agree(both, case, element):
+    real = accumulation_dtype(element)
+    shape, *geometry = BY_OFFSETS[case]
+    for order, append_one in ((None, True), ((0, *range(2, len(shape)), 1), False)):
+        x = numbers(shape, order).to(element)
+        options = {"role": "input", "append_one": append_one, "geometry": geometry}
+        (got, _), (expected, _) = (factors(on, x, 1, real, "kfac-expand", **options) for on in both)
+        assert errors(got, expected) < TOLERANCE[real]
+        # Another factor is as it was, and a transposed one as good.
+        out = [on.put(torch.ones(got[0].shape, dtype=real)).T for on in both]
+        for on, target in zip(both, out, strict=True):
+            borrowed = on.borrow(on.put(x)), [on.borrow(target)], "kfac-expand"
+            _core.accumulate_patch_gram(*borrowed, *geometry, append_one, 0.7, "ieee")
+        first, second = (target.cpu().double().tril() for target in out)
+        assert errors([first], [second]) < TOLERANCE[real]
 
 
 def test_half_precision_is_read_exactly(both):

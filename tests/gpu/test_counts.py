@@ -121,6 +121,52 @@ def test_products_are_in_the_type_asked_for_and_of_one_triangle(size, dtype, pre
     assert 0.5 * whole < done[rounded_to] <= share * whole * 1.01
 
 
+@pytest.mark.parametrize(
+    ("channels", "side", "kernel", "padding", "by_offsets"),
+    [
+        (32, 28, 3, 1, True),
+        (32, 14, 3, 1, True),
+        # Without padding there are too many strips; small images are all border; few channels are
+        # no products.
+        (32, 28, 3, 0, False),
+        (32, 3, 3, 1, False),
+        (8, 28, 3, 1, False),
+        (32, 28, 1, 0, False),
+    ],
+)
+def test_patches_are_multiplied_by_offsets_where_that_is_less(
+    channels, side, kernel, padding, by_offsets
+):
+    x = torch.randn(4, channels, side, side)
+    features = channels * kernel**2
+    out = torch.zeros(features, features)
+    geometry = ((kernel,) * 2, (1, 1), (1, 1), ((padding, padding),) * 2)
+
+    def accumulate() -> None:
+        options = ("kfac-expand", *geometry, False, 1.0, "tf32")
+        word = borrow(note.view(torch.float64))
+        _core.accumulate_patch_gram(borrow(x), [borrow(out)], *options, (word, 0))
+
+    note = torch.full((1,), -1, dtype=torch.int64)
+    before = calls(*LAUNCH), calls(*PRODUCTS), calls(*WAIT)
+    done = flops_by_type(accumulate)
+    launched, multiplied, waited = (
+        calls(*function) - old
+        for function, old in zip((LAUNCH, PRODUCTS, WAIT), before, strict=True)
+    )
+    assert (set(done), waited) == ({"tf32"}, 0)
+    locations = 4 * (side + 2 * padding - kernel + 1) ** 2
+    # Unfolded, half of all products and what blocks of the triangle have above the diagonal.
+    whole = 2.0 * locations * features**2
+    if by_offsets:
+        # A copy, strips, and all put together; three runs of offsets, strips of some sizes.
+        assert launched == 3
+        assert multiplied <= 8
+        assert done["tf32"] < 0.26 * whole
+    else:
+        assert done["tf32"] >= 0.5 * whole
+
+
 def test_what_is_centred_of_half_precision_is_multiplied_in_single():
     x = torch.randn(12, 3, 8).half()
     out = [torch.zeros(8, 8) for _ in _core.strata()["xkfac"]]

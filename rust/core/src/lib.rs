@@ -20,6 +20,7 @@ pub mod kronecker;
 pub mod linalg;
 pub mod matrix;
 pub mod merging;
+mod offsets;
 pub mod place;
 pub mod spectrum;
 pub mod strata;

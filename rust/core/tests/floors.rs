@@ -17,7 +17,7 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
     (
         "vocabulary",
         &[&[
-            "geometry", "strata", "units", "terms", "spectrum", "merging",
+            "geometry", "offsets", "strata", "units", "terms", "spectrum", "merging",
         ]],
     ),
     ("operations", &[&["backend"]]),
@@ -53,6 +53,8 @@ const FLOORS: &[(&str, &[&[&str]])] = &[
                 "backend::cuda::elements",
                 "backend::cuda::blas",
                 "backend::cuda::solver",
+                "backend::cuda::source",
+                "backend::cuda::offsets",
                 "backend::cuda::gram",
                 "backend::cuda::packed",
                 "backend::cuda::merging",

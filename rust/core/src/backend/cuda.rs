@@ -33,9 +33,11 @@ mod kernels;
 mod libraries;
 mod memory;
 mod merging;
+mod offsets;
 mod packed;
 mod queue;
 mod solver;
+mod source;
 
 pub use self::findings::{Findings, Found, look};
 pub use self::kernels::{compile, names as kernel_names};

@@ -9,7 +9,7 @@ use std::ops::Range;
 use faer::MatMut;
 use ndarray::{ArrayView5, Axis, Ix5, s};
 
-use super::offsets::{self, Plan};
+use super::offsets;
 use super::simd::{self, Loop};
 use super::source::{
     Lines, Means, MeansOf, Source, TILE, Total, dimensions, first_non_finite, pack_run, runs,
@@ -234,7 +234,7 @@ impl<S: Element> Source for Patches<'_, S> {
 
     fn add_total<T: Real>(&self, out: MatMut<'_, T>, total: &Total<'_>) -> Result<bool> {
         let (examples, channels, ..) = self.x.dim();
-        match Plan::new(&self.slides, examples, channels) {
+        match offsets::plan(&self.slides, examples, channels) {
             Some(plan) => offsets::add_squares(&self.x, &plan, out, total),
             None => Ok(false),
         }

@@ -276,8 +276,8 @@ impl Cuda {
     }
 
     /// `out += weight * left^T right` for rows of one type, as many of them as `out` has rows and
-    /// columns.
-    fn add_product_of_rows<T: Real>(
+    /// columns; of a stack, these are the first ones.
+    pub(super) fn add_product_of_rows<T: Real>(
         &self,
         out: MatrixMut<'_, T>,
         left: Rows,
@@ -297,12 +297,13 @@ impl Cuda {
         // Rows are the columns of what cuBLAS sees; what lies row by row is seen as its transpose,
         // right^T left.
         let (m, n) = (out.rows() as i64, out.columns() as i64);
-        let (m, n, a, b) = if target.transposed {
-            (n, m, right, left)
+        let [of_left, of_right, of_out] = batch.strides.map(|step| step as i64);
+        let (m, n, a, b, steps) = if target.transposed {
+            (n, m, right, left, [of_right, of_left, of_out])
         } else {
-            (m, n, left, right)
+            (m, n, left, right, [of_left, of_right, of_out])
         };
-        let (k, steps) = (left.count as i64, batch.strides.map(|step| step as i64));
+        let k = left.count as i64;
         let wide = T::DTYPE == Dtype::Float64;
         let compute = match (left.dtype, precision) {
             (Dtype::Float64, _) => CUBLAS_COMPUTE_64F,

@@ -1,24 +1,18 @@
 //! Strata of a mini-batch: sums, then tiles of packed (centred) units, squared by cuBLAS.
 
 use super::blas::{Rows, Strided, lies_well};
-use super::kernels::Argument::{self, Number, Pointer, Words};
-use super::memory::{Buffer, DeviceMatrix};
-use super::queue::{BLOCKS_PER_MULTIPROCESSOR, Cuda, THREADS, count, step_of};
+use super::memory::DeviceMatrix;
+use super::offsets;
+use super::queue::{Cuda, step_of};
+use super::source::{
+    Centre, PACKED_BYTES, Source, Squares, sum_units, sums_of_rows, sums_of_units,
+};
 use crate::cancel::Cancel;
-use crate::element::{Dtype, Real};
+use crate::element::Real;
 use crate::error::{Error, Result};
-use crate::geometry::Slide;
 use crate::matrix::{MatrixMut, Storage};
 use crate::strata::Stratum;
 use crate::units::{GramTask, Note, Precision, Units};
-use crate::view::TensorView;
-
-/// Bytes of packed units at a time: tall enough for full speed of the products, small beside the
-/// factors of a network.
-const PACKED_BYTES: usize = 32 << 20;
-
-/// Sums that one thread adds up one after the other.
-const EACH: usize = 64;
 
 /// Adds the weighted sum of squares and products of each stratum to the lower triangles of its
 /// outputs, one for each group of consecutive features.
@@ -41,132 +35,6 @@ pub(super) fn accumulate<T: Real>(
     Ok(())
 }
 
-/// The kernels that pack units in the type that is computed in, in float16 and in bfloat16.
-type PackKernels = [&'static str; 3];
-
-const PACK_DENSE: PackKernels = ["pack_dense", "pack_dense_half", "pack_dense_bfloat16"];
-const PACK_PATCHES: PackKernels = ["pack_patches", "pack_patches_half", "pack_patches_bfloat16"];
-
-/// Where units are read from: the kernels of its kind, and how they find a unit.
-struct Source {
-    dtype: Dtype,
-    address: u64,
-    sum_kernel: &'static str,
-    pack_kernels: PackKernels,
-    words: Vec<u64>,
-    examples: usize,
-    locations: usize,
-    features: usize,
-}
-
-impl Source {
-    fn new(cuda: &Cuda, units: &Units<'_>) -> Result<Self> {
-        let x = units.tensor();
-        x.place().device.expect(cuda.place().device)?;
-        let (dtype, address) = (x.dtype(), x.address() as u64);
-        let layout = x.layout();
-        match units {
-            Units::Dense(_) => {
-                let (&[examples, locations, features], steps) =
-                    (&layout.shape[..], &layout.strides[..])
-                else {
-                    return Err(wrong_dimensions(x));
-                };
-                Ok(Self {
-                    dtype,
-                    address,
-                    sum_kernel: "sum_dense",
-                    pack_kernels: PACK_DENSE,
-                    words: steps.iter().map(|&step| step as u64).collect(),
-                    examples,
-                    locations,
-                    features,
-                })
-            }
-            Units::Patches(_, geometry) => {
-                let ([examples, channels, extents @ ..], [over, across, steps @ ..]) =
-                    (&layout.shape[..], &layout.strides[..])
-                else {
-                    return Err(wrong_dimensions(x));
-                };
-                let slides = geometry.slides(extents)?;
-                let mut words = vec![*over as u64, *across as u64];
-                words.resize(2 + slides.len() - steps.len(), 0);
-                words.extend(steps.iter().map(|&step| step as u64));
-                words.extend(slides.iter().flat_map(words_of));
-                Ok(Self {
-                    dtype,
-                    address,
-                    sum_kernel: "sum_patches",
-                    pack_kernels: PACK_PATCHES,
-                    words,
-                    examples: *examples,
-                    locations: slides.iter().map(|slide| slide.outputs).product(),
-                    features: channels * geometry.positions(),
-                })
-            }
-        }
-    }
-
-    /// Rows in double precision, such as the sums of examples.
-    fn rows(address: u64, rows: usize, features: usize) -> Self {
-        Self {
-            dtype: Dtype::Float64,
-            address,
-            sum_kernel: "sum_dense",
-            pack_kernels: PACK_DENSE,
-            words: vec![features as u64, 0, 1],
-            examples: rows,
-            locations: 1,
-            features,
-        }
-    }
-
-    fn units(&self) -> usize {
-        self.examples * self.locations
-    }
-
-    /// The arguments that every kernel of this source begins with.
-    fn arguments(&self, note: Option<Note>) -> Vec<Argument> {
-        vec![
-            Pointer(self.address),
-            Words(self.words.clone()),
-            count(self.locations),
-            Pointer(note.map_or(0, |note| note.address as u64)),
-            Argument::Count(note.map_or(0, |note| note.first_example)),
-        ]
-    }
-
-    fn pack_kernel(&self, tile: Dtype) -> &'static str {
-        let [same, half, bfloat16] = self.pack_kernels;
-        match tile {
-            Dtype::Float16 => half,
-            Dtype::BFloat16 => bfloat16,
-            _ => same,
-        }
-    }
-}
-
-fn wrong_dimensions(x: &TensorView<'_>) -> Error {
-    Error::Shape(format!(
-        "x has the wrong number of dimensions: {:?}",
-        x.shape()
-    ))
-}
-
-/// In the order of the structure in kernels.cu.
-fn words_of(slide: &Slide) -> [u64; 6] {
-    [
-        slide.input,
-        slide.before,
-        slide.kernel,
-        slide.stride,
-        slide.dilation,
-        slide.outputs,
-    ]
-    .map(|word| word as u64)
-}
-
 /// A mini-batch with the sums its strata need.
 struct Batch<'a> {
     cuda: &'a Cuda,
@@ -185,9 +53,6 @@ struct Sums {
     /// examples of more than one location apart.
     by_example: Option<DeviceMatrix<f64>>,
 }
-
-/// What is subtracted from units: sums, how far apart those of examples are, and their factor.
-type Centre<'a> = Option<(&'a DeviceMatrix<f64>, usize, f64)>;
 
 impl<'a> Batch<'a> {
     /// Takes the sums. A sum of finite numbers is finite: where nothing is noted, they show NaN and
@@ -331,19 +196,14 @@ impl<'a> Batch<'a> {
                 task.precision
             },
         };
+        if let (Stratum::Total, Some(plan), 1) = (stratum, offsets::plan(source), out.len()) {
+            for out in out {
+                offsets::add_squares(self.cuda, source, &plan, &squares, out, cancel)?;
+            }
+            return Ok(());
+        }
         squares.add(self.cuda, out, appended, cancel)
     }
-}
-
-/// Rows whose squares are added.
-struct Squares<'a> {
-    rows: &'a Source,
-    note: Option<Note>,
-    centre: Centre<'a>,
-    /// What is appended to each row.
-    constant: Option<f64>,
-    weight: f64,
-    precision: Precision,
 }
 
 impl Squares<'_> {
@@ -403,99 +263,6 @@ impl Squares<'_> {
         }
         Ok(())
     }
-
-    /// The type in which rows are packed and multiplied.
-    fn tile<T: Real>(&self) -> Dtype {
-        let of_rows = self.rows.dtype;
-        match (T::DTYPE, of_rows) {
-            (Dtype::Float64, _) => Dtype::Float64,
-            (_, Dtype::Float16 | Dtype::BFloat16) if self.centre.is_none() => of_rows,
-            _ if self.precision == Precision::Bf16 => Dtype::BFloat16,
-            _ => Dtype::Float32,
-        }
-    }
-
-    /// Writes rows from `first` on, minus their centre, each group followed by the constant, as a
-    /// table of `rows` and `columns` with elements of the first type; the second is computed in.
-    fn pack(
-        &self,
-        cuda: &Cuda,
-        packed: &Buffer,
-        [tile, real]: [Dtype; 2],
-        first: usize,
-        [rows, columns]: [usize; 2],
-        size: usize,
-    ) -> Result<()> {
-        let (means, step, factor) = match self.centre {
-            Some((means, step, factor)) => (means.address(), step, factor),
-            None => (0, 0, 0.0),
-        };
-        let mut arguments = self.rows.arguments(self.note);
-        arguments.extend([first, rows, size, usize::from(self.constant.is_some())].map(count));
-        arguments.push(Number(self.constant.unwrap_or(0.0)));
-        arguments.extend([Pointer(means), count(step), Number(factor)]);
-        arguments.extend([count(columns), Pointer(packed.address())]);
-        let (types, kernel) = ([self.rows.dtype, real], self.rows.pack_kernel(tile));
-        // SAFETY: the source describes a tensor on this device; the packed table is used by nobody
-        // else and has room for the rows; means have an entry for every feature (of every example).
-        unsafe { cuda.launch(types, kernel, 1, rows, columns, arguments) }
-    }
-}
-
-/// Sums over `outer` equal shares of the units, `[outer, features]`.
-fn sums_of_units(
-    cuda: &Cuda,
-    source: &Source,
-    outer: usize,
-    note: Option<Note>,
-) -> Result<DeviceMatrix<f64>> {
-    // As many runs as fill the device, each of one unit at the least.
-    let threads = THREADS * BLOCKS_PER_MULTIPROCESSOR * cuda.gpu.multiprocessors;
-    let wanted = threads.div_ceil(source.features.next_multiple_of(THREADS) * outer);
-    let parts = wanted.clamp(1, source.units() / outer);
-    let runs = sum_units(cuda, source, outer * parts, note)?;
-    sums_of_rows(cuda, runs.address(), parts, source.features, outer)
-}
-
-/// Sums over the middle index of `[outer, inner, features]`, in steps that no thread goes through
-/// for long.
-fn sums_of_rows(
-    cuda: &Cuda,
-    rows: u64,
-    inner: usize,
-    features: usize,
-    outer: usize,
-) -> Result<DeviceMatrix<f64>> {
-    let parts = inner.div_ceil(EACH);
-    // Shares of rows are like shares of units, each row a unit with one location.
-    let source = Source::rows(rows, outer * inner, features);
-    let sums = sum_units(cuda, &source, outer * parts, None)?;
-    if parts == 1 {
-        return Ok(sums);
-    }
-    sums_of_rows(cuda, sums.address(), parts, features, outer)
-}
-
-/// Sums over this many equal shares of the units, each by one thread for each feature, `[runs,
-/// features]`.
-fn sum_units(
-    cuda: &Cuda,
-    source: &Source,
-    runs: usize,
-    note: Option<Note>,
-) -> Result<DeviceMatrix<f64>> {
-    let sums = cuda.matrix_of::<f64>(runs, source.features)?;
-    let mut arguments = source.arguments(note);
-    arguments.extend([source.units(), runs, source.features].map(count));
-    arguments.push(Pointer(sums.address()));
-    let real = match source.dtype {
-        Dtype::Float64 => Dtype::Float64,
-        _ => Dtype::Float32,
-    };
-    let (types, kernel) = ([source.dtype, real], source.sum_kernel);
-    // SAFETY: the source describes a tensor on this device; there is a row for each run.
-    unsafe { cuda.launch(types, kernel, 1, runs, source.features, arguments)? };
-    Ok(sums)
 }
 
 /// The error of sums that are not finite.

@@ -281,6 +281,79 @@ extern "C" __global__ void pack_patches_bfloat16(
                                appended, constant, means, mean_stride, mean_factor, columns, out);
 }
 
+// --- patches by offsets -------------------------------------------------------------------------
+
+// A box of places in an image, rows from each place to the one it is multiplied with, and how many
+// places the strips before it have; as in offsets.rs.
+struct Strip {
+    u64 z, depth, y, height, x, width, shift, first;
+};
+
+struct Strips {
+    Strip of[32];
+};
+
+// The rows of some of all strips' places in every image, and behind all of these the rows that the
+// shifts lead to. A row is so many pieces of four bytes, an image so many rows.
+extern "C" __global__ void gather_strips(
+    const unsigned* images, Strips strips, u64 count, u64 number, u64 image, u64 high, u64 wide,
+    u64 places, u64 most, u64 pieces, unsigned* out)
+{
+    COLUMN(pieces)
+    FOR_BATCH(count) {
+        const Strip& strip = strips.of[item];
+        u64 size = strip.depth * strip.height * strip.width, own = number * size;
+        FOR_ROWS(most) {
+            if (row >= 2 * own) break;
+            u64 shifted = row >= own, place = shifted ? row - own : row;
+            u64 target = (shifted * places + strip.first) * number + place;
+            u64 rest = place % size, x = strip.x + rest % strip.width;
+            u64 y = strip.y + rest / strip.width % strip.height;
+            u64 z = strip.z + rest / strip.width / strip.height;
+            u64 source = place / size * image + (z * high + y) * wide + x + shifted * strip.shift;
+            out[target * pieces + column] = images[source * pieces + column];
+        }
+    }
+}
+
+// Four numbers of sixteen bits in each word; as in offsets.rs.
+struct Pairs {
+    u64 words[256];
+    __device__ u64 at(u64 place) const { return words[place / 4] >> 16 * (place % 4) & 0xffffu; }
+};
+
+// Adds to the lower triangle what products of channels with channels say of pairs of features. For
+// each pair of kernel positions there is where its products begin in what follows, and the products'
+// numbers, with the highest bit where one is subtracted. Behind the features come their sums, if
+// there are any, and the number of units.
+extern "C" __global__ void add_offsets(
+    const T* blocks, Pairs pairs, u64 count, u64 positions, u64 channels, double weight,
+    const double* sums, double units, u64 size, T* out, u64 down, u64 across)
+{
+    COLUMN(size)
+    u64 features = channels * positions, area = channels * channels;
+    u64 channel = column / positions, position = column % positions;
+    FOR_ROWS(size) {
+        if (row < column) continue;
+        double value = 0.0;
+        if (row == features) {
+            value = column == features ? units : sums[column];
+        } else {
+            u64 above = row / positions, other = row % positions;
+            bool in_order = other <= position;
+            u64 first = in_order ? other : position, second = in_order ? position : other;
+            u64 pair = first * positions - first * (first + 1) / 2 + second;
+            u64 place = in_order ? above * channels + channel : channel * channels + above;
+            for (u64 i = pairs.at(pair); i < pairs.at(pair + 1); ++i) {
+                u64 number = pairs.at(count + 1 + i);
+                double term = blocks[(number & 0x7fffu) * area + place];
+                value += number & 0x8000u ? -term : term;
+            }
+        }
+        out[row * down + column * across] += (T)(weight * value);
+    }
+}
+
 // --- sums ---------------------------------------------------------------------------------------
 
 // out[j] = in[j] + in[j + columns] + ...
