@@ -71,6 +71,38 @@ def test_steps_are_safe_on_the_sum_of_old_and_own_curvature_and_on_no_less(appro
     assert float(without.real.max()) > 20.0
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_steps_are_safe_where_a_bias_has_no_gradient_to_make_up_for_a_mean(norm):
+    x = X + 10.0
+    model = nn.Sequential(*linear(), *([nn.BatchNorm1d(3).double()] if norm else [])).eval()
+    curvature = ek.estimate_curvature(
+        model, [(x, Y)], loss="mse", approximation="kfac-expand", generator=torch.Generator()
+    )
+    lr, layer, columns = 1e3, model[0], []
+    with ek.QuadraticPenalty(model, curvature, ek.merged_weights(model)) as penalty:
+        for moving in (True, False):
+            # All parameters first: what was prepared for them is no good for the weights alone.
+            for unit in torch.eye(15, dtype=torch.float64):
+                model.zero_grad()
+                (model(x).sum() + penalty()).backward()
+                layer.weight.grad = unit.view(3, 5).clone()
+                if not moving:
+                    for p in (layer.bias, *model[1:].parameters()):
+                        p.grad = None
+                penalty.precondition(lr)
+                if not moving:
+                    assert layer.bias.grad is None
+                    columns.append(layer.weight.grad.flatten())
+    P = torch.stack(columns, 1)
+    H = curvature["0"].dense().view(3, 6, 3, 6)[:, :5, :, :5].reshape(15, 15)
+    if norm:
+        gain = (model[1].weight / (model[1].running_var + model[1].eps).sqrt()).detach()
+        gain = gain.repeat_interleave(5)
+        H = gain[:, None] * H * gain
+    top = float(torch.linalg.eigvals(lr * P @ H).real.max())
+    assert 0.3 < top < 1.55
+
+
 def test_training_converges_far_above_the_learning_rate_that_the_loss_bears():
     def learner_with(own):
         learner = ek.ContinualLearner(

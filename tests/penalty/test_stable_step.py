@@ -25,7 +25,7 @@ def with_curvatures(name, gain, approximation, tasks, correction=None):
     return model, x, [*others, own], anchor
 
 
-def values_of_descent(model, x, penalty, lr, momentum, steps, stable):
+def values_of_descent(model, x, penalty, lr, momentum, steps, stable, still=()):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     values = []
     for _ in range(steps):
@@ -34,6 +34,8 @@ def values_of_descent(model, x, penalty, lr, momentum, steps, stable):
         values.append(float(value.detach()))
         optimizer.zero_grad()
         value.backward()
+        for parameter in still:
+            parameter.grad = None
         if stable:
             penalty.precondition(lr)
         optimizer.step()
@@ -70,7 +72,8 @@ def test_it_converges_at_a_hundred_times_the_explicit_limit(
     ("approximation", "training"), [("xkfac", True), ("xkfac", False), ("diagonal", True)]
 )
 @pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "1.weight", "1.bias", "all but 0.bias"])
-def test_parameters_that_are_not_trained_are_left_out(frozen, training, approximation):
+@pytest.mark.parametrize("lacking", ["requires_grad", "a gradient"])
+def test_parameters_that_do_not_move_are_left_out(lacking, frozen, training, approximation):
     model, x, curvatures, anchor = with_curvatures("grouped", 5.0, approximation, 2)
     model = copy.deepcopy(model).train(training)
     for name, parameter in model.named_parameters():
@@ -79,13 +82,17 @@ def test_parameters_that_are_not_trained_are_left_out(frozen, training, approxim
             # In train mode the statistics take it out: something else has to be there to train.
             parameter.requires_grad = name == "0.bias" or (training and name == "1.bias")
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    still = [model.get_parameter(name) for name in before]
     with torch.no_grad():
         move(model, size=1e-2)
         for name, value in before.items():
             model.get_parameter(name).copy_(value)
     with ek.QuadraticPenalty(model, curvatures, anchor) as penalty:
         lr = 100.0 * penalty.max_stable_lr()
-        values = values_of_descent(model, x, penalty, lr, 0.0, 150, stable=True)
+        if lacking == "a gradient":
+            for parameter in still:
+                parameter.requires_grad_(True)
+        values = values_of_descent(model, x, penalty, lr, 0.0, 150, stable=True, still=still)
     assert max(values) < 3.0 * values[0]
     assert values[-1] < 0.5 * values[0]
     for name, value in before.items():

@@ -398,7 +398,7 @@ def test_the_top_of_an_indefinite_operator_is_found(spectrum, dtype):
     assert torch.isfinite(vector).all()
 
 
-def second_task():
+def second_task(lr):
     """Losses of a deep network's second task of permuted images, with BatchNorms frozen early."""
     images = load_mnist_subset()
     x, y = image_features(images.train_images[:4000]), torch.tensor(images.train_labels[:4000])
@@ -421,14 +421,14 @@ def second_task():
     for _ in range(2):
         order = torch.randperm(784, generator=generator)
         loader = list(zip(x[:, order].split(256), y.long().split(256), strict=True))
-        history = learner.fit(loader, epochs=2, lr=0.2)
+        history = learner.fit(loader, epochs=2, lr=lr)
         learner.consolidate(loader)
     return [epoch["loss"] for epoch in history]
 
 
 def test_a_deep_networks_steps_hold_where_those_of_its_layers_alone_do_not(monkeypatch):
-    first, second = second_task()
-    assert second < 0.6 * first
+    first, second = second_task(0.2)
+    assert second < 0.3 * first
 
     original = ek.QuadraticPenalty.precondition
 
@@ -436,5 +436,8 @@ def test_a_deep_networks_steps_hold_where_those_of_its_layers_alone_do_not(monke
         return original(self, *args, **options)
 
     monkeypatch.setattr(ek.QuadraticPenalty, "precondition", layer_by_layer)
-    with pytest.raises(NumericalError):
-        second_task()
+    try:
+        _, alone = second_task(0.2)
+    except NumericalError:
+        return
+    assert alone > 3.0 * second

@@ -111,7 +111,8 @@ class _KroneckerBound(Bound):
         A, G, self.terms = _above(terms)
         self._A, self._G = _damped(A, G, damping)
         self.is_zero = not bool(self._A.any() and self._G.any())
-        self._constant: Spectrum | None = None
+        # By the columns that it is of.
+        self._constant: dict[tuple[int, int], Spectrum] = {}
 
     def parts(self, view: View, c: float) -> Iterator[Part]:
         A, G, layer = self._A, self._G, view.layer
@@ -149,8 +150,10 @@ class _KroneckerBound(Bound):
         A = A[..., kept] if A.dim() == 2 else A[..., kept, kept]
         if A.shape[-1] > _LARGE:
             return Spectrum.of(A, stiffness)
-        self._constant = self._constant or Spectrum.of(A)
-        return self._constant
+        columns = kept.start, kept.stop
+        if columns not in self._constant:
+            self._constant[columns] = Spectrum.of(A)
+        return self._constant[columns]
 
     @staticmethod
     def _of_vector(view: View, parameter: nn.Parameter, K: Tensor) -> Part:

@@ -86,7 +86,8 @@ class StableStep:
         And penalties up to ``scale``, beside the present task's own curvature.
         """
         self._take(scale, own)
-        self._view = view = View(self._layer, situation if self._merged else None)
+        seen = situation if self._merged else None
+        self._view = view = View(self._layer, seen, with_gradients=True)
         self._parts, self.top = [], 0.0
         if not view.parameters or self._bound.is_zero or lr == 0.0:
             return
@@ -106,6 +107,10 @@ class StableStep:
                 X = part.operator.inverse(X, self.strength * lr)
                 for parameter, gradient in part.scattered(X, gradients).items():
                     gradients[parameter].copy_(gradient)
+
+    def moving(self) -> tuple[bool, ...]:
+        """Tell which of the layer's parameters have gradients, and move in the next step."""
+        return tuple(p.grad is not None for p in self._parameters())
 
     def rooted(self, moves: Moves, lr: float, *, transposed: bool) -> dict[nn.Parameter, Tensor]:
         """Multiply moves of the layer's parameters by ``L``, or ``L^T``.
@@ -230,6 +235,7 @@ class StableSteps:
         self._situations: dict[str, Situation | None] = {}
         self._modes: tuple[bool, ...] = ()
         self._prepared: tuple[float, float] | None = None
+        self._moving: list[tuple[bool, ...]] = []
         self._own: Mapping[str, Block] = {}
         self._count, self._next = 0, 0
 
@@ -256,8 +262,11 @@ class StableSteps:
         """Make the steps ready for a learning rate and a penalty's scale; return whether anew."""
         if not self._situations:
             raise ModelChangedError("precondition: expected a call of penalty() before, got none")
-        if self._is_prepared(lr, scale):
+        # What stays as it is turns the steps of what does not: K is of what moves alone.
+        moving = [step.moving() for step in self.steps.values()]
+        if self._is_prepared(lr, scale) and moving == self._moving:
             return False
+        self._moving = moving
         lr_and_scale = self._with_headroom(lr, scale)
         self._prepared = None  # One that fails leaves steps half prepared.
         for name, step in self.steps.items():

@@ -53,6 +53,8 @@ class View:
     layer : AffineLayer
     situation : Situation or None
         None for the layer's raw weights.
+    with_gradients : bool
+        Of a step that is about to be made: parameters without a gradient stay as they are in it.
 
     Attributes
     ----------
@@ -64,20 +66,23 @@ class View:
         The situation's.
     """
 
-    def __init__(self, layer: AffineLayer, situation: Situation | None) -> None:
+    def __init__(
+        self, layer: AffineLayer, situation: Situation | None, *, with_gradients: bool = False
+    ) -> None:
         self.layer = layer
+        moving = _with_gradient if with_gradients else _trainable
         self._situation = situation
         self._dtype = accumulation_dtype(layer.like.dtype)
         self.input_mean = self.variance_slope = self.gain = None
         self.gamma = self.beta = None
         module = layer.module
         own_weight = situation is None or layer.absorbs_scale
-        self.weight = _trainable(module.weight) if own_weight else None
-        self.bias = _trainable(getattr(module, "bias", None)) if own_weight else None
+        self.weight = moving(module.weight) if own_weight else None
+        self.bias = moving(getattr(module, "bias", None)) if own_weight else None
         if situation is not None:
             self.gain = layer.gain(situation.variance).detach().to(self._dtype)
-            self.gamma = _trainable(layer.batchnorm.weight)
-            self.beta = _trainable(layer.batchnorm.bias)
+            self.gamma = moving(layer.batchnorm.weight)
+            self.beta = moving(layer.batchnorm.bias)
             if situation.input_mean is not None and self.weight is not None:
                 self.input_mean, self.variance_slope = (
                     situation.input_mean,
@@ -185,3 +190,8 @@ class View:
 
 def _trainable(parameter: nn.Parameter | None) -> nn.Parameter | None:
     return parameter if parameter is not None and parameter.requires_grad else None
+
+
+def _with_gradient(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    trainable = _trainable(parameter)
+    return None if trainable is None or trainable.grad is None else trainable
