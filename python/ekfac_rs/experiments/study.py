@@ -342,8 +342,9 @@ PARTS: dict[str, Part] = {
                 *("fine-tuning", "ewc", "kfac-frozen", "kfac-frozen-own", "kfac-train", "xkfac"),
                 *("xkfac-explicit", "scheduled-kfac-first-own", _WITHOUT_SEARCH),
             ),
-            # What is best in one epoch diverges in two, here.
+            # What is best in one epoch diverges in two, here, and frozen BatchNorms bear less.
             finalists=3,
+            frozen_lrs=(0.003, 0.01, 0.03),
             hidden=_DEEP,
         ),
         dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, hidden=_DEEP),
