@@ -294,6 +294,17 @@ class QuadraticPenalty:
         as on the last curvature's data; with a diagonal one, with eigenvalues or nearest factors
         (see `estimate_curvature`) and with what `compress_curvatures` made, which do
         not know the inputs, and in eval mode they are constants. Infinite for a zero penalty.
+
+        Parameters
+        ----------
+        momentum : float
+        nesterov : bool
+            Whether it is Nesterov's.
+
+        Raises
+        ------
+        NumericalError
+            The products overflow: the weights or the Hessian are much too large.
         """
         top = max(self._top_eigenvalue_of_parameters(layer) for layer in self._layers)
         return 2.0 * reach_of(momentum, nesterov) / top if top > 0.0 else float("inf")
@@ -431,8 +442,7 @@ class QuadraticPenalty:
             if own is not self._own:
                 self._stable.take_own({} if own is None else self._checked_own(own))
                 self._own = own
-            are_new = self._stable.prepare(lr, self.scale)
-            if are_new:
+            if self._stable.prepare(lr, self.scale):
                 self._together.forget()
             shortening = 1.0
             if loss is not None:

@@ -32,9 +32,9 @@ def top_eigenvalue_of_parameters(view: View, hessian: Hessian) -> float:
     """
     if not view.parameters:
         return 0.0
-    return top_eigenvalue(lambda v: seen_from_parameters(view, hessian, v), view.start())
+    return top_eigenvalue(lambda v: seen_from_parameters(view, hessian, v), view.layout.start())
 
 
 def seen_from_parameters(view: View, hessian: Hessian, v: Tensor) -> Tensor:
     """Apply ``J^T H J`` to all parameters of a layer, laid out in one vector."""
-    return view.flat(view.pulled(hessian(view.pushed(view.unflattened(v)))))
+    return view.layout.flat(view.pulled(hessian(view.pushed(view.layout.unflattened(v)))))

@@ -184,15 +184,15 @@ class StableStep:
         """Top eigenvalue of ``L^T lr H L`` with ``L L^T = (I + lr strength K)^-1``."""
 
         def with_roots(v: Tensor, transposed: bool) -> Tensor:
-            moves = view.unflattened(v)
-            return view.flat(moves | _rooted(parts, lr * strength, moves, transposed))
+            moves = view.layout.unflattened(v)
+            return view.layout.flat(moves | _rooted(parts, lr * strength, moves, transposed))
 
         def product(v: Tensor) -> Tensor:
             moved = seen_from_parameters(view, self._hessian, with_roots(v, transposed=False))
             return with_roots(moved, transposed=True)
 
         # From one strength, and one look, to the next the top direction turns a little.
-        start = view.start(near=self._found.get(bool(parts)))
+        start = view.layout.start(near=self._found.get(bool(parts)))
         top, self._found[bool(parts)] = top_eigenpair(
             product, start, _PRODUCTS, _TOLERANCE, SAFE / lr
         )

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ekfac_rs._lanczos import start_vector, top_eigenpair
+from ekfac_rs._lanczos import top_eigenpair
 from ekfac_rs._modes import own_modes
 from ekfac_rs._ranks import Ranks
-from ekfac_rs._tensors import accumulation_dtype, put_back
+from ekfac_rs._tensors import put_back
 from ekfac_rs.batchnorm.statistics import as_found, kept_statistics
 from ekfac_rs.errors import NonFiniteError, NumericalError, OptionError
 from ekfac_rs.stability.step import SAFE, StableStep
-from ekfac_rs.stability.view import Moves
+from ekfac_rs.stability.view import Layout, Moves
 
 # Products with the Hessian to find the top eigenvalue, and its accuracy. Each takes as long as two
 # backward passes.
@@ -28,7 +28,9 @@ _LONGER = 2.0
 # Learning rates that differ by more are looked at by themselves.
 _ALIKE = 2.0
 # What torch says, in one way or another, where it cannot differentiate twice.
-_SECOND = re.compile(r"derivative|differentiate twice|double backward|incompatible with \.grad")
+_NOT_TWICE_DIFFERENTIABLE = re.compile(
+    r"derivative|differentiate twice|double backward|incompatible with \.grad"
+)
 
 Loss = Callable[[], Tensor]
 
@@ -47,13 +49,13 @@ class _Look:
         The learning rate that it was for.
     steepest : float
         Top eigenvalue of ``(I + lr K)^-1 H``.
-    moved : frozenset of Parameter
+    moving : frozenset of Parameter
         In which ``H`` is.
     """
 
     lr: float
     steepest: float
-    moved: frozenset[nn.Parameter]
+    moving: frozenset[nn.Parameter]
 
 
 class Together:
@@ -115,16 +117,16 @@ class Together:
             The loss is no finite scalar of the model's parameters.
         """
         limit = SAFE * reach
-        moved = [p for p in self._model.parameters() if p.grad is not None and p.requires_grad]
-        if lr > 0.0 and moved and self._is_due(moved, lr, limit):
-            self._look(loss, moved, steps, self._lr_to_look_at(lr, ready_lr))
+        moving = [p for p in self._model.parameters() if p.grad is not None and p.requires_grad]
+        if lr > 0.0 and moving and self._is_due(moving, lr, limit):
+            self._look(loss, moving, steps, self._lr_to_look_at(lr, ready_lr))
         # Up to the rate that was looked at, step times eigenvalue is no larger than there.
         top = self.top * (step_lr / lr if lr > 0.0 else 0.0)
         return 1.0 if top <= limit else limit / top
 
-    def _is_due(self, moved: Sequence[nn.Parameter], lr: float, limit: float) -> bool:
+    def _is_due(self, moving: Sequence[nn.Parameter], lr: float, limit: float) -> bool:
         last = self._last
-        if last is None or not self._holds or not last.moved.issuperset(moved):
+        if last is None or not self._holds or not last.moving.issuperset(moving):
             return True
         # Where steps are short enough at a higher rate, they are at this one.
         return lr > last.lr or (_ALIKE * lr < last.lr and self.top > limit)
@@ -134,7 +136,7 @@ class Together:
         return ready_lr if ready_lr <= _ALIKE * lr else lr
 
     def _look(
-        self, loss: Loss, moved: Sequence[nn.Parameter], steps: Sequence[StableStep], lr: float
+        self, loss: Loss, moving: Sequence[nn.Parameter], steps: Sequence[StableStep], lr: float
     ) -> None:
         """Find out how large a step is, with gradients there and the layers' steps ready."""
         with (
@@ -145,9 +147,11 @@ class Together:
         ):
             value = _checked(loss())
             try:
-                steepest = self._steepest(_Hessian(value, moved), moved, steps, lr)
+                steepest = self._steepest(_Hessian(value, moving), moving, steps, lr)
             except (NumericalError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not _SECOND.search(str(error)):
+                if isinstance(error, RuntimeError) and not _NOT_TWICE_DIFFERENTIABLE.search(
+                    str(error)
+                ):
                     raise
                 self._warn(error)
                 steepest = 0.0
@@ -156,18 +160,18 @@ class Together:
             if lr <= _ALIKE * last.lr and last.lr <= _ALIKE * lr and steepest > 0.0:
                 steepest = max(steepest, last.steepest / _LONGER)
             if self._holds:
-                others = last.moved
-        self._last, self._holds = _Look(lr, steepest, others.union(moved)), True
+                others = last.moving
+        self._last, self._holds = _Look(lr, steepest, others.union(moving)), True
 
     def _steepest(
         self,
         hessian: "_Hessian",
-        moved: Sequence[nn.Parameter],
+        moving: Sequence[nn.Parameter],
         steps: Sequence[StableStep],
         lr: float,
     ) -> float:
         """Top eigenvalue of ``L^T H L`` with ``L L^T = (I + lr K)^-1``."""
-        layout = _Layout(moved)
+        layout = Layout(moving)
 
         def product(v: Tensor) -> Tensor:
             moves = layout.unflattened(v)
@@ -181,7 +185,7 @@ class Together:
                 seen |= step.rooted(seen, lr, transposed=True)
             return self._ranks.mean(layout.flat(seen), "products with the Hessian")
 
-        start = start_vector(layout.size, layout.like, self._found)
+        start = layout.start(near=self._found)
         top, self._found = top_eigenpair(product, start, _PRODUCTS, _TOLERANCE)
         return max(top, 0.0)
 
@@ -245,27 +249,6 @@ class _Hessian:
         return {
             p: torch.zeros_like(p) if product is None else product
             for p, product in zip(self._parameters, products, strict=True)
-        }
-
-
-class _Layout:
-    """Parameters, one after another in one vector."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._sizes = [p.numel() for p in parameters]
-        self.size = sum(self._sizes)
-        dtype = accumulation_dtype(parameters[0].dtype)
-        self.like = torch.empty(0, dtype=dtype, device=parameters[0].device)
-
-    def flat(self, moves: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        return torch.cat([moves[p].reshape(-1).to(self.like) for p in self._parameters])
-
-    def unflattened(self, v: Tensor) -> dict[nn.Parameter, Tensor]:
-        parts = torch.split(v, self._sizes)
-        return {
-            p: part.view(p.shape).to(p.device)
-            for p, part in zip(self._parameters, parts, strict=True)
         }
 
 

@@ -1,6 +1,6 @@
 """Where a layer is in a training step, and how its merged weights move with its parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -172,20 +172,46 @@ class View:
         body, rest = weight[:, :K], weight[:, K:]
         return body, rest[:, 0] if rest.shape[1] else rest.flatten()
 
-    def flat(self, gradients: Moves) -> Tensor:
+    @cached_property
+    def layout(self) -> "Layout":
+        """All parameters in one vector; where there is one at the least."""
+        return Layout(self.parameters, self._dtype)
+
+
+class Layout:
+    """Parameters, one after another in one vector.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        At least one; the vector is on the first one's device.
+    dtype : torch.dtype, optional
+        Of the vector. Default: that of sums over the first one.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], dtype: torch.dtype | None = None
+    ) -> None:
+        self._parameters = parameters
+        self._sizes = [p.numel() for p in parameters]
+        dtype = dtype or accumulation_dtype(parameters[0].dtype)
+        self._like = torch.empty(0, dtype=dtype, device=parameters[0].device)
+
+    def flat(self, moves: Moves) -> Tensor:
         """Lay the parameters' tensors out in one vector."""
-        return torch.cat([gradients[p].reshape(-1).to(self._dtype) for p in self.parameters])
+        return torch.cat([moves[p].reshape(-1).to(self._like) for p in self._parameters])
 
     def unflattened(self, v: Tensor) -> dict[nn.Parameter, Tensor]:
         """Return the parts of a vector that belong to each parameter."""
-        parts = torch.split(v, [p.numel() for p in self.parameters])
-        return {p: part.view(p.shape) for p, part in zip(self.parameters, parts, strict=True)}
+        parts = torch.split(v, self._sizes)
+        return {
+            p: part.view(p.shape).to(p.device)
+            for p, part in zip(self._parameters, parts, strict=True)
+        }
 
     def start(self, near: Tensor | None = None) -> Tensor:
         """Return a direction to begin with, as `start_vector`."""
-        size = sum(p.numel() for p in self.parameters)
-        like = torch.empty(0, dtype=self._dtype, device=self.layer.like.device)
-        return start_vector(size, like, near)
+        return start_vector(sum(self._sizes), self._like, near)
 
 
 def _trainable(parameter: nn.Parameter | None) -> nn.Parameter | None:
