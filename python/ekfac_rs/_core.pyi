@@ -34,6 +34,7 @@ __all__ = [
     "kronecker_trace",
     "merge",
     "merge_backward",
+    "moments_backward",
     "num_threads",
     "set_cuda_allocator",
     "set_num_threads",
@@ -238,6 +239,16 @@ def apply_operators(products: Sequence[Product], scale: float) -> None:
 
 def batch_moments(inputs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Write mean and population variance by channel of inputs [N, C, S] of one type, on the CPU."""
+
+def moments_backward(
+    x: Tensor,
+    mean: Tensor,
+    of_mean: Tensor | None,
+    of_variance: Tensor | None,
+    out: Tensor,
+    keep: bool,
+) -> None:
+    """Write what the gradients of the moments of x [N, C, S] become in x; or add it to ``out``."""
 
 # What merged weights are made of: weight [D, K]; bias and gamma or None, mean and variance, each
 # [D]; epsilon. All without gaps.

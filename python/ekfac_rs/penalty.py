@@ -31,13 +31,14 @@ from ekfac_rs._tensors import accumulation_dtype, put_back
 from ekfac_rs.batchnorm import (
     Anchor,
     Merging,
+    NormalisingCall,
     deviations,
     merges_in_the_core,
     moments_of,
     moments_of_all,
 )
 from ekfac_rs.batchnorm.statistics import (
-    hook_inputs,
+    hook_calls,
     in_own_pass,
     input_of,
     kept_statistics,
@@ -186,7 +187,7 @@ class QuadraticPenalty:
         for layer in self._layers:
             if self.coordinates == "merged" and layer.batchnorm is not None:
                 self._batches[layer.name] = batch = _LastBatch(layer, self._ranks)
-                self._handles.append(hook_inputs(layer.batchnorm, batch))
+                self._handles.append(hook_calls(layer.batchnorm, batch))
 
     def __enter__(self) -> Self:
         return self
@@ -660,12 +661,17 @@ class _LastBatch:
     def __init__(self, layer: AffineLayer, ranks: Ranks) -> None:
         self._layer, self._ranks = layer, ranks
         self._values: Tensor | None = None
+        self._call: NormalisingCall | None = None
         self._weights: tuple[tuple[int, int, int], ...] = ()
 
     observes_only = True
 
     def __call__(
-        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+        self,
+        module: nn.Module,
+        args: tuple[Tensor, ...],
+        kwargs: dict[str, Tensor],
+        output: Tensor,
     ) -> None:
         if module is not self._layer.batchnorm or not module.training:
             return
@@ -674,20 +680,26 @@ class _LastBatch:
         values = input_of(args, kwargs)
         self._layer.check_batchnorm_input(values)
         self._values, self._weights = values, self._current_weights()
+        self._call = NormalisingCall.of(str(self._layer.batchnorm_name), module, values, output)
 
     def __reduce__(self) -> tuple[type["_Deaf"], tuple[()]]:
         return _Deaf, ()
 
     def forget(self) -> None:
-        self._values = None
+        self._values = self._call = None
 
     @property
     def is_of_all_ranks(self) -> bool:
         """Whether the mini-batch is that of several processes."""
         return isinstance(self._layer.batchnorm, nn.SyncBatchNorm) and not self._ranks.alone
 
+    @property
+    def call(self) -> NormalisingCall | None:
+        """What is known of the BatchNorm's call itself."""
+        return self._call
+
     def values(self) -> Tensor:
-        """Return the BatchNorm's input, in a dtype that holds a variance, and with its graph."""
+        """Return the BatchNorm's input, with its graph."""
         if self._values is None:
             raise ModelChangedError(
                 f"layer {self._layer.batchnorm_name!r}: expected a forward pass in train mode, "
@@ -701,7 +713,7 @@ class _LastBatch:
             )
         if isinstance(self._layer.batchnorm, nn.SyncBatchNorm):
             require_over(str(self._layer.batchnorm_name), self._layer.batchnorm, self._ranks)
-        return self._values.to(accumulation_dtype(self._layer.like.dtype))
+        return self._values
 
     def moments_over_ranks(self) -> tuple[Tensor, Tensor]:
         """Mean and variance, each of shape (D,), over the values of all processes."""
@@ -730,7 +742,7 @@ class _LastBatch:
 def _moments(batches: Sequence[_LastBatch]) -> list[tuple[Tensor, Tensor]]:
     """Mean and variance, each of shape (D,), of mini-batches, with the graphs they came from."""
     own = [batch for batch in batches if not batch.is_of_all_ranks]
-    known = iter(moments_of_all([batch.values() for batch in own]))
+    known = iter(moments_of_all([x.values() for x in own], [x.call for x in own]))
     return [x.moments_over_ranks() if x.is_of_all_ranks else next(known) for x in batches]
 
 

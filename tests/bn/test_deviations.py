@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ekfac_rs import _core
 from ekfac_rs._tensors import borrow
 from ekfac_rs.batchnorm import Merging, deviations, merges_in_the_core, moments_of_all
-from ekfac_rs.batchnorm.statistics import on_host
-from ekfac_rs.errors import DtypeError, ShapeError
+from ekfac_rs.batchnorm.moments import on_host
+from ekfac_rs.errors import DtypeError, OptionError, ShapeError
 from ekfac_rs.layers import find_layers
 
 KINDS = {
@@ -213,6 +213,24 @@ def test_the_core_refuses_what_does_not_fit():
     ]:
         with pytest.raises(error):
             moments(*wrong)
+
+    def back(x: Tensor, mean: Tensor, of_mean: Tensor, out: Tensor) -> None:
+        _core.moments_backward(*map(borrow, (x, mean, of_mean)), None, borrow(out), False)
+
+    back(x, row, row, torch.zeros(4, 3, 2))
+    for wrong, error in [
+        ((x[0], row, row, torch.zeros(3, 2)), ShapeError),
+        ((x, row, row, torch.zeros(4, 3, 1)), ShapeError),
+        ((x, row[:2], row, torch.zeros(4, 3, 2)), ShapeError),
+        ((x, row, torch.zeros(6)[::2], torch.zeros(4, 3, 2)), ShapeError),
+        ((x, row, row, torch.zeros(1, 3, 2).expand(4, 3, 2)), ShapeError),
+        ((x, row.double(), row, torch.zeros(4, 3, 2)), DtypeError),
+        ((x, row, row, torch.zeros(4, 3, 2).double()), DtypeError),
+        ((x.half(), row.half(), row.half(), torch.zeros(4, 3, 2).half()), DtypeError),
+        ((x, row, row, x), OptionError),
+    ]:
+        with pytest.raises(error):
+            back(*wrong)
 
     weight, anchor = torch.randn(3, 2), torch.randn(3, 3)
 

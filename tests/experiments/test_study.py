@@ -114,7 +114,7 @@ def test_the_report_has_every_parts_tables_and_pictures(tmp_path, made):
     )
     assert re.search(r"\| K-FAC, train factors \| - \| [\d.]+ ± ", summary)
     for part, title in (
-        ("stream", "Permuted MNIST subset, 2 tasks"),
+        ("stream", "Permuted MNIST subset, 1 hidden layer, 2 tasks"),
         ("transfer", "A source to a target"),
     ):
         text = section(report, title)
@@ -279,6 +279,14 @@ def test_streams_of_the_same_images_find_each_others_grids(mnist_folder):
     grid = first.config("grid", 1000, options)
     assert whole.config("grid", 1000, options) == long.config("grid", 1000, options) == grid
     assert whole.config("final", 0, options)["examples"] is None
+    deep, deep_whole = (
+        PermutedMnist.read(PARTS[f"permuted-mnist{name}"].preset, mnist_folder)
+        for name in ("-deep", "-whole-deep")
+    )
+    for stage in ("grid", "finalist"):
+        assert deep.config(stage, 1000, options) == deep_whole.config(stage, 1000, options)
+    titles = [each.title() for each in (first, whole, long, deep, deep_whole)]
+    assert len(set(titles)) == 5
     assert long.config("final", 0, options)["tasks"] == 30
 
 

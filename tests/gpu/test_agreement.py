@@ -285,6 +285,47 @@ def terms(on: On, groups: int, D: int, K: int, count: int, real: torch.dtype):
 SIZES = [(1, 4, 7, 1), (1, 6, 3, 2), (1, 130, 5, 3), (3, 6, 4, 2), (5, 5, 9, 3), (4, 8, 1, 1)]
 
 
+INPUTS = {
+    "rows": ((6, 5, 1), (0, 1, 2)),
+    "a place after the other": ((4, 3, 7), (0, 1, 2)),
+    "a channel after the other": ((4, 3, 7), (0, 2, 1)),
+    "examples innermost": ((4, 3, 7), (1, 2, 0)),
+    "many": ((3, 130, 70), (0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("shape", INPUTS)
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("gradients", ["both", "of the mean", "of the variance"])
+def test_gradients_of_moments_agree(both, shape, element, gradients):
+    real = accumulation_dtype(element)
+    size, order = INPUTS[shape]
+    x, known = (numbers(size, order, seed).to(element) for seed in (0, 1))
+    mean, of_mean, of_variance = numbers((3, size[1]), seed=2).to(real)
+    rows = {
+        "both": (of_mean, of_variance),
+        "of the mean": (of_mean, None),
+        "of the variance": (None, of_variance),
+    }[gradients]
+    for keep in (False, True):
+        found = []
+        for on in both:
+            # In another order than what is read, too.
+            for out in (on.put(known), on.put(known.contiguous())):
+                borrowed = [
+                    None if row is None else on.borrow(on.put(row)) for row in (mean, *rows)
+                ]
+                _core.moments_backward(on.borrow(on.put(x)), *borrowed, on.borrow(out), keep)
+                found.append(out.cpu().double())
+        count = size[0] * size[2]
+        exact = keep * known.double()
+        for part, row in zip((1.0, 2.0 * (x.double() - mean[:, None])), rows, strict=True):
+            exact = exact + (0.0 if row is None else row[:, None].double() / count * part)
+        # Half precision is rounded once, at the end.
+        bound = max(TOLERANCE[real], torch.finfo(element).eps)
+        assert all(errors([out], [exact]) < bound for out in found)
+
+
 @pytest.mark.parametrize("real", REALS)
 @pytest.mark.parametrize(("groups", "D", "K", "count"), SIZES)
 def test_algebra_agrees(both, groups, D, K, count, real):

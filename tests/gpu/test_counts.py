@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ekfac_rs as ek
 from ekfac_rs import _core
@@ -254,22 +255,54 @@ def test_a_note_is_one_number_on_the_device_of_the_units():
     assert not out.any()
 
 
-def test_merged_weights_of_all_layers_take_three_launches():
+def test_merged_weights_of_all_layers_take_three_launches_and_statistics_one_each():
     counts = []
-    for depth in (2, 12, 40):
+    depths = (2, 12, 40)
+    for depth in depths:
         layers = [(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6)) for _ in range(depth)]
         model = nn.Sequential(*(module for pair in layers for module in pair))
         penalty = ek.QuadraticPenalty(model, [], ek.merged_weights(model), damping=0.1)
 
         def step(model: nn.Module = model, penalty: ek.QuadraticPenalty = penalty) -> None:
-            model(torch.randn(8, 6))
-            penalty().backward()
+            (model(torch.randn(8, 6)).square().sum() + penalty()).backward()
 
+        step()  # the first looks at how statistics move
         waited, launched = counted(step, WAIT, LAUNCH)
         assert waited == 0
         counts.append(launched)
-    # One forward and two backward for every 32 layers.
-    assert counts == [3, 3, 6]
+    # One forward and two backward for every 32 layers; a BatchNorm's statistics are its own, and
+    # their gradient is added to that of its input where that is made.
+    assert counts == [extra + depth for extra, depth in zip((3, 3, 6), depths, strict=True)]
+
+
+class Passes(TorchDispatchMode):
+    """Counts torch's own passes over tensors of some size."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self._elements = elements
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        looks_only = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        written = [] if looks_only else out if isinstance(out, tuple | list) else [out]
+        self.count += any(isinstance(x, Tensor) and x.numel() >= self._elements for x in written)
+        return out
+
+
+def test_no_operation_of_torch_goes_through_activations_for_the_penalty():
+    model, x = network(), batches(1)[0][0]
+    penalty = ek.QuadraticPenalty(model, [], ek.merged_weights(model), damping=0.1)
+
+    def step(with_penalty: bool) -> int:
+        with Passes(5 * 8 * 8 * 8) as passes:
+            loss = model(x).square().sum()
+            (loss + penalty() if with_penalty else loss).backward()
+        return passes.count
+
+    step(True)  # the first looks at how statistics move
+    assert step(True) == step(False) > 0
 
 
 def test_a_product_is_scaled_damped_and_summed_in_three_launches():
@@ -282,6 +315,7 @@ def test_a_product_is_scaled_damped_and_summed_in_three_launches():
         model(data[0][0])
         penalty()
 
+    value()  # the first looks at how statistics move
     waited, launched, multiplied = counted(value, WAIT, LAUNCH, ("cublas", "cublasSgemm_v2_64"))
     # Merged weights are one launch more.
     assert (waited, launched) == (0, 4)

@@ -8,13 +8,12 @@ from ekfac_rs.batchnorm.merging import (
     merged_weights,
     raw_weights,
 )
+from ekfac_rs.batchnorm.moments import NormalisingCall, moments_of, moments_of_all
 from ekfac_rs.batchnorm.putting_back import WEIGHTS, reparameterize, weight_norms
 from ekfac_rs.batchnorm.statistics import (
     as_found,
     device_of,
     frozen_batchnorms,
-    moments_of,
-    moments_of_all,
     use_batch_statistics,
 )
 
@@ -22,6 +21,7 @@ __all__ = [
     "WEIGHTS",
     "Anchor",
     "Merging",
+    "NormalisingCall",
     "as_found",
     "deviations",
     "device_of",

@@ -1,7 +1,7 @@
 """The statistics of BatchNorms: taken over a loader, used and protected during passes."""
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
@@ -11,20 +11,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ekfac_rs import _core
 from ekfac_rs._modes import plain_name
 from ekfac_rs._ranks import Ranks
 from ekfac_rs._tensors import Kept, accumulation_dtype, kept, put_back
-
-# Of work that is always the host's own.
-from ekfac_rs._tensors import borrow as on_host
+from ekfac_rs.batchnorm.moments import moments_of
 from ekfac_rs.errors import BatchNormError
 
 
@@ -278,6 +274,14 @@ def hook_inputs(batchnorm: nn.Module, hook: Hook) -> RemovableHandle:
     return batchnorm.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+CallHook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]
+
+
+def hook_calls(batchnorm: nn.Module, hook: CallHook) -> RemovableHandle:
+    """Let a hook see what a BatchNorm was called with, and what it returned."""
+    return batchnorm.register_forward_hook(hook, with_kwargs=True)
+
+
 def input_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
     """Return the input that a BatchNorm is called with."""
     return args[0] if args else kwargs["input"]
@@ -370,87 +374,3 @@ class Moments:
     def variance(self) -> Tensor:
         """Population variance of all rows, ``[C]``."""
         return self.sum_of_squares / self.count
-
-
-def moments_of(values: Tensor, name: str, ranks: Ranks | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, each ``[C]``, of a BatchNorm's input ``[N, C, ...]``.
-
-    Differentiable once. With ranks, over the values of all of them together; messages name the
-    BatchNorm.
-    """
-    [(mean, variance)] = moments_of_all([values])
-    if ranks is None or ranks.alone:
-        return mean, variance
-    own = values.numel() // values.shape[1]
-    sums = ranks.summed(torch.cat([own * mean, mean.new_tensor([own])]), f"{name}: batch means")
-    count, common = sums[-1].detach(), sums[:-1] / sums[-1].detach()
-    if count < 2:
-        raise BatchNormError(
-            f"layer {name!r}: expected at least 2 values a channel over all ranks, got 1"
-        )
-    squares = own * (variance + (mean - common).square())
-    return common, ranks.summed(squares, f"{name}: batch variances") / count
-
-
-def moments_of_all(inputs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Mean and biased variance, each ``[C]``, of the inputs ``[N, C, ...]`` of several BatchNorms.
-
-    Differentiable once; NaN where there are no values.
-    """
-    moments = _MomentsOf.apply(*inputs) if inputs else ()
-    return list(zip(moments[::2], moments[1::2], strict=True))
-
-
-class _MomentsOf(torch.autograd.Function):
-    """In the core on a CPU, where `torch.var_mean` takes twenty times as long."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        moments: list[tuple[Tensor, Tensor]] = []
-        to_compute: dict[torch.dtype, list[tuple[_core.Tensor, _core.Tensor, _core.Tensor]]] = {}
-        for values in inputs:
-            if values.device.type == "cpu":
-                mean, variance = values.new_empty(2, values.shape[1])
-                x = values.flatten(2) if values.dim() > 2 else values[..., None]
-                task = on_host(x), on_host(mean), on_host(variance)
-                to_compute.setdefault(values.dtype, []).append(task)
-            else:
-                others = [axis for axis in range(values.dim()) if axis != 1]
-                variance, mean = torch.var_mean(values, others, correction=0)
-            moments.append((mean, variance))
-        for tasks in to_compute.values():
-            _core.batch_moments(tasks)
-        ctx.save_for_backward(*inputs, *(mean for mean, _ in moments))
-        ctx.set_materialize_grads(False)
-        return tuple(chain.from_iterable(moments))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        inputs, means = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        pairs = zip(gradients[::2], gradients[1::2], strict=True)
-        return tuple(
-            _moved_back(values, mean, *pair) if wanted else None
-            for values, mean, pair, wanted in zip(
-                inputs, means, pairs, ctx.needs_input_grad, strict=True
-            )
-        )
-
-
-def _moved_back(
-    values: Tensor, mean: Tensor, grad_mean: Tensor | None, grad_variance: Tensor | None
-) -> Tensor | None:
-    """Gradient of a BatchNorm's input from those of its moments."""
-    if grad_mean is None and grad_variance is None:
-        return None
-    count = values.numel() // mean.numel()
-    constant = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
-    slope = torch.zeros_like(mean)
-    if grad_variance is not None:
-        slope = (2.0 / count) * grad_variance
-        constant = torch.addcmul(constant, slope, mean, value=-1.0)
-    shape = (-1, *(1,) * (values.dim() - 2))
-    # ``slope * (values - mean)`` in one pass; what cancels is no more than the rounding of the
-    # values themselves.
-    return torch.addcmul(constant.view(shape), values, slope.view(shape))

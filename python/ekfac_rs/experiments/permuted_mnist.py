@@ -236,9 +236,12 @@ class PermutedMnist(Stream):
         return {"hidden": self.preset.hidden}
 
     def title(self) -> str:
-        """Name the images and the number of tasks."""
-        images = "MNIST" if self.preset.dataset == "mnist" else "MNIST subset"
-        return f"Permuted {images}, {self.preset.tasks} tasks"
+        """Name the images, the network and the number of tasks."""
+        preset = self.preset
+        images = "MNIST" if preset.dataset == "mnist" else "MNIST subset"
+        layers = counted(len(preset.hidden), "hidden layer")
+        whole = ", all images" if preset.dataset == "mnist" and preset.examples is None else ""
+        return f"Permuted {images}, {layers}, {preset.tasks} tasks{whole}"
 
     def notes(self, settings: int) -> list[str]:
         """Tell the protocol."""

@@ -267,6 +267,9 @@ _QUICK_PERMUTED = dataclasses.replace(
     l2=(0.1, 1.0),
     factor_examples=1_000,
 )
+# All images, at settings chosen on as many as above.
+_WHOLE = dataclasses.replace(_PERMUTED, examples=None, grid_examples=15_000)
+_QUICK_WHOLE = dataclasses.replace(_QUICK_PERMUTED, examples=None, grid_examples=4_000)
 _DEEP = (100,) * 6
 # Enough to see what diverges in one run of ten.
 _MANY_SEEDS, _SOME_SEEDS = tuple(range(30)), tuple(range(5))
@@ -325,13 +328,8 @@ PARTS: dict[str, Part] = {
     ),
     "permuted-mnist-whole": Part(
         PermutedMnist,
-        dataclasses.replace(
-            _PERMUTED,
-            methods=("fine-tuning", "kfac-frozen", _WITHOUT_SEARCH),
-            examples=None,
-            grid_examples=15_000,
-        ),
-        dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, examples=None, grid_examples=4_000),
+        dataclasses.replace(_WHOLE, methods=("fine-tuning", "kfac-frozen", _WITHOUT_SEARCH)),
+        dataclasses.replace(_QUICK_WHOLE, methods=_QUICK),
         "All images, at the settings chosen above.",
     ),
     "permuted-mnist-deep": Part(
@@ -355,6 +353,26 @@ PARTS: dict[str, Part] = {
         dataclasses.replace(_PERMUTED, methods=_BEST, tasks=30),
         dataclasses.replace(_QUICK_PERMUTED, methods=_QUICK, tasks=6),
         "Does it last for many more tasks, at settings chosen on fewer?",
+    ),
+    "permuted-mnist-whole-deep": Part(
+        PermutedMnist,
+        dataclasses.replace(
+            _WHOLE,
+            methods=("fine-tuning", "scheduled-kfac-first-own", _WITHOUT_SEARCH),
+            finalists=3,
+            frozen_lrs=(0.003, 0.01, 0.03),
+            hidden=_DEEP,
+        ),
+        dataclasses.replace(_QUICK_WHOLE, methods=_QUICK, hidden=_DEEP),
+        "What needs least of a search, in the deeper network, on all images.",
+    ),
+    "permuted-mnist-whole-long": Part(
+        PermutedMnist,
+        dataclasses.replace(
+            _WHOLE, methods=("fine-tuning", "kfac-frozen-own", _WITHOUT_SEARCH), tasks=30
+        ),
+        dataclasses.replace(_QUICK_WHOLE, methods=_QUICK, tasks=6),
+        "What does best over many tasks, on all images.",
     ),
     "permuted-mnist-seeds": Part(
         PermutedMnist,

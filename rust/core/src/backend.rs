@@ -9,7 +9,7 @@ use crate::cancel::Cancel;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
-use crate::merging::{Deviation, MapGradient};
+use crate::merging::{Deviation, MapGradient, MomentsGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
 use crate::terms::{Combination, FactoredTerm, Group, Term};
@@ -172,6 +172,9 @@ pub trait Backend: Sized + Sync {
         out: MatrixMut<'_, T>,
         wanted: Option<(Combination, MatrixMut<'_, f64>)>,
     ) -> Result<()>;
+
+    /// Writes what the gradients of moments become in their input.
+    fn moments_backward<T: Real>(&self, gradient: MomentsGradient<'_, T>) -> Result<()>;
 
     /// Writes how far merged weights are from anchors.
     fn merge<T: Real>(&self, layers: Vec<Deviation<'_, T>>) -> Result<()>;

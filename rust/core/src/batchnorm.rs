@@ -8,7 +8,7 @@ use crate::backend::Backend;
 use crate::backend::dispatch::{host, on_device};
 use crate::element::{Dtype, Real, with_real};
 use crate::error::{Error, Result};
-use crate::merging::{Deviation, Map, MapGradient, Moments};
+use crate::merging::{Deviation, Map, MapGradient, Moments, MomentsGradient};
 use crate::place::{Device, Place};
 use crate::view::{Layout, TensorView, TensorViewMut};
 
@@ -53,6 +53,71 @@ pub fn moments(mut inputs: Vec<InputMoments<'_>>) -> Result<()> {
         }));
         backend.moments(tasks.collect::<Result<_>>()?)
     })
+}
+
+/// A BatchNorm's input, the gradients of its moments, and where that of the input goes.
+pub struct InputGradient<'a> {
+    /// `[N, C, S]`.
+    pub x: TensorView<'a>,
+    /// `[1, C]`, in the type of sums over the input.
+    pub mean: TensorView<'a>,
+    /// The gradient of the mean, where there is one, `[1, C]`.
+    pub of_mean: Option<TensorView<'a>>,
+    /// That of the population variance.
+    pub of_variance: Option<TensorView<'a>>,
+    /// Whether the result is added to what is there.
+    pub keep: bool,
+    /// `[N, C, S]`, of the input's type.
+    pub out: TensorViewMut<'a>,
+}
+
+/// Writes, or adds, the gradient of a BatchNorm's input.
+///
+/// # Errors
+///
+/// As [`moments`].
+pub fn moments_backward(gradient: InputGradient<'_>) -> Result<()> {
+    let InputGradient {
+        x,
+        mean,
+        of_mean,
+        of_variance,
+        keep,
+        out,
+    } = gradient;
+    let &[_, channels, _] = x.shape() else {
+        return Err(Error::Shape(format!(
+            "x must be [N, C, S], got shape {:?}",
+            x.shape()
+        )));
+    };
+    if out.shape() != x.shape() {
+        return Err(Error::Shape(format!(
+            "out must be {:?}, got shape {:?}",
+            x.shape(),
+            out.shape()
+        )));
+    }
+    out.layout().expect_dtype(x.dtype())?;
+    out.place().device.expect(x.place().device)?;
+    let sums = Layout {
+        dtype: x.dtype().of_sums(),
+        ..x.layout().clone()
+    };
+    let given = [&of_mean, &of_variance].into_iter().flatten();
+    for (name, row) in given.map(|row| ("gradient", row)).chain([("mean", &mean)]) {
+        expect(row.layout(), name, &[1, channels], &sums)?;
+    }
+    on_device!(x.place(), backend => with_real!(sums.dtype, T => {
+        backend.moments_backward::<T>(MomentsGradient {
+            x,
+            mean: backend.matrix(&mean)?,
+            of_mean: of_mean.as_ref().map(|x| backend.matrix(x)).transpose()?,
+            of_variance: of_variance.as_ref().map(|x| backend.matrix(x)).transpose()?,
+            keep,
+            out,
+        })
+    }))
 }
 
 /// A layer and the BatchNorm after it: what the merged weights are made of. All row by row, without

@@ -79,14 +79,14 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     fn to_f64(self) -> f64;
     /// The value in single precision, rounded for `f64`.
     fn to_f32(self) -> f32;
+    /// Rounds to this type.
+    fn from_f64(value: f64) -> Self;
 }
 
 /// An element type that is computed in: `f32` or `f64`.
 pub trait Real: Element + faer::traits::RealField + Copy + Default + fmt::Debug {
     /// The spacing of numbers just above one.
     const EPSILON: f64;
-    /// Rounds to this type.
-    fn from_f64(value: f64) -> Self;
     /// Reads any element into this type.
     fn from_element<S: Element>(value: S) -> Self;
     /// Runs a reader for elements of this dtype, whose sums must be kept in this type: no other pair
@@ -110,7 +110,7 @@ fn not_summed<T>(dtype: Dtype, sums: Dtype) -> Result<T> {
 }
 
 macro_rules! element {
-    ($type:ty, $dtype:ident) => {
+    ($type:ty, $dtype:ident, $round:expr) => {
         impl Element for $type {
             const DTYPE: Dtype = Dtype::$dtype;
             #[inline(always)]
@@ -121,13 +121,17 @@ macro_rules! element {
             fn to_f32(self) -> f32 {
                 f32::from(self)
             }
+            #[inline(always)]
+            fn from_f64(value: f64) -> Self {
+                $round(value)
+            }
         }
     };
 }
 
-element!(f32, Float32);
-element!(f16, Float16);
-element!(bf16, BFloat16);
+element!(f32, Float32, |value| value as f32);
+element!(f16, Float16, f16::from_f64);
+element!(bf16, BFloat16, bf16::from_f64);
 
 impl Element for f64 {
     const DTYPE: Dtype = Dtype::Float64;
@@ -139,14 +143,14 @@ impl Element for f64 {
     fn to_f32(self) -> f32 {
         self as f32
     }
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value
+    }
 }
 
 impl Real for f32 {
     const EPSILON: f64 = f32::EPSILON as f64;
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value as f32
-    }
     #[inline(always)]
     fn from_element<S: Element>(value: S) -> Self {
         value.to_f32()
@@ -163,10 +167,6 @@ impl Real for f32 {
 
 impl Real for f64 {
     const EPSILON: f64 = f64::EPSILON;
-    #[inline(always)]
-    fn from_f64(value: f64) -> Self {
-        value
-    }
     #[inline(always)]
     fn from_element<S: Element>(value: S) -> Self {
         value.to_f64()

@@ -1,7 +1,7 @@
 //! BatchNorms' inputs, and weights merged with the BatchNorm after them, as matrices.
 
 use crate::matrix::{Matrix, MatrixMut};
-use crate::view::TensorView;
+use crate::view::{TensorView, TensorViewMut};
 
 /// A BatchNorm's input, and where its moments by channel go.
 #[derive(Debug)]
@@ -12,6 +12,23 @@ pub struct Moments<'a, T> {
     pub mean: MatrixMut<'a, T>,
     /// The mean of squared distances from it, `[1, C]`.
     pub variance: MatrixMut<'a, T>,
+}
+
+/// What the gradients of moments become in the input that they are of.
+#[derive(Debug)]
+pub struct MomentsGradient<'a, T> {
+    /// `[N, C, S]`.
+    pub x: TensorView<'a>,
+    /// Over N and S, `[1, C]`.
+    pub mean: Matrix<'a, T>,
+    /// The gradient of the mean, where there is one, `[1, C]`.
+    pub of_mean: Option<Matrix<'a, T>>,
+    /// That of the population variance.
+    pub of_variance: Option<Matrix<'a, T>>,
+    /// Whether the result is added to what is there.
+    pub keep: bool,
+    /// `[N, C, S]`, of the input's type.
+    pub out: TensorViewMut<'a>,
 }
 
 /// What merged weights are made of.

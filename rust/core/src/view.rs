@@ -20,7 +20,7 @@
 
 use std::marker::PhantomData;
 
-use ndarray::{ArrayView, ArrayViewD, ArrayViewMut, Dimension, IxDyn, ShapeBuilder};
+use ndarray::{ArrayView, ArrayViewD, ArrayViewMut, ArrayViewMutD, Dimension, IxDyn, ShapeBuilder};
 
 use crate::element::{Dtype, Element};
 use crate::error::{Error, Result};
@@ -352,6 +352,21 @@ impl<'a> TensorViewMut<'a> {
     /// The address of the first element; it says nothing where there is none.
     pub(crate) fn address(&self) -> usize {
         self.pointer.expose_provenance()
+    }
+
+    /// The tensor as an array in host memory.
+    pub fn array_mut<T: Element>(&mut self) -> Result<ArrayViewMutD<'_, T>> {
+        self.layout.device.expect(Device::Cpu)?;
+        self.layout.expect_dtype(T::DTYPE)?;
+        let shape = IxDyn(&self.layout.shape).strides(IxDyn(&self.layout.strides));
+        let pointer = if self.pointer.is_null() {
+            std::ptr::NonNull::dangling().as_ptr()
+        } else {
+            self.pointer.cast()
+        };
+        // SAFETY: device and dtype were checked just above, alignment, size and that no two indices
+        // share an element at construction; the array borrows the view, the only way to the memory.
+        Ok(unsafe { ArrayViewMut::from_shape_ptr(shape, pointer) })
     }
 
     /// Matrices as they are; each of the rows of a tensor of rows as a matrix of its own.

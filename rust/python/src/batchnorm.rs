@@ -1,7 +1,9 @@
 //! Bindings of `ekfac_core::batchnorm`.
 
 use ekfac_core::Result;
-use ekfac_core::batchnorm::{self, Backward, Gradients, InputMoments, Layer, Merged};
+use ekfac_core::batchnorm::{
+    self, Backward, Gradients, InputGradient, InputMoments, Layer, Merged,
+};
 use pyo3::prelude::*;
 
 use crate::call::run;
@@ -26,6 +28,32 @@ pub fn batch_moments(py: Python<'_>, mut inputs: Vec<RawMoments>) -> PyResult<()
             })
         });
         batchnorm::moments(views.collect::<Result<_>>()?)
+    })
+}
+
+/// Writes what the gradients of mean and variance, where there are such, become in the input x
+/// `[N, C, S]`, or adds it to what is in `out`.
+#[pyfunction]
+pub fn moments_backward(
+    py: Python<'_>,
+    x: RawTensor,
+    mean: RawTensor,
+    of_mean: Option<RawTensor>,
+    of_variance: Option<RawTensor>,
+    mut out: RawTensor,
+    keep: bool,
+) -> PyResult<()> {
+    run(py, |_| {
+        let rows = [&x, &mean].into_iter().chain(&of_mean).chain(&of_variance);
+        check_disjoint(&[&out], rows)?;
+        batchnorm::moments_backward(InputGradient {
+            x: x.view()?,
+            mean: mean.row()?,
+            of_mean: of_mean.as_ref().map(RawTensor::row).transpose()?,
+            of_variance: of_variance.as_ref().map(RawTensor::row).transpose()?,
+            keep,
+            out: out.view_mut()?,
+        })
     })
 }
 

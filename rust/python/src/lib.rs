@@ -31,7 +31,7 @@ mod _core {
     }
 
     #[pymodule_export]
-    use crate::batchnorm::{batch_moments, merge, merge_backward};
+    use crate::batchnorm::{batch_moments, merge, merge_backward, moments_backward};
     #[pymodule_export]
     use crate::build::{build_info, num_threads, set_num_threads};
     #[pymodule_export]

@@ -12,7 +12,7 @@ use crate::cancel::Cancel;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, non_finite};
-use crate::merging::{Deviation, MapGradient, Moments};
+use crate::merging::{Deviation, MapGradient, Moments, MomentsGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
 use crate::terms::{Combination, FactoredTerm, Group, Term};
@@ -225,6 +225,10 @@ impl Backend for Cpu {
             (inner[(0, 0)], inner[(0, 1)]) = (products.curved, products.flat);
         }
         Ok(())
+    }
+
+    fn moments_backward<T: Real>(&self, gradient: MomentsGradient<'_, T>) -> Result<()> {
+        merging::moments_backward(&self.team, gradient)
     }
 
     fn merge<T: Real>(&self, layers: Vec<Deviation<'_, T>>) -> Result<()> {

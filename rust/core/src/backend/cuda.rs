@@ -17,7 +17,7 @@ use crate::cancel::Cancel;
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage, non_finite};
-use crate::merging::{Deviation, MapGradient};
+use crate::merging::{Deviation, MapGradient, MomentsGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
 use crate::terms::{Combination, FactoredTerm, Group, Term};
@@ -217,6 +217,10 @@ impl Backend for Cuda {
             Some((wanted, inner)) => self.combine(wanted, v, out, inner),
             None => Ok(()),
         }
+    }
+
+    fn moments_backward<T: Real>(&self, gradient: MomentsGradient<'_, T>) -> Result<()> {
+        self.move_moments_back(gradient)
     }
 
     fn merge<T: Real>(&self, layers: Vec<Deviation<'_, T>>) -> Result<()> {

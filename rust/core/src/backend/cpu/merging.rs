@@ -3,17 +3,17 @@
 use std::sync::Arc;
 
 use faer::{MatMut, MatRef};
-use ndarray::{ArrayView3, Axis};
+use ndarray::{ArrayView3, ArrayViewMut3, Axis};
 
 use super::blas::cut_rows;
 use super::host;
 use super::simd::{self, Loop};
 use super::source::dimensions;
 use super::team::Team;
-use crate::element::Real;
+use crate::element::{Element, Reader, Real};
 use crate::error::{Error, Result};
-use crate::matrix::MatrixMut;
-use crate::merging::{Deviation, Map, MapGradient, Moments};
+use crate::matrix::{Matrix, MatrixMut};
+use crate::merging::{Deviation, Map, MapGradient, Moments, MomentsGradient};
 
 /// Elements that a thread takes at a time: read twice, they are in its cache the second time.
 const ELEMENTS: usize = 1 << 15;
@@ -180,6 +180,132 @@ fn write_row<T: Real>(row: MatrixMut<'_, T>, values: impl Iterator<Item = f64>) 
         row[(0, index)] = T::from_f64(value);
     }
     Ok(())
+}
+
+/// Writes what the gradients of moments become in their input.
+pub(super) fn moments_backward<T: Real>(
+    team: &Team,
+    gradient: MomentsGradient<'_, T>,
+) -> Result<()> {
+    T::read(gradient.x.dtype(), MoveMomentsBack { team, gradient })
+}
+
+struct MoveMomentsBack<'a, 't, T> {
+    team: &'t Team,
+    gradient: MomentsGradient<'a, T>,
+}
+
+impl<T: Real> Reader for MoveMomentsBack<'_, '_, T> {
+    type Output = ();
+
+    fn read<S: Element>(self) -> Result<()> {
+        let MomentsGradient {
+            x,
+            mean,
+            of_mean,
+            of_variance,
+            keep,
+            mut out,
+        } = self.gradient;
+        let x: ArrayView3<'_, S> = dimensions(x.array()?)?;
+        let (_, channels, places) = x.dim();
+        let reciprocal = ((x.len() / channels.max(1)) as f64).recip();
+        let scaled = |row: Option<Matrix<'_, T>>, factor: f64| -> Result<Vec<T>> {
+            let Some(row) = row else {
+                return Ok(vec![T::default(); channels]);
+            };
+            let row = host::read(row)?;
+            let each = (0..channels).map(|c| T::from_f64(factor * row[(0, c)].to_f64()));
+            Ok(each.collect())
+        };
+        let lines = Lines {
+            mean: scaled(Some(mean), 1.0)?,
+            constant: scaled(of_mean, reciprocal)?,
+            slope: scaled(of_variance, 2.0 * reciprocal)?,
+            keep,
+        };
+        let out: ArrayViewMut3<'_, S> = out
+            .array_mut()?
+            .into_dimensionality()
+            .map_err(|error| Error::Shape(error.to_string()))?;
+        let (elements, height) = (x.len(), height(channels * places));
+        let mut out = out;
+        let parts = x
+            .axis_chunks_iter(Axis(0), height)
+            .zip(out.axis_chunks_iter_mut(Axis(0), height));
+        share(self.team, elements, parts.collect(), |(x, out)| {
+            simd::run(WriteLines {
+                x,
+                out,
+                lines: &lines,
+            });
+        });
+        Ok(())
+    }
+}
+
+/// By channel: ``slope (x - mean) + constant``.
+struct Lines<T> {
+    mean: Vec<T>,
+    slope: Vec<T>,
+    constant: Vec<T>,
+    /// Whether they are added to what is there.
+    keep: bool,
+}
+
+struct WriteLines<'a, 'o, T, S> {
+    x: ArrayView3<'a, S>,
+    out: ArrayViewMut3<'o, S>,
+    lines: &'a Lines<T>,
+}
+
+impl<T: Real, S: Element> Loop for WriteLines<'_, '_, T, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { x, mut out, lines } = self;
+        let all = lines.mean.iter().zip(&lines.slope).zip(&lines.constant);
+        let by_channel = x.strides()[1] == 1 && out.strides()[1] == 1;
+        for (x, mut out) in x.outer_iter().zip(out.outer_iter_mut()) {
+            if by_channel {
+                for (x, out) in x.lanes(Axis(0)).into_iter().zip(out.lanes_mut(Axis(0))) {
+                    if let (Some(x), Some(out)) = (x.to_slice(), out.into_slice()) {
+                        for ((out, &x), ((&mean, &slope), &constant)) in
+                            out.iter_mut().zip(x).zip(all.clone())
+                        {
+                            write_line(out, x, mean, slope, constant, lines.keep);
+                        }
+                    }
+                }
+                continue;
+            }
+            for ((x, mut out), ((&mean, &slope), &constant)) in
+                x.outer_iter().zip(out.outer_iter_mut()).zip(all.clone())
+            {
+                if let (Some(x), Some(out)) = (x.to_slice(), out.as_slice_mut()) {
+                    for (out, &x) in out.iter_mut().zip(x) {
+                        write_line(out, x, mean, slope, constant, lines.keep);
+                    }
+                } else {
+                    for (out, &x) in out.iter_mut().zip(&x) {
+                        write_line(out, x, mean, slope, constant, lines.keep);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn write_line<T: Real, S: Element>(out: &mut S, x: S, mean: T, slope: T, constant: T, keep: bool) {
+    let value = (T::from_element(x) - mean) * slope + constant;
+    let kept = if keep {
+        T::from_element(*out)
+    } else {
+        T::default()
+    };
+    *out = S::from_f64((kept + value).to_f64());
 }
 
 // --- merged weights -----------------------------------------------------------------------------

@@ -496,6 +496,29 @@ extern "C" __global__ void merge_backward_rows(
     }
 }
 
+// What the gradients of moments become in their input, added to what is there if that is kept.
+extern "C" __global__ void moments_backward(
+    const S* x, Dense from, u64 examples, u64 channels, u64 places, const T* mean,
+    const T* of_mean, const T* of_variance, u64 keep, S* out, Dense to)
+{
+    COLUMN(channels * places)
+    // Neighbouring threads take neighbouring elements.
+    bool by_channel = to.feature == 1;
+    u64 channel = by_channel ? column % channels : column / places;
+    u64 place = by_channel ? column / channels : column % places;
+    double reciprocal = 1.0 / ((double)examples * places);
+    T centre = mean[channel];
+    T slope = of_variance ? (T)(2.0 * reciprocal * of_variance[channel]) : (T)0;
+    T constant = of_mean ? (T)(reciprocal * of_mean[channel]) : (T)0;
+    x += place * from.location + channel * from.feature;
+    out += place * to.location + channel * to.feature;
+    FOR_ROWS(examples) {
+        T value = ((T)number(x[row * from.example]) - centre) * slope + constant;
+        S& target = out[row * to.example];
+        put(target, keep ? (T)number(target) + value : value);
+    }
+}
+
 // --- elementwise --------------------------------------------------------------------------------
 
 // Copies a stack of matrices, converting; ELEMENT is float or double here.

@@ -1,11 +1,12 @@
-//! Weights merged with the BatchNorm after them, of many layers in few launches.
+//! Weights merged with the BatchNorm after them, of many layers in few launches, and the way back to a
+//! BatchNorm's input.
 
-use super::kernels::Argument::{self, Pointer, Words};
+use super::kernels::Argument::{self, Count, Pointer, Words};
 use super::queue::{Cuda, count};
 use crate::element::Real;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::matrix::{Matrix, MatrixMut};
-use crate::merging::{Deviation, Map, MapGradient};
+use crate::merging::{Deviation, Map, MapGradient, MomentsGradient};
 
 /// Layers of one launch: as many as its arguments have room for (4 kB). As in kernels.cu.
 const LAYERS: usize = 32;
@@ -17,6 +18,57 @@ const LANES: usize = 32;
 const WORDS: usize = 15;
 
 impl Cuda {
+    /// Writes what the gradients of moments become in their input.
+    pub(super) fn move_moments_back<T: Real>(
+        &self,
+        gradient: MomentsGradient<'_, T>,
+    ) -> Result<()> {
+        let (x, out) = (&gradient.x, &gradient.out);
+        for place in [x.place(), out.place()] {
+            place.device.expect(self.place().device)?;
+        }
+        let (
+            &[examples, channels, places],
+            &[over, across, along],
+            &[to_over, to_across, to_along],
+        ) = (
+            x.shape(),
+            &x.layout().strides[..],
+            &out.layout().strides[..],
+        )
+        else {
+            return Err(Error::Internal("moments of no [N, C, S]".to_owned()));
+        };
+        // In the order of the structure in kernels.cu.
+        let steps = |steps: [usize; 3]| Words(steps.map(|step| step as u64).to_vec());
+        let arguments = vec![
+            Pointer(x.address() as u64),
+            steps([over, along, across]),
+            count(examples),
+            count(channels),
+            count(places),
+            Pointer(self.address(gradient.mean)?),
+            Pointer(self.optional(gradient.of_mean)?),
+            Pointer(self.optional(gradient.of_variance)?),
+            Count(u64::from(gradient.keep)),
+            Pointer(out.address() as u64),
+            steps([to_over, to_along, to_across]),
+        ];
+        let types = [x.dtype(), T::DTYPE];
+        // SAFETY: both are tensors of this shape on this device, the second of them written by nobody
+        // else; the rows have an entry for every channel.
+        unsafe {
+            self.launch(
+                types,
+                "moments_backward",
+                1,
+                examples,
+                channels * places,
+                arguments,
+            )
+        }
+    }
+
     /// Writes how far merged weights are from anchors.
     pub(super) fn merge_all<T: Real>(&self, layers: Vec<Deviation<'_, T>>) -> Result<()> {
         self.launch_by_layer(
