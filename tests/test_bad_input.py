@@ -153,6 +153,12 @@ TABLE = {
     "huge scale of a penalty": Row(
         lambda: penalty(scale=10**400), errors.OptionError, "scale: expected a finite number"
     ),
+    "precision of a penalty": Row(
+        lambda: penalty(precision="bf16"), errors.OptionError, "precision.*'bf16'"
+    ),
+    "precision of a penalty on the CPU": Row(
+        lambda: penalty(precision="tf32"), errors.OptionError, 'precision.*CPU.*"tf32"'
+    ),
     "NaN scale of a penalty": Row(lambda: penalty(scale=NAN), errors.OptionError, "scale.*nan"),
     "negative damping of a solve": Row(
         lambda: block().solve(torch.ones(3, 4).double(), -0.1), errors.OptionError, "damping"

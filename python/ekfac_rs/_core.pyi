@@ -207,15 +207,17 @@ class KroneckerRoot:
 
 @final
 class KroneckerOperator:
-    """A sum of terms packed for many products.
+    """A sum of terms packed for many products, in this precision: "ieee", or, on a GPU, "tf32".
 
     On the CPU, numerically rank-deficient factors are kept as thin ones.
     """
 
-    def __new__(cls, terms: Sequence[Term]) -> KroneckerOperator: ...
+    def __new__(cls, terms: Sequence[Term], precision: str = "ieee") -> KroneckerOperator: ...
     @staticmethod
     def from_factors(
-        shape: tuple[int, int], terms: Sequence[tuple[Factor | None, Factor | None]]
+        shape: tuple[int, int],
+        terms: Sequence[tuple[Factor | None, Factor | None]],
+        precision: str = "ieee",
     ) -> KroneckerOperator:
         """Pack terms (A, G) of one group whose factors may be known by their roots; None: identity.
 

@@ -116,36 +116,55 @@ class _PackedOperator(Operator):
 
 
 class _KroneckerOperator(_PackedOperator):
-    def __init__(self, block: KroneckerSum) -> None:
+    def __init__(self, block: KroneckerSum, precision: str) -> None:
         self.block = block
-        self.packed = _core.KroneckerOperator([(borrow(A), borrow(G)) for A, G in block.terms])
+        terms = [(borrow(A), borrow(G)) for A, G in block.terms]
+        self.packed = _core.KroneckerOperator(terms, precision)
 
 
 class _ThinOperator(_PackedOperator):
     """Thin terms packed as such."""
 
-    def __init__(self, block: ThinKroneckerSum) -> None:
+    def __init__(self, block: ThinKroneckerSum, precision: str) -> None:
         self.block = block
         terms: list[tuple[_core.Factor, _core.Factor]]
         terms = [((borrow(R), 0.0), (borrow(Q), 0.0)) for R, Q in block.terms]
         terms += [((borrow(A), None), (borrow(G), None)) for A, G in block.rest.terms]
-        self.packed = _core.KroneckerOperator.from_factors(block.shape, terms)
+        self.packed = _core.KroneckerOperator.from_factors(block.shape, terms, precision)
 
 
 class _TruncatedOperator(_PackedOperator):
     """Something near the blocks of all tasks, much cheaper."""
 
-    def __init__(self, blocks: Sequence[KroneckerSum | ThinKroneckerSum], dropped: float) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[KroneckerSum | ThinKroneckerSum],
+        dropped: float,
+        precision: str,
+    ) -> None:
         self.block = reduce(add, blocks)
-        self._near = TruncatedSum(blocks, dropped)
+        self._near = TruncatedSum(blocks, dropped, precision)
         self.packed, self.shift = self._near.packed, self._near.shift
 
     def describe(self) -> LayerProduct:
         return LayerProduct(self._near.flops, self._near.columns, self._near.error())
 
 
-def operator_of(blocks: Sequence[Block], like: Tensor, dropped: float) -> Operator:
-    """Make one layer's blocks ready; where something is dropped and they allow it, near ones."""
+def operator_of(
+    blocks: Sequence[Block], like: Tensor, dropped: float, precision: str = "ieee"
+) -> Operator:
+    """Make one layer's blocks ready; where something is dropped and they allow it, near ones.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+    like : Tensor
+        Tells device and dtype.
+    dropped : float
+        See `QuadraticPenalty`.
+    precision : str
+        Of products in float32 on a GPU: "ieee" or "tf32".
+    """
     if not blocks:
         return _NoOperator()
     blocks = [block.to(like.device, like.dtype) for block in blocks]
@@ -154,12 +173,12 @@ def operator_of(blocks: Sequence[Block], like: Tensor, dropped: float) -> Operat
         products = [b for b in blocks if isinstance(b, ThinKroneckerSum)]
         products += [b for b in blocks if isinstance(b, KroneckerSum) and b.groups == 1]
         if len(products) == len(blocks):
-            return _TruncatedOperator(products, dropped)
+            return _TruncatedOperator(products, dropped, precision)
     total = reduce(add, blocks)
     if isinstance(total, KroneckerSum):
-        return _KroneckerOperator(total)
+        return _KroneckerOperator(total, precision)
     if isinstance(total, ThinKroneckerSum):
-        return _ThinOperator(total)
+        return _ThinOperator(total, precision)
     return _DiagonalOperator(total) if isinstance(total, DiagonalBlock) else _BlockOperator(total)
 
 

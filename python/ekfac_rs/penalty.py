@@ -112,6 +112,10 @@ class QuadraticPenalty:
         gradients are of then stays positive semi-definite, its trace what it was; products take a
         fraction of the time (`describe` tells which, and how far it is from the curvatures).
         Layers with groups, Embeddings, diagonals and corrected eigenvalues stay exact.
+    precision : {"auto", "ieee", "tf32"}
+        To what the operands of products with the curvatures in float32 are rounded on a GPU. "auto"
+        is what torch does with the layer's own products or convolutions, as in
+        `estimate_curvature`. On the CPU nothing is rounded.
     process_group : torch.distributed.ProcessGroup, optional
         Processes that train the model together, each on mini-batches of its own, and average their
         gradients, as DistributedDataParallel does: the penalty is then counted once. Default: that
@@ -132,7 +136,7 @@ class QuadraticPenalty:
         When called: a SyncBatchNorm in train mode is over other processes.
     ShapeError, DtypeError, DeviceError, OptionError, NonFiniteError
         An anchor or curvature does not fit its layer; damping or scale is negative; ``dropped`` is
-        no share.
+        no share; ``precision`` is another, or "tf32" for a layer that is not on a GPU.
 
     References
     ----------
@@ -154,11 +158,13 @@ class QuadraticPenalty:
         *,
         coordinates: str | None = None,
         dropped: float = 0.0,
+        precision: str = "auto",
         process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         require_nonnegative("damping", damping)
         if dropped != 0.0:
             require_share("dropped", dropped)
+        require_choice("precision", precision, _PRECISIONS)
         curvatures = [curvatures] if isinstance(curvatures, Curvature) else list(curvatures)
         self.damping, self.scale = float(damping), scale
         self.dropped = dropped
@@ -173,7 +179,10 @@ class QuadraticPenalty:
             self._require_taken_at_anchor(curvatures[-1])
         self._operators = {
             layer.name: operator_of(
-                [c[layer.name] for c in curvatures], self._anchor[layer.name], dropped
+                [c[layer.name] for c in curvatures],
+                self._anchor[layer.name],
+                dropped,
+                _precision_of(layer, precision),
             )
             for layer in self._layers
         }
@@ -899,6 +908,15 @@ def _input_moments(
 
 
 # --- checks --------------------------------------------------------------------------------------
+
+_PRECISIONS = ("auto", "ieee", "tf32")
+
+
+def _precision_of(layer: AffineLayer, precision: str) -> str:
+    """Return that of a layer's products; the core refuses any but "ieee" on the CPU."""
+    if precision != "auto":
+        return precision
+    return layer.torch_precision() if layer.like.is_cuda else "ieee"
 
 
 def _common_coordinates(curvatures: Sequence[Curvature], wanted: str | None) -> str:

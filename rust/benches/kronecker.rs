@@ -6,6 +6,7 @@ use std::hint::black_box;
 use criterion::{Criterion, criterion_group, criterion_main};
 use ekfac_core::Cancel;
 use ekfac_core::kronecker::{KroneckerOperator, KroneckerSum};
+use ekfac_core::units::Precision;
 use ekfac_core::view::{TensorView, TensorViewMut};
 use ndarray::Array2;
 
@@ -32,7 +33,7 @@ fn products(criterion: &mut Criterion) {
             .iter()
             .map(|(a, g)| Ok((TensorView::new(a.view())?, TensorView::new(g.view())?)));
         let sum = KroneckerSum::new(views.collect::<ekfac_core::Result<_>>().unwrap()).unwrap();
-        let operator = KroneckerOperator::new(&sum).unwrap();
+        let operator = KroneckerOperator::new(&sum, Precision::Ieee).unwrap();
         let v = Array2::<f32>::from_elem((outputs, inputs), 0.5);
         let mut out = Array2::<f32>::zeros((outputs, inputs));
         let mut group = criterion.benchmark_group(format!("product D={outputs} K={inputs}"));

@@ -407,6 +407,31 @@ def test_products_through_roots_agree(both, D, K, real):
 
 
 @pytest.mark.parametrize("real", REALS)
+def test_what_is_wanted_of_products_agrees(both, real):
+    """Of more layers than go into a launch, among them one with more elements than threads take."""
+    sizes = [(3, 2)] * 33 + [(1, 1), (400, 1400), (700, 3)]
+    results = []
+    for on in both:
+        products, out, inner = [], [], []
+        for index, (D, K) in enumerate(sizes):
+            operator = _core.KroneckerOperator(
+                [(on.borrow(A), on.borrow(G)) for A, G in terms(on, 1, D, K, 1, real)]
+            )
+            V = on.put(numbers((D, K), (1, 0) if index % 2 else None, seed=index).to(real))
+            out.append(on.put(torch.zeros(D, K, dtype=real)))
+            inner.append(on.put(torch.zeros(1, 2, dtype=torch.float64)))
+            tensors = on.borrow(V), on.borrow(out[-1]), 0.1 * index, on.borrow(inner[-1])
+            products.append((operator, *tensors))
+        _core.apply_operators(products, 2.0)
+        results.append([[x.cpu().double() for x in found] for found in (out, inner)])
+    (got, got_inner), (expected, expected_inner) = results
+    for one, other in zip(got, expected, strict=True):
+        assert errors([one], [other]) < TOLERANCE[real]
+    for one, other in zip(got_inner, expected_inner, strict=True):
+        torch.testing.assert_close(one, other, rtol=10 * TOLERANCE[real], atol=1e-6)
+
+
+@pytest.mark.parametrize("real", REALS)
 @pytest.mark.parametrize(("groups", "D", "K", "count"), [s for s in SIZES if s[3] < 3])
 def test_inverses_and_roots_agree(both, groups, D, K, count, real):
     results = []

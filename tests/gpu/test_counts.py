@@ -305,9 +305,11 @@ def test_no_operation_of_torch_goes_through_activations_for_the_penalty():
     assert step(True) == step(False) > 0
 
 
-def test_a_product_is_scaled_damped_and_summed_in_three_launches():
-    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5))
-    data = [(torch.randn(8, 6), torch.arange(8) % 5) for _ in range(2)]
+@pytest.mark.parametrize("depth", [1, 5, 40])
+def test_all_products_are_scaled_damped_and_summed_in_three_launches(depth):
+    layers = [(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6)) for _ in range(depth)]
+    model = nn.Sequential(*(module for pair in layers for module in pair))
+    data = [(torch.randn(8, 6), torch.arange(8) % 6) for _ in range(2)]
     curvature = ek.estimate_curvature(model, data, approximation="kfac-expand")
     penalty = ek.QuadraticPenalty(model, curvature, ek.merged_weights(model), damping=0.1)
 
@@ -317,9 +319,37 @@ def test_a_product_is_scaled_damped_and_summed_in_three_launches():
 
     value()  # the first looks at how statistics move
     waited, launched, multiplied = counted(value, WAIT, LAUNCH, ("cublas", "cublasSgemm_v2_64"))
-    # Merged weights are one launch more.
-    assert (waited, launched) == (0, 4)
-    assert multiplied == 2
+    # For every 32 layers; merged weights are one launch more.
+    assert (waited, launched) == (0, 4 * (1 + depth // 32))
+    assert multiplied == 2 * depth
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "rounded_to"),
+    [
+        (torch.float32, "ieee", "float32"),
+        (torch.float32, "auto", "float32"),  # what torch has for matrices
+        (torch.float32, "tf32", "tf32"),
+        (torch.float64, "tf32", "float64"),
+    ],
+)
+def test_products_with_curvatures_are_in_the_type_asked_for(dtype, precision, rounded_to, dropped):
+    model = nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 6)).to(dtype)
+    data = [(torch.randn(9, 16, dtype=dtype), torch.arange(9) % 6) for _ in range(2)]
+    curvature = ek.estimate_curvature(model, data, approximation="kfac-expand")
+    anchor = ek.merged_weights(model)
+    penalty = ek.QuadraticPenalty(
+        model, curvature, anchor, 0.1, dropped=dropped, precision=precision
+    )
+    exact = ek.QuadraticPenalty(model, curvature, anchor, 0.1, dropped=dropped, precision="ieee")
+    with torch.no_grad():
+        model[0].weight.add_(torch.randn_like(model[0].weight))
+    values = []
+    done = flops_by_type(lambda: values.append(penalty().item()))
+    assert set(done) == {rounded_to}
+    bound = 2e-3 if rounded_to == "tf32" else 1e-6
+    assert values[0] == pytest.approx(exact().item(), rel=bound)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ class TruncatedSum:
         Without groups, of one shape; at least one. Thin terms keep their roots.
     dropped : float
         The largest share of each factor's trace that may be dropped, above 0 and below 1.
+    precision : str
+        Of its products: "ieee", or, on a GPU, "tf32".
 
     Attributes
     ----------
@@ -113,7 +115,12 @@ class TruncatedSum:
         ``dropped`` is no such number.
     """
 
-    def __init__(self, blocks: Sequence[KroneckerSum | ThinKroneckerSum], dropped: float) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[KroneckerSum | ThinKroneckerSum],
+        dropped: float,
+        precision: str = "ieee",
+    ) -> None:
         require_share("dropped", dropped)
         self._blocks = tuple(blocks)
         D, K = self.shape = blocks[0].shape
@@ -148,7 +155,7 @@ class TruncatedSum:
         terms = [((borrow(A), None), (borrow(G), None)) for A, G in exact]
         terms += [(other, one) for one, other in through_G.borrowed()]
         terms += through_A.borrowed()
-        self.packed = _core.KroneckerOperator.from_factors(self.shape, terms)
+        self.packed = _core.KroneckerOperator.from_factors(self.shape, terms, precision)
 
     def __repr__(self) -> str:
         exact = len(self._exact)

@@ -12,8 +12,8 @@ use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
 use crate::merging::{Deviation, MapGradient, MomentsGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
-use crate::terms::{Combination, FactoredTerm, Group, Term};
-use crate::units::{GramTask, Units};
+use crate::terms::{FactoredTerm, Group, Multiplied, Term};
+use crate::units::{GramTask, Precision, Units};
 use crate::view::{TensorView, TensorViewMut};
 
 pub mod cpu;
@@ -43,7 +43,7 @@ pub trait Backend: Sized + Sync {
     /// The backend for tensors at this place.
     fn at(place: Place) -> Result<Self::Handle>;
 
-    /// As [`Self::at`], for [`Self::apply_packed`] alone, which a CUDA graph may capture.
+    /// As [`Self::at`], for products with packed sums alone, which a CUDA graph may capture.
     fn at_for_packed(place: Place) -> Result<Self::Handle> {
         Self::at(place)
     }
@@ -152,8 +152,12 @@ pub trait Backend: Sized + Sync {
         cancel: &Cancel,
     ) -> Result<()>;
 
-    /// Packs the terms of all groups.
-    fn pack<T: Real>(&self, groups: &[Group<'_, T>]) -> Result<Self::Packed<T>>;
+    /// Packs the terms of all groups, for products in this precision.
+    fn pack<T: Real>(
+        &self,
+        groups: &[Group<'_, T>],
+        precision: Precision,
+    ) -> Result<Self::Packed<T>>;
 
     /// Packs terms, for V of this size, whose factors may be known by their roots; each has a way
     /// to its product.
@@ -161,16 +165,21 @@ pub trait Backend: Sized + Sync {
         &self,
         size: [usize; 2],
         terms: &[FactoredTerm<'_, T>],
+        precision: Precision,
     ) -> Result<Self::Packed<T>>;
 
-    /// Writes the product with V; or what is wanted of it, and to two numbers the inner products with
-    /// V of the product itself, and of V.
+    /// Writes the product with V.
     fn apply_packed<T: Real>(
         &self,
         packed: &Self::Packed<T>,
         v: Matrix<'_, T>,
         out: MatrixMut<'_, T>,
-        wanted: Option<(Combination, MatrixMut<'_, f64>)>,
+    ) -> Result<()>;
+
+    /// Writes what is wanted of the product of each packed sum with a V of its own.
+    fn apply_all_packed<T: Real>(
+        &self,
+        products: Vec<(&Self::Packed<T>, Multiplied<'_, T>)>,
     ) -> Result<()>;
 
     /// Writes what the gradients of moments become in their input.

@@ -136,6 +136,19 @@ pub struct Combination {
     pub damping: f64,
 }
 
+/// A product with V, and what is made of it.
+#[derive(Debug)]
+pub struct Multiplied<'a, T> {
+    /// V.
+    pub v: Matrix<'a, T>,
+    /// The product; what is wanted takes its place.
+    pub out: MatrixMut<'a, T>,
+    /// What is wanted.
+    pub wanted: Combination,
+    /// Where the inner products with V of the product itself, and of V, go: `[1, 2]`.
+    pub inner: MatrixMut<'a, f64>,
+}
+
 impl Combination {
     /// The product itself.
     pub const PRODUCT: Self = Self {

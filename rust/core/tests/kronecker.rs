@@ -9,6 +9,7 @@ use ekfac_core::kronecker::{
     TensorFactor,
 };
 use ekfac_core::terms::Factor;
+use ekfac_core::units::Precision;
 use ekfac_core::view::{TensorView, TensorViewMut};
 use ekfac_core::{Cancel, Error, linalg};
 use ndarray::{Array1, Array2, Array3, Array4, Axis};
@@ -169,7 +170,7 @@ proptest! {
                 a.slice_mut(ndarray::s![.., ..k / 2]).fill(0.0);
             }
         }
-        let operator = KroneckerOperator::new(&sum(&terms)).unwrap();
+        let operator = KroneckerOperator::new(&sum(&terms), Precision::Ieee).unwrap();
         for _ in 0..2 {
             let v: Array2<f64> = noise.array((d, k));
             let (mut got, mut expected) = (Array2::zeros((d, k)), Array2::zeros((d, k)));
@@ -194,7 +195,7 @@ proptest! {
         }).collect();
         let operators: Vec<_> = sizes.iter().zip(sums.chunks(kinds.len())).map(|(&(d, k), known)| {
             let terms: Vec<_> = known.iter().map(|(a, g)| (a.factor(), g.factor())).collect();
-            KroneckerOperator::of_factors([d, k], &terms).unwrap()
+            KroneckerOperator::of_factors([d, k], &terms, Precision::Ieee).unwrap()
         }).collect();
         let v: Vec<Array2<f64>> = sizes.iter().map(|&size| noise.array(size)).collect();
         let mut got: Vec<_> = sizes.iter().map(|&size| Array2::from_elem(size, f64::NAN)).collect();
@@ -350,8 +351,11 @@ fn large_sums_agree_in_single_precision() {
             .map(|(a, g)| (a.mapv(|x| x as f32), g.mapv(|x| x as f32)))
             .collect();
         let views = narrow.iter().map(|(a, g)| (view(a.view()), view(g.view())));
-        let operator =
-            KroneckerOperator::new(&KroneckerSum::new(views.collect()).unwrap()).unwrap();
+        let operator = KroneckerOperator::new(
+            &KroneckerSum::new(views.collect()).unwrap(),
+            Precision::Ieee,
+        )
+        .unwrap();
         assert!((operator.flops() as f64) < 0.8 * sum(&terms).flops());
         let v: Array2<f64> = noise.array((d, k));
         let v_narrow = v.mapv(|x| x as f32);
@@ -428,7 +432,7 @@ fn indefinite_and_non_finite_factors_are_refused() {
         Some(Error::NonFinite(_))
     ));
     assert!(matches!(
-        KroneckerOperator::new(&sum(&broken)).err(),
+        KroneckerOperator::new(&sum(&broken), Precision::Ieee).err(),
         Some(Error::NonFinite(_))
     ));
     assert!(matches!(
@@ -453,7 +457,7 @@ fn factors_that_do_not_fit_are_refused() {
             shift: 0.0,
         }
     }
-    let build = |size, a, g| KroneckerOperator::of_factors(size, &[(a, g)]).err();
+    let build = |size, a, g| KroneckerOperator::of_factors(size, &[(a, g)], Precision::Ieee).err();
     let size = [3, 3];
     assert!(build(size, of_whole(), rooted(0.0)).is_none());
     for (a, g) in [
@@ -464,7 +468,7 @@ fn factors_that_do_not_fit_are_refused() {
     ] {
         assert!(matches!(build(size, a, g), Some(Error::Option(_))));
     }
-    let none = KroneckerOperator::of_factors(size, &[]).err();
+    let none = KroneckerOperator::of_factors(size, &[], Precision::Ieee).err();
     assert!(matches!(none, Some(Error::Option(_))));
     for wrong in [[3, 4], [2, 3]] {
         let refused = build(wrong, of_whole(), rooted(0.0));
@@ -485,7 +489,7 @@ fn an_indefinite_factor_is_packed_in_full() {
     let terms = vec![(a.clone(), Array2::eye(2))];
     let v: Array2<f64> = Noise::new(5).array((2, 3));
     let mut out = Array2::zeros((2, 3));
-    let operator = KroneckerOperator::new(&sum(&terms)).unwrap();
+    let operator = KroneckerOperator::new(&sum(&terms), Precision::Ieee).unwrap();
     operator
         .apply(&view(v.view()), &mut view_mut(out.view_mut()))
         .unwrap();
@@ -602,7 +606,7 @@ proptest! {
         let v: Array3<f64> = noise.array((s, rows, k));
         let mut out = Array3::zeros((s, rows, k));
         h_sum.product(&view(v.view()), &mut view_mut(out.view_mut()), damping, &go()).unwrap();
-        let operator = KroneckerOperator::new(&h_sum).unwrap();
+        let operator = KroneckerOperator::new(&h_sum, Precision::Ieee).unwrap();
         let mut quadratic = 0.0;
         for (v, out) in v.outer_iter().zip(out.outer_iter()) {
             let mut applied = Array2::zeros((rows, k));
@@ -710,8 +714,11 @@ fn large_groups_agree_with_the_product() {
             .map(|(a, g)| (a.mapv(|x| x as f32), g.mapv(|x| x as f32)))
             .collect();
         let views = narrow.iter().map(|(a, g)| (view(a.view()), view(g.view())));
-        let operator =
-            KroneckerOperator::new(&KroneckerSum::new(views.collect()).unwrap()).unwrap();
+        let operator = KroneckerOperator::new(
+            &KroneckerSum::new(views.collect()).unwrap(),
+            Precision::Ieee,
+        )
+        .unwrap();
         let v: Array2<f64> = noise.array((groups * d, k));
         let narrow = v.mapv(|x| x as f32);
         let mut got = Array2::<f32>::zeros(v.dim());

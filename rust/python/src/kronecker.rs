@@ -3,6 +3,7 @@
 use ekfac_core::Result;
 use ekfac_core::kronecker::{self, KroneckerSum, Product, Stopping, TensorFactor};
 use ekfac_core::terms::Factor;
+use ekfac_core::units::Precision;
 use pyo3::prelude::*;
 
 use crate::call::run;
@@ -182,21 +183,28 @@ pub struct KroneckerOperator(kronecker::KroneckerOperator);
 #[pymethods]
 impl KroneckerOperator {
     #[new]
-    fn new(py: Python<'_>, terms: Vec<RawTerm>) -> PyResult<Self> {
-        run(py, |_| kronecker::KroneckerOperator::new(&sum(&terms)?)).map(Self)
+    #[pyo3(signature = (terms, precision = "ieee"))]
+    fn new(py: Python<'_>, terms: Vec<RawTerm>, precision: &str) -> PyResult<Self> {
+        run(py, |_| {
+            kronecker::KroneckerOperator::new(&sum(&terms)?, Precision::from_name(precision)?)
+        })
+        .map(Self)
     }
 
     /// Packs terms of one group, for V of this shape, whose factors may be known by their roots.
     #[staticmethod]
+    #[pyo3(signature = (shape, terms, precision = "ieee"))]
     fn from_factors(
         py: Python<'_>,
         shape: [usize; 2],
         terms: Vec<(RawFactor, RawFactor)>,
+        precision: &str,
     ) -> PyResult<Self> {
         run(py, |_| {
             let views = terms.iter().map(|(a, g)| Ok((factor(a)?, factor(g)?)));
             let views = views.collect::<Result<Vec<_>>>()?;
-            kronecker::KroneckerOperator::of_factors(shape, &views)
+            let precision = Precision::from_name(precision)?;
+            kronecker::KroneckerOperator::of_factors(shape, &views, precision)
         })
         .map(Self)
     }

@@ -15,7 +15,7 @@ use crate::matrix::{HostMatrix, Matrix, MatrixMut, non_finite};
 use crate::merging::{Deviation, MapGradient, Moments, MomentsGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
-use crate::terms::{Combination, FactoredTerm, Group, Term};
+use crate::terms::{Combination, FactoredTerm, Group, Multiplied, Term};
 use crate::units::{GramTask, Precision, Units};
 
 mod blas;
@@ -116,12 +116,7 @@ impl Backend for Cpu {
         task: &GramTask,
         cancel: &Cancel,
     ) -> Result<()> {
-        if task.precision != Precision::Ieee {
-            return Err(Error::Option(format!(
-                "precision: expected \"ieee\" on the CPU, got {:?}, which is for GPUs",
-                task.precision.name()
-            )));
-        }
+        expect_exact(task.precision)?;
         if task.note.is_some() {
             return Err(Error::Option(
                 "a note is for GPUs: on the CPU, what is not finite is an error at once".to_owned(),
@@ -198,7 +193,8 @@ impl Backend for Cpu {
         product::kronecker_product(&self.team, &terms, &v, out, damping, cancel)
     }
 
-    fn pack<T: Real>(&self, groups: &[Group<'_, T>]) -> Result<Packed<T>> {
+    fn pack<T: Real>(&self, groups: &[Group<'_, T>], precision: Precision) -> Result<Packed<T>> {
+        expect_exact(precision)?;
         Packed::new(&self.team, groups)
     }
 
@@ -206,7 +202,9 @@ impl Backend for Cpu {
         &self,
         size: [usize; 2],
         terms: &[FactoredTerm<'_, T>],
+        precision: Precision,
     ) -> Result<Packed<T>> {
+        expect_exact(precision)?;
         Packed::of_factors(size, terms)
     }
 
@@ -215,15 +213,27 @@ impl Backend for Cpu {
         packed: &Packed<T>,
         v: Matrix<'_, T>,
         out: MatrixMut<'_, T>,
-        wanted: Option<(Combination, MatrixMut<'_, f64>)>,
     ) -> Result<()> {
-        let (wanted, inner) = wanted.unzip();
-        let wanted = wanted.unwrap_or(Combination::PRODUCT);
-        let products = packed.apply(&self.team, host::read(v)?, host::write(out)?, wanted);
-        if let Some(inner) = inner {
-            let mut inner = host::write(inner)?;
-            (inner[(0, 0)], inner[(0, 1)]) = (products.curved, products.flat);
+        let (v, out) = (host::read(v)?, host::write(out)?);
+        packed.apply(&self.team, v, out, Combination::PRODUCT);
+        Ok(())
+    }
+
+    fn apply_all_packed<T: Real>(
+        &self,
+        products: Vec<(&Packed<T>, Multiplied<'_, T>)>,
+    ) -> Result<()> {
+        let mut work = Vec::with_capacity(products.len());
+        for (packed, product) in products {
+            let (v, out) = (host::read(product.v)?, host::write(product.out)?);
+            let inner = host::write(product.inner)?;
+            let task = (packed, v, out, product.wanted, inner);
+            work.push((packed.flops(), task));
         }
+        self.share(work, |(packed, v, out, wanted, mut inner)| {
+            let products = packed.apply(&self.team, v, out, wanted);
+            (inner[(0, 0)], inner[(0, 1)]) = (products.curved, products.flat);
+        });
         Ok(())
     }
 
@@ -294,5 +304,16 @@ impl Backend for Cpu {
             }
         }
         Ok(())
+    }
+}
+
+/// Fails for what is for GPUs.
+fn expect_exact(precision: Precision) -> Result<()> {
+    match precision {
+        Precision::Ieee => Ok(()),
+        other => Err(Error::Option(format!(
+            "precision: expected \"ieee\" on the CPU, got {:?}, which is for GPUs",
+            other.name()
+        ))),
     }
 }

@@ -20,8 +20,8 @@ use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage, non_finite};
 use crate::merging::{Deviation, MapGradient, MomentsGradient};
 use crate::place::{Device, Place};
 use crate::spectrum::Spectrum;
-use crate::terms::{Combination, FactoredTerm, Group, Term};
-use crate::units::{GramTask, Units};
+use crate::terms::{FactoredTerm, Group, Multiplied, Term};
+use crate::units::{GramTask, Precision, Units};
 
 mod blas;
 mod calls;
@@ -193,30 +193,37 @@ impl Backend for Cuda {
         Ok(())
     }
 
-    fn pack<T: Real>(&self, groups: &[Group<'_, T>]) -> Result<Packed<T>> {
-        Packed::new(self, groups)
+    fn pack<T: Real>(&self, groups: &[Group<'_, T>], precision: Precision) -> Result<Packed<T>> {
+        Packed::new(self, groups, precision)
     }
 
     fn pack_factors<T: Real>(
         &self,
         size: [usize; 2],
         terms: &[FactoredTerm<'_, T>],
+        precision: Precision,
     ) -> Result<Packed<T>> {
-        Packed::of_factors(self, size, terms)
+        Packed::of_factors(self, size, terms, precision)
     }
 
     fn apply_packed<T: Real>(
         &self,
         packed: &Packed<T>,
         v: Matrix<'_, T>,
-        mut out: MatrixMut<'_, T>,
-        wanted: Option<(Combination, MatrixMut<'_, f64>)>,
+        out: MatrixMut<'_, T>,
     ) -> Result<()> {
-        packed.apply(self, v, out.as_mut())?;
-        match wanted {
-            Some((wanted, inner)) => self.combine(wanted, v, out, inner),
-            None => Ok(()),
+        packed.apply(self, v, out)
+    }
+
+    fn apply_all_packed<T: Real>(
+        &self,
+        mut products: Vec<(&Packed<T>, Multiplied<'_, T>)>,
+    ) -> Result<()> {
+        for (packed, product) in &mut products {
+            packed.apply(self, product.v, product.out.as_mut())?;
         }
+        let products: Vec<_> = products.into_iter().map(|(_, product)| product).collect();
+        self.combine(&products)
     }
 
     fn moments_backward<T: Real>(&self, gradient: MomentsGradient<'_, T>) -> Result<()> {

@@ -1,14 +1,20 @@
 //! A sum of Kronecker products packed for many products with it.
 
+use std::any::Any;
+use std::collections::BTreeMap;
+
 use super::kept::visit;
 use super::sum::KroneckerSum;
 use crate::backend::Backend;
-use crate::backend::dispatch::{host, on_device};
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
+use crate::backend::dispatch::on_device;
 use crate::element::{Real, with_real};
 use crate::error::{Error, Result};
 use crate::matrix::Matrix;
 use crate::place::{Device, Place};
-use crate::terms::{Combination, Factor};
+use crate::terms::{Combination, Factor, Multiplied};
+use crate::units::Precision;
 use crate::view::{TensorView, TensorViewMut};
 
 /// A factor of a term, as a tensor or by its root.
@@ -43,10 +49,11 @@ pub struct Product<'a> {
 }
 
 impl KroneckerOperator {
-    /// Packs the terms.
-    pub fn new(sum: &KroneckerSum<'_>) -> Result<Self> {
+    /// Packs the terms, for products in this precision, ieee or tf32.
+    pub fn new(sum: &KroneckerSum<'_>, precision: Precision) -> Result<Self> {
+        expect_precision(precision)?;
         on_device!(sum.place(), backend => with_real!(sum.dtype(), T => {
-            let packed = backend.pack::<T>(&sum.finite_by_group(backend)?)?;
+            let packed = backend.pack::<T>(&sum.finite_by_group(backend)?, precision)?;
             let size = [sum.outputs(), sum.inputs()];
             Self::keep::<_, T>(backend, packed, size, sum.place())
         }))
@@ -62,14 +69,16 @@ impl KroneckerOperator {
     pub fn of_factors(
         size: [usize; 2],
         terms: &[(TensorFactor<'_>, TensorFactor<'_>)],
+        precision: Precision,
     ) -> Result<Self> {
+        expect_precision(precision)?;
         let like = check_factors(size, terms)?;
         on_device!(like.place(), backend => with_real!(like.dtype(), T => {
             let mut borrowed = Vec::with_capacity(terms.len());
             for (a, g) in terms {
                 borrowed.push((matrix_of::<_, T>(backend, a)?, matrix_of::<_, T>(backend, g)?));
             }
-            let packed = backend.pack_factors::<T>(size, &borrowed)?;
+            let packed = backend.pack_factors::<T>(size, &borrowed, precision)?;
             Self::keep::<_, T>(backend, packed, size, like.place())
         }))
     }
@@ -95,7 +104,7 @@ impl KroneckerOperator {
     /// Writes `sum_k G_k V A_k` for V of shape `[D, K]`.
     pub fn apply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<()> {
         self.check(v, out)?;
-        self.packed.multiply(v, out, None)
+        self.packed.multiply(v, out)
     }
 
     /// Writes `scale * sum_k G_k V A_k + damping * V` for each of these. On the CPU the threads
@@ -110,27 +119,30 @@ impl KroneckerOperator {
                 )));
             }
         }
-        let mut answers: Vec<Result<()>> = products.iter().map(|_| Ok(())).collect();
-        let each = |(answer, mut product): (&mut Result<()>, Product<'_>)| {
-            let damping = product.damping;
-            let wanted = Combination { scale, damping };
-            let (v, out, inner) = (&product.v, &mut product.out, &mut product.inner);
-            *answer = product
-                .operator
-                .packed
-                .multiply(v, out, Some((wanted, inner)));
-        };
-        let all_on_host = products
-            .iter()
-            .all(|product| product.operator.place.device == Device::Cpu);
-        let work = answers.iter_mut().zip(products);
-        if all_on_host {
-            let work = work.map(|(answer, product)| (product.operator.flops, (answer, product)));
-            host().share(work.collect(), each);
-        } else {
-            work.for_each(each);
+        let mut alike: BTreeMap<_, Vec<Product<'_>>> = BTreeMap::new();
+        for product in products {
+            let (place, dtype) = (product.v.place(), product.v.dtype());
+            let kind = (place.device, dtype.size());
+            alike.entry(kind).or_default().push(product);
         }
-        answers.into_iter().collect()
+        for mut products in alike.into_values() {
+            let (place, dtype) = (products[0].v.place(), products[0].v.dtype());
+            with_real!(dtype, T => match place.device {
+                Device::Cpu => apply_alike::<Cpu, T>(place, &mut products, scale),
+                Device::Cuda(_) => apply_alike::<Cuda, T>(place, &mut products, scale),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The packed sum, if it is one of this backend and type.
+    fn packed_as<B: Backend + 'static, T: Real>(&self) -> Result<&Packed<B, T>> {
+        self.packed.as_any().downcast_ref().ok_or_else(|| {
+            Error::Dtype(format!(
+                "expected V of the dtype of the terms, got {}",
+                T::DTYPE
+            ))
+        })
     }
 
     fn check(&self, v: &TensorView<'_>, out: &TensorViewMut<'_>) -> Result<()> {
@@ -148,6 +160,15 @@ impl KroneckerOperator {
     /// Floating-point operations of one product.
     pub fn flops(&self) -> usize {
         self.flops
+    }
+}
+
+fn expect_precision(precision: Precision) -> Result<()> {
+    match precision {
+        Precision::Ieee | Precision::Tf32 => Ok(()),
+        Precision::Bf16 => Err(Error::Option(
+            "precision: expected ieee or tf32 for products with curvatures, got bf16".to_owned(),
+        )),
     }
 }
 
@@ -225,14 +246,43 @@ fn check_factors<'f, 'a>(
     }
 }
 
+/// Products with V on one device and of one type.
+fn apply_alike<B: Backend + 'static, T: Real>(
+    place: Place,
+    products: &mut [Product<'_>],
+    scale: f64,
+) -> Result<()> {
+    let mut homes = Vec::with_capacity(products.len());
+    for product in &*products {
+        place.device.expect(product.operator.place.device)?;
+        homes.push(product.operator.packed_as::<B, T>()?.home);
+    }
+    let backend = B::at_for_packed(place)?;
+    let mut tasks = Vec::with_capacity(products.len());
+    for product in products {
+        let damping = product.damping;
+        let task = Multiplied {
+            v: backend.matrix(&product.v)?,
+            out: backend.matrix_mut(&mut product.out)?,
+            wanted: Combination { scale, damping },
+            inner: backend.matrix_mut(&mut product.inner)?,
+        };
+        tasks.push((&product.operator.packed_as::<B, T>()?.packed, task));
+    }
+    let answer = backend.apply_all_packed(tasks);
+    // Also what a failed call queued may still be at work.
+    for home in homes {
+        backend.hold_for(home)?;
+    }
+    answer
+}
+
 /// A packed sum of any backend and type.
 trait Multiply: Send + Sync {
-    fn multiply(
-        &self,
-        v: &TensorView<'_>,
-        out: &mut TensorViewMut<'_>,
-        wanted: Option<(Combination, &mut TensorViewMut<'_>)>,
-    ) -> Result<()>;
+    fn multiply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<()>;
+
+    /// The sum as what it is.
+    fn as_any(&self) -> &dyn Any;
 }
 
 /// A sum as its backend packs it, and where its memory is.
@@ -241,20 +291,15 @@ struct Packed<B: Backend, T: Real> {
     home: Place,
 }
 
-impl<B: Backend, T: Real> Multiply for Packed<B, T> {
-    fn multiply(
-        &self,
-        v: &TensorView<'_>,
-        out: &mut TensorViewMut<'_>,
-        wanted: Option<(Combination, &mut TensorViewMut<'_>)>,
-    ) -> Result<()> {
+impl<B: Backend + 'static, T: Real> Multiply for Packed<B, T> {
+    fn multiply(&self, v: &TensorView<'_>, out: &mut TensorViewMut<'_>) -> Result<()> {
         visit(v.place(), self.home, B::at_for_packed, |backend: &B| {
-            let wanted = match wanted {
-                Some((wanted, inner)) => Some((wanted, backend.matrix_mut(inner)?)),
-                None => None,
-            };
             let (v, out) = (backend.matrix::<T>(v)?, backend.matrix_mut(out)?);
-            backend.apply_packed(&self.packed, v, out, wanted)
+            backend.apply_packed(&self.packed, v, out)
         })
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
     }
 }

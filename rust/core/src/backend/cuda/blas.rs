@@ -14,8 +14,8 @@ use crate::error::{Error, Result};
 use crate::matrix::{Matrix, MatrixMut, Storage};
 use crate::units::Precision;
 use cudarc::cublas::sys::{
-    self, cublasDiagType_t, cublasFillMode_t, cublasGemmAlgo_t, cublasOperation_t,
-    cublasSideMode_t, cudaDataType_t,
+    self, cublasComputeType_t, cublasDiagType_t, cublasFillMode_t, cublasGemmAlgo_t,
+    cublasOperation_t, cublasSideMode_t, cudaDataType_t,
 };
 
 /// A matrix as cuBLAS sees it: read column by column, either the matrix itself or its transpose.
@@ -232,12 +232,43 @@ impl Cuda {
                 }
             }};
         }
-        let status = match T::DTYPE {
-            Dtype::Float32 => call!(
+        let status = match (T::DTYPE, self.precision) {
+            (Dtype::Float32, Precision::Ieee) => call!(
                 f32,
                 sys::cublasSgemm_v2_64,
                 sys::cublasSgemmStridedBatched_64
             ),
+            (Dtype::Float32, Precision::Tf32 | Precision::Bf16) => {
+                let (alpha, beta) = (alpha as f32, beta as f32);
+                // SAFETY: as in `call`.
+                unsafe {
+                    sys::cublasGemmStridedBatchedEx_64(
+                        handles.cublas,
+                        right.transposing(),
+                        left.transposing(),
+                        m,
+                        n,
+                        k,
+                        (&raw const alpha).cast(),
+                        b as *const c_void,
+                        cudaDataType_t::CUDA_R_32F,
+                        right.leading,
+                        b_step,
+                        a as *const c_void,
+                        cudaDataType_t::CUDA_R_32F,
+                        left.leading,
+                        a_step,
+                        (&raw const beta).cast(),
+                        c as *mut c_void,
+                        cudaDataType_t::CUDA_R_32F,
+                        target.leading,
+                        out_step,
+                        count,
+                        cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+                        cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+                    )
+                }
+            }
             _ => call!(
                 f64,
                 sys::cublasDgemm_v2_64,

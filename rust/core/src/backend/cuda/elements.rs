@@ -10,7 +10,19 @@ use crate::element::{Dtype, Real};
 use crate::error::Result;
 use crate::matrix::{HostMatrix, Matrix, MatrixMut, Storage};
 use crate::spectrum::Spectrum;
-use crate::terms::Combination;
+use crate::terms::Multiplied;
+
+/// Layers of one launch: as many as its arguments have room for (4 kB), and the words of each. As in
+/// kernels.cu.
+const LAYERS: usize = 32;
+const WORDS: usize = 13;
+
+/// Elements that a thread goes through, where the layer has no more threads than this.
+const EACH: usize = 16;
+const MOST_THREADS: usize = 1 << 15;
+
+/// Threads that add up the partial sums of a layer. As in kernels.cu.
+const ADDING: usize = 128;
 
 impl Cuda {
     /// A copy, row by row.
@@ -171,37 +183,49 @@ impl Cuda {
         Ok((partial, down * columns))
     }
 
-    /// Makes what is wanted of a product with V; the inner products with V of the product itself,
-    /// and of V, are written to a row of two numbers.
-    pub(super) fn combine<T: Real>(
-        &self,
-        wanted: Combination,
-        v: Matrix<'_, T>,
-        out: MatrixMut<'_, T>,
-        inner: MatrixMut<'_, f64>,
-    ) -> Result<()> {
-        let out = out.as_ref();
-        let (v, out) = if runs_along_rows(out) {
-            (v, out)
-        } else {
-            (v.transpose(), out.transpose())
-        };
-        let (rows, columns) = (out.rows(), out.columns());
-        // Every block of the launch writes a row of pairs.
-        let [_, down, _] = self.grid(1, rows, columns);
-        let partial = self.matrix_of::<f64>(down, 2 * columns)?;
-        let mut arguments = vec![Number(wanted.scale), Number(wanted.damping)];
-        arguments.push(Pointer(self.address(v)?));
-        arguments.extend(strides(v));
-        arguments.extend([rows, columns].map(count));
-        arguments.push(Pointer(self.address(out)?));
-        arguments.extend(strides(out));
-        arguments.push(Pointer(partial.address()));
-        // SAFETY: the views are of matrices of one size on this device; `out` was exclusive, and
-        // there is a row of pairs for every block that `launch` starts.
-        unsafe { self.launch([T::DTYPE; 2], "combine", 1, rows, columns, arguments)? };
-        let (sums, length) = self.folded(partial, down * 2 * columns, 2)?;
-        self.fold_once(sums.address(), length, 2, self.address(inner.as_ref())?)
+    /// Makes what is wanted of products, of many layers in three launches.
+    pub(super) fn combine<T: Real>(&self, products: &[Multiplied<'_, T>]) -> Result<()> {
+        for some in products.chunks(LAYERS) {
+            let (mut words, mut threads) = (Vec::with_capacity(LAYERS * WORDS), 0);
+            for product in some {
+                let (v, out) = (product.v, product.out.as_ref());
+                let (v, out) = if runs_along_rows(out) {
+                    (v, out)
+                } else {
+                    (v.transpose(), out.transpose())
+                };
+                let elements = out.rows() * out.columns();
+                let own = elements.div_ceil(EACH).clamp(1, MOST_THREADS);
+                words.extend([threads, own, elements, out.columns().max(1)].map(|n| n as u64));
+                words.extend([product.wanted.scale, product.wanted.damping].map(f64::to_bits));
+                for x in [v, out] {
+                    words.push(self.address(x)?);
+                    let steps = [x.row_stride(), x.column_stride()];
+                    words.extend(steps.map(|step| step.unsigned_abs() as u64));
+                }
+                words.push(self.address(product.inner.as_ref())?);
+                threads += own;
+            }
+            words.resize(LAYERS * WORDS, 0);
+            let partial = self.matrix_of::<f64>(threads, 2)?;
+            let sums = self.matrix_of::<f64>(some.len() * ADDING, 2)?;
+            let (types, layers) = ([T::DTYPE; 2], count(some.len()));
+            let all = || vec![Words(words.clone()), layers.clone()];
+            let combined = [count(threads), Pointer(partial.address())];
+            let added = [Pointer(partial.address()), Pointer(sums.address())];
+            let told = [Pointer(sums.address())];
+            let columns = [threads, 2 * ADDING * some.len(), 2 * some.len()];
+            let with = |more: &[Argument]| [all(), more.to_vec()].concat();
+            // SAFETY: each product's matrices are of one size on this device, what is written was
+            // exclusive, and inner products are two numbers; there is a pair of partial sums for
+            // every thread, and one of sums for each that adds them up.
+            unsafe {
+                self.launch(types, "combine", 1, 1, columns[0], with(&combined))?;
+                self.launch(types, "add_partial", 1, 1, columns[1], with(&added))?;
+                self.launch(types, "write_inner", 1, 1, columns[2], with(&told))?;
+            }
+        }
+        Ok(())
     }
 
     /// Sums of the numbers whose indices differ by multiples of `width`, in a fixed order.

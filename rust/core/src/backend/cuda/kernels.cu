@@ -378,26 +378,79 @@ extern "C" __global__ void dot(
     partial[blockIdx.y * columns + column] = sum;
 }
 
-// out = scale * out + damping * v; partial[2 * (run * columns + column)] is the sum over a run of
-// rows of v * out as it was, and the number after it that of v * v.
-extern "C" __global__ void combine(
-    double scale, double damping, const T* v, u64 v_row, u64 v_column, u64 rows, u64 columns,
-    T* out, u64 down, u64 across, double* partial)
+// --- products made ready ------------------------------------------------------------------------
+
+// What is to be made of a layer's product `out` with `v`: its first thread among those of all layers
+// and how many it has, the bits of two numbers, and where everything lies. As in elements.rs.
+struct Product {
+    u64 first, threads, elements, columns, scale, damping;
+    u64 v, v_row, v_column, out, down, across, inner;
+};
+
+struct Products {
+    Product layer[32];
+};
+
+// Threads that add up the partial sums of a layer. As in elements.rs.
+#define ADDING 128
+
+// The layer of a thread, among so many.
+template <typename Layers>
+__device__ inline u64 layer_of(const Layers& layers, u64 count, u64 thread) {
+    u64 layer = 0;
+    while (layer + 1 < count && layers.layer[layer + 1].first <= thread) ++layer;
+    return layer;
+}
+
+__device__ inline double number_of(u64 bits) {
+    union { u64 bits; double value; } number = { bits };
+    return number.value;
+}
+
+// out = scale * out + damping * v; a pair of partial sums for every thread: of v * out as it was, and
+// of v * v.
+extern "C" __global__ void combine(Products products, u64 count, u64 threads, double* partial)
 {
-    COLUMN(columns)
+    COLUMN(threads)
+    const Product& product = products.layer[layer_of(products, count, column)];
     double curved = 0.0, flat = 0.0;
-    T by = (T)scale, with = (T)damping;
-    FOR_ROWS(rows) {
-        T own = v[row * v_row + column * v_column];
-        T* target = out + row * down + column * across;
-        T product = *target;
-        curved += (double)own * product;
+    T by = (T)number_of(product.scale), with = (T)number_of(product.damping);
+    const T* v = (const T*)product.v;
+    T* out = (T*)product.out;
+    for (u64 e = column - product.first; e < product.elements; e += product.threads) {
+        u64 row = e / product.columns, across = e % product.columns;
+        T own = v[row * product.v_row + across * product.v_column];
+        T* target = out + row * product.down + across * product.across;
+        curved += (double)own * *target;
         flat += (double)own * own;
-        *target = by * product + with * own;
+        *target = by * *target + with * own;
     }
-    double* pair = partial + 2 * (blockIdx.y * columns + column);
-    pair[0] = curved;
-    pair[1] = flat;
+    partial[2 * column] = curved;
+    partial[2 * column + 1] = flat;
+}
+
+// Pairs of sums over the threads of a layer, ADDING of them.
+extern "C" __global__ void add_partial(
+    Products products, u64 count, const double* partial, double* sums)
+{
+    COLUMN(2 * ADDING * count)
+    const Product& product = products.layer[column / (2 * ADDING)];
+    double sum = 0.0;
+    for (u64 thread = column / 2 % ADDING; thread < product.threads; thread += ADDING) {
+        sum += partial[2 * (product.first + thread) + column % 2];
+    }
+    sums[column] = sum;
+}
+
+// The two inner products of each layer.
+extern "C" __global__ void write_inner(Products products, u64 count, const double* sums)
+{
+    COLUMN(2 * count)
+    const Product& product = products.layer[column / 2];
+    const double* own = sums + column / 2 * (2 * ADDING) + column % 2;
+    double sum = 0.0;
+    for (u64 i = 0; i < ADDING; ++i) sum += own[2 * i];
+    ((double*)product.inner)[column % 2] = sum;
 }
 
 // --- merged weights -----------------------------------------------------------------------------
@@ -421,19 +474,12 @@ struct MergedLayers {
 enum Forward { BETA, ANCHOR, OUT };
 enum Backward { GRADIENT, TO_WEIGHT, TO_BIAS, TO_GAMMA, TO_BETA, TO_MEAN, TO_VARIANCE };
 
-__device__ inline const Merged& layer_of(const MergedLayers& layers, u64 count, u64 row) {
-    u64 layer = 0;
-    while (layer + 1 < count && layers.layer[layer + 1].first <= row) ++layer;
-    return layers.layer[layer];
-}
-
 __device__ inline double at(u64 address, u64 index, double otherwise) {
     return address ? (double)((const T*)address)[index] : otherwise;
 }
 
 __device__ inline double inverse_deviation(const Merged& layer, u64 own) {
-    union { u64 bits; double value; } epsilon = { layer.epsilon };
-    return 1.0 / sqrt(at(layer.variance, own, 0.0) + epsilon.value);
+    return 1.0 / sqrt(at(layer.variance, own, 0.0) + number_of(layer.epsilon));
 }
 
 __device__ inline double centred(const Merged& layer, u64 own) {
@@ -444,7 +490,7 @@ __device__ inline double centred(const Merged& layer, u64 own) {
 extern "C" __global__ void merge(MergedLayers layers, u64 count, u64 rows)
 {
     COLUMN(rows * LANES)
-    const Merged& layer = layer_of(layers, count, column / LANES);
+    const Merged& layer = layers.layer[layer_of(layers, count, column / LANES)];
     u64 own = column / LANES - layer.first, inputs = layer.inputs;
     const T* weight = (const T*)layer.weight + own * inputs;
     const T* anchor = (const T*)layer.others[ANCHOR] + own * (inputs + 1);
@@ -463,7 +509,7 @@ extern "C" __global__ void merge_backward(
     MergedLayers layers, u64 count, u64 rows, double* partial)
 {
     COLUMN(rows * LANES)
-    const Merged& layer = layer_of(layers, count, column / LANES);
+    const Merged& layer = layers.layer[layer_of(layers, count, column / LANES)];
     u64 own = column / LANES - layer.first, inputs = layer.inputs;
     const T* weight = (const T*)layer.weight + own * inputs;
     const T* gradient = (const T*)layer.others[GRADIENT] + own * (inputs + 1);
@@ -482,7 +528,7 @@ extern "C" __global__ void merge_backward_rows(
     MergedLayers layers, u64 count, u64 rows, double* partial)
 {
     COLUMN(rows)
-    const Merged& layer = layer_of(layers, count, column);
+    const Merged& layer = layers.layer[layer_of(layers, count, column)];
     u64 own = column - layer.first;
     double of_shift = at(layer.others[GRADIENT], own * (layer.inputs + 1) + layer.inputs, 0.0);
     double inverse = inverse_deviation(layer, own), gain = at(layer.gamma, own, 1.0) * inverse;

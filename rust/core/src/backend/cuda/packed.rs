@@ -18,6 +18,7 @@ use crate::element::Real;
 use crate::error::Result;
 use crate::matrix::{Matrix, MatrixMut, Storage};
 use crate::terms::{Factor, FactoredTerm, Group, Way};
+use crate::units::Precision;
 
 /// Copies of the factors of all groups.
 pub struct Packed<T> {
@@ -28,6 +29,8 @@ pub struct Packed<T> {
     inputs: usize,
     /// The stream it was packed on.
     home: usize,
+    /// Of its products.
+    precision: Precision,
     factors: Factors<T>,
 }
 
@@ -60,7 +63,7 @@ struct Roots<T> {
 
 impl<T: Real> Packed<T> {
     /// Packs the terms of all groups.
-    pub(super) fn new(cuda: &Cuda, groups: &[Group<'_, T>]) -> Result<Self> {
+    pub(super) fn new(cuda: &Cuda, groups: &[Group<'_, T>], precision: Precision) -> Result<Self> {
         // A graph may be captured before the first product: library handles must be there by then.
         drop(cuda.handles()?);
         let terms = groups[0].terms.len();
@@ -93,6 +96,7 @@ impl<T: Real> Packed<T> {
             height,
             inputs,
             home: cuda.stream,
+            precision,
             factors,
         })
     }
@@ -102,6 +106,7 @@ impl<T: Real> Packed<T> {
         cuda: &Cuda,
         [height, inputs]: [usize; 2],
         terms: &[FactoredTerm<'_, T>],
+        precision: Precision,
     ) -> Result<Self> {
         drop(cuda.handles()?);
         let (mut whole, mut by_g, mut by_a) = (Vec::new(), Vec::new(), Vec::new());
@@ -118,6 +123,7 @@ impl<T: Real> Packed<T> {
             height,
             inputs,
             home: cuda.stream,
+            precision,
             factors: Factors::Roots {
                 whole,
                 through_g: Roots::new(cuda, height, by_g)?,
@@ -152,8 +158,10 @@ impl<T: Real> Packed<T> {
             height,
             inputs,
             home,
+            precision,
             ref factors,
         } = *self;
+        let cuda = &cuda.with_precision(precision);
         if !lies_well(v) {
             return self.apply(cuda, cuda.copied(v)?.view(), out);
         }

@@ -13,6 +13,7 @@ use crate::element::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::matrix::{HostMatrix, Matrix};
 use crate::place::{Device, Place};
+use crate::units::Precision;
 
 /// Threads of a block, spread over the columns of what a kernel works on.
 pub(super) const THREADS: usize = 128;
@@ -27,6 +28,8 @@ pub struct Cuda {
     pub(super) stream: usize,
     /// Whether a CUDA graph is being captured on the stream.
     pub(super) capturing: bool,
+    /// Of dense products in single precision.
+    pub(super) precision: Precision,
 }
 
 /// The backend, with its device's context current on this thread for as long as it is held.
@@ -100,7 +103,13 @@ impl Cuda {
             gpu: Gpu::of(ordinal)?,
             stream: place.stream,
             capturing: false,
+            precision: Precision::Ieee,
         })
+    }
+
+    /// The same, with dense products in this precision.
+    pub(super) fn with_precision(&self, precision: Precision) -> Self {
+        Self { precision, ..*self }
     }
 
     /// The stream, as the driver takes it.
