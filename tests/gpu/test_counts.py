@@ -168,6 +168,29 @@ def test_patches_are_multiplied_by_offsets_where_that_is_less(
         assert done["tf32"] >= 0.5 * whole
 
 
+@pytest.mark.parametrize("approximation", ["kfac-expand", "xkfac", "xkfac-nested"])
+def test_centred_patches_go_by_offsets_too(approximation):
+    """At most a tenth more operations than K-FAC, of which those of the border are not rounded."""
+    side, channels, examples = 28, 32, 4
+    x, features = torch.randn(examples, channels, side, side), 9 * channels
+    out = [torch.zeros(features, features) for _ in _core.strata()[approximation]]
+    if approximation != "kfac-expand":
+        out[-1] = torch.zeros(features)
+    note = torch.full((1,), -1, dtype=torch.int64)
+
+    def accumulate() -> None:
+        options = (approximation, (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), False, 1.0, "tf32")
+        word = borrow(note.view(torch.float64))
+        _core.accumulate_patch_gram(borrow(x), list(map(borrow, out)), *options, (word, 0))
+
+    waits = calls(*WAIT)
+    done = flops_by_type(accumulate)
+    assert calls(*WAIT) == waits
+    whole = 2.0 * examples * side**2 * features**2
+    assert done["tf32"] < 0.26 * whole
+    assert done.get("float32", 0.0) < 0.1 * done["tf32"]
+
+
 def test_what_is_centred_of_half_precision_is_multiplied_in_single():
     x = torch.randn(12, 3, 8).half()
     out = [torch.zeros(8, 8) for _ in _core.strata()["xkfac"]]

@@ -15,6 +15,18 @@ use std::collections::BTreeMap;
 
 use crate::geometry::Slide;
 
+/// Below so many channels products of theirs are too small to be fast.
+const FEWEST_CHANNELS: usize = 16;
+
+/// Above so many kernel positions there are too many strips to look at.
+const MOST_POSITIONS: usize = 64;
+
+/// What a multiplication for a strip takes, which is copied before, in those of a whole product.
+const COST_OF_STRIPS: f64 = 2.0;
+
+/// The share of the multiplications for unfolded patches that is worth another way.
+const WORTH_IT: f64 = 0.8;
+
 /// A place in a padded image, or the difference of two, along each dimension.
 pub(crate) type Place = [usize; 3];
 
@@ -60,6 +72,28 @@ pub(crate) enum Block {
 }
 
 impl Plan {
+    /// The plan, where it takes less work than the patches themselves; to put the products of a pair
+    /// of positions together takes so many multiplications.
+    pub(crate) fn worthwhile(
+        slides: &[Slide; 3],
+        examples: usize,
+        channels: usize,
+        cost_of_pairs: f64,
+    ) -> Option<Self> {
+        let positions: usize = slides.iter().map(|slide| slide.kernel).product();
+        if positions == 1 || positions > MOST_POSITIONS || channels < FEWEST_CHANNELS {
+            return None;
+        }
+        let plan = Self::of(slides, channels)?;
+        let locations: usize = slides.iter().map(|slide| slide.outputs).product();
+        let pairs = plan.pairs.len();
+        let unfolded = (examples * locations * pairs) as f64;
+        let (products, strips) = plan.multiplications();
+        let each = products as f64 + COST_OF_STRIPS * strips as f64;
+        let work = examples as f64 * each + cost_of_pairs * pairs as f64;
+        (work <= WORTH_IT * unfolded && plan.blocks() <= pairs).then_some(plan)
+    }
+
     /// The plan, whatever it costs; nothing unless the stride is 1.
     pub(crate) fn of(slides: &[Slide; 3], channels: usize) -> Option<Self> {
         if slides.iter().any(|slide| slide.stride != 1) {
@@ -90,10 +124,14 @@ impl Plan {
     }
 
     /// Multiplications for each example and pair of channels: of products and of strips.
-    pub(crate) fn multiplications(&self) -> (usize, usize) {
+    fn multiplications(&self) -> (usize, usize) {
         let widths: usize = self.products.iter().map(|product| product.width).sum();
-        let strips = self.strips.iter().map(Strip::size).sum();
-        (widths * self.rows(), strips)
+        (widths * self.rows(), self.places_of_strips())
+    }
+
+    /// Places of all strips together.
+    pub(crate) fn places_of_strips(&self) -> usize {
+        self.strips.iter().map(Strip::size).sum()
     }
 
     /// Products of channels with channels that are kept.

@@ -79,6 +79,13 @@ bool is_leading(std::int64_t leading, std::int64_t rows) {
     return leading >= std::max<std::int64_t>(1, rows);
 }
 
+// Whether no two results of a stack share an element: they follow one another, or their columns do.
+bool are_apart(std::int64_t m, std::int64_t n, std::int64_t ldc, std::int64_t stride,
+               std::int64_t count) {
+    const std::int64_t step = std::abs(stride);
+    return count == 1 || step >= ldc * (n - 1) + m || (step >= m && step * (count - 1) + m <= ldc);
+}
+
 // A matrix whose columns lie one after another in memory: the operand itself or a transposed copy.
 template <typename Real>
 struct Columns {
@@ -166,7 +173,7 @@ int gemm(Handle* handle, int operation_a, int operation_b, std::int64_t m, std::
     REQUIRE(alpha != nullptr && beta != nullptr && c != nullptr);
     REQUIRE(k == 0 || *alpha == Real(0) || (a != nullptr && b != nullptr));
     // Results of one batch must not overlap: the real library writes them at the same time.
-    REQUIRE(count == 1 || std::abs(stride_c) >= ldc * (n - 1) + m);
+    REQUIRE(are_apart(m, n, ldc, stride_c, count));
     scribble(handle);
     for (std::int64_t index = 0; index < count; ++index) {
         gemm_unchecked(operation_a, operation_b, m, n, k, *alpha, a + index * stride_a, lda,
@@ -435,7 +442,7 @@ EMULATOR_API int cublasGemmStridedBatchedEx_64(
     const bool plain_a = operation_a == CUBLAS_OP_N, plain_b = operation_b == CUBLAS_OP_N;
     REQUIRE(is_leading(lda, plain_a ? m : k) && is_leading(ldb, plain_b ? k : n));
     // Results of one batch must not overlap: the real library writes them at the same time.
-    REQUIRE(count == 1 || std::abs(stride_c) >= ldc * (n - 1) + m);
+    REQUIRE(are_apart(m, n, ldc, stride_c, count));
     for (std::int64_t index = 0; index < count; ++index) {
         const char* const own_a = static_cast<const char*>(a) + index * stride_a * size_of(type_a);
         const char* const own_b = static_cast<const char*>(b) + index * stride_b * size_of(type_b);

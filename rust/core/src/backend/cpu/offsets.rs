@@ -22,41 +22,17 @@ const CHUNK_ELEMENTS: usize = 1 << 20;
 /// Elements of an image with its gaps, above which patches are unfolded bit by bit instead.
 const LARGEST_IMAGE: usize = 1 << 23;
 
-/// Below so many channels products of theirs are too small to be fast.
-const FEWEST_CHANNELS: usize = 16;
-
-/// Above so many kernel positions there are too many strips to look at.
-const MOST_POSITIONS: usize = 64;
-
-/// What a multiplication for a strip takes, in those of a whole product.
-const COST_OF_STRIPS: f64 = 2.0;
-
 /// What putting the products of a pair of positions together takes, in multiplications of a product.
 const COST_OF_PAIRS: f64 = 200.0;
-
-/// The share of the work on unfolded patches that is worth another way.
-const WORTH_IT: f64 = 0.8;
 
 /// Parts of the work per thread: more even out a thread that starts late.
 const TASKS_PER_THREAD: usize = 4;
 
 /// The plan for these patches, where it takes less work than the patches themselves.
 pub(super) fn plan(slides: &[Slide; 3], examples: usize, channels: usize) -> Option<Plan> {
-    let positions: usize = slides.iter().map(|slide| slide.kernel).product();
-    if positions == 1 || positions > MOST_POSITIONS || channels < FEWEST_CHANNELS {
-        return None;
-    }
-    let plan = Plan::of(slides, channels)?;
-    let locations: usize = slides.iter().map(|slide| slide.outputs).product();
-    let pairs = positions * (positions + 1) / 2;
-    let unfolded = (examples * locations * pairs) as f64;
-    let (products, strips) = plan.multiplications();
-    let each = products as f64 + COST_OF_STRIPS * strips as f64;
-    let work = examples as f64 * each + COST_OF_PAIRS * pairs as f64;
-    let pays = work <= WORTH_IT * unfolded;
-    let small = plan.blocks() <= pairs;
+    let plan = Plan::worthwhile(slides, examples, channels, COST_OF_PAIRS)?;
     let fits = plan.rows() * channels <= LARGEST_IMAGE;
-    (pays && small && fits).then_some(plan)
+    fits.then_some(plan)
 }
 
 /// Adds the squares of all patches of `x`, as [`Source::add_total`] is to.

@@ -158,16 +158,15 @@ impl<'a> Batch<'a> {
         let by_example = || self.sums()?.by_example.as_ref().ok_or_else(missing);
         let appended = task.append_one;
         // Rows, what is subtracted from them, the appended coordinate (0 after centring), weight.
-        let (rows, centre, constant, weight): (_, Centre<'_>, _, _) = match stratum {
+        let (rows, centre, constant, weight) = match stratum {
             Stratum::Total => (None, None, Some(1.0), weight),
             Stratum::WithinBatch => {
-                let centre = Some((&self.sums()?.all, 0, units.recip()));
-                (None, centre, None, weight)
+                let centre = Centre::mean(&self.sums()?.all, false, units);
+                (None, Some(centre), None, weight)
             }
             Stratum::WithinExample => {
-                let factor = (source.locations as f64).recip();
-                let centre = Some((by_example()?, source.features, factor));
-                (None, centre, None, weight)
+                let centre = Centre::mean(by_example()?, true, source.locations as f64);
+                (None, Some(centre), None, weight)
             }
             Stratum::ExampleTotals => {
                 let rows = sums(by_example()?, examples);
@@ -175,8 +174,13 @@ impl<'a> Batch<'a> {
             }
             Stratum::BetweenExamples => {
                 let rows = sums(by_example()?, examples);
-                let centre = Some((&self.sums()?.all, 0, (examples as f64).recip()));
-                (Some(rows), centre, None, weight / source.locations as f64)
+                let centre = Centre::mean(&self.sums()?.all, false, examples as f64);
+                (
+                    Some(rows),
+                    Some(centre),
+                    None,
+                    weight / source.locations as f64,
+                )
             }
             Stratum::Mean => {
                 let rows = sums(&self.sums()?.all, 1);
@@ -196,36 +200,36 @@ impl<'a> Batch<'a> {
                 task.precision
             },
         };
-        if let (Stratum::Total, Some(plan), 1) = (stratum, offsets::plan(source), out.len()) {
-            for out in out {
-                offsets::add_squares(self.cuda, source, &plan, &squares, out, cancel)?;
+        // A centred coordinate that is constant is zero: its row and column gain nothing.
+        let size = source.features / out.len() + usize::from(squares.constant.is_some());
+        let out = out
+            .into_iter()
+            .map(|out| out.subrows(0, size).subcolumns(0, size))
+            .collect::<Vec<_>>();
+        let units = Some(source).filter(|_| rows.is_none() && out.len() == 1);
+        match units.and_then(offsets::plan) {
+            Some(plan) => {
+                for out in out {
+                    offsets::add_squares(self.cuda, source, &plan, &squares, out, cancel)?;
+                }
+                Ok(())
             }
-            return Ok(());
+            None => squares.add(self.cuda, out, cancel),
         }
-        squares.add(self.cuda, out, appended, cancel)
     }
 }
 
 impl Squares<'_> {
-    fn add<T: Real>(
+    /// Packs the rows, some at a time, and adds their squares.
+    pub(super) fn add<T: Real>(
         &self,
         cuda: &Cuda,
-        out: Vec<MatrixMut<'_, T>>,
-        has_border: bool,
+        mut out: Vec<MatrixMut<'_, T>>,
         cancel: &Cancel,
     ) -> Result<()> {
         let groups = out.len();
         let size = self.rows.features / groups;
         let width = size + usize::from(self.constant.is_some());
-        // A centred coordinate that is constant is zero: its row and column gain nothing.
-        let mut out: Vec<_> = if has_border && self.constant.is_none() {
-            let inner = out.into_iter();
-            inner
-                .map(|out| out.subrows(0, size).subcolumns(0, size))
-                .collect()
-        } else {
-            out
-        };
         let dtype = self.tile::<T>();
         let columns = groups * width;
         let height = (PACKED_BYTES / (columns * dtype.size()))

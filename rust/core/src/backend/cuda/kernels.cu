@@ -109,6 +109,7 @@ struct DenseReader {
             ++n;
         }
     }
+    __device__ bool inside() const { return true; }
     __device__ S at(S) const { return x[n * source.example + t * source.location]; }
 };
 
@@ -158,8 +159,9 @@ struct PatchReader {
     __device__ void next() {
         if (wide.next() && high.next() && deep.next()) ++n;
     }
+    __device__ bool inside() const { return wide.inside() && high.inside() && deep.inside(); }
     __device__ S at(S zero) const {
-        if (!(wide.inside() && high.inside() && deep.inside())) return zero;
+        if (!inside()) return zero;
         return x[n * source.example + deep.place * source.depth + high.place * source.height
                  + wide.place * source.width];
     }
@@ -200,14 +202,29 @@ extern "C" __global__ void sum_patches(
     sum_units<PatchReader>(x, source, locations, noted, first_example, units, runs, features, out);
 }
 
-// Rows of `out` are consecutive units minus `mean_factor * means`. Each group of `size` features
-// is followed by `appended` columns (0 or 1) of a constant. Means are of all units (mean_stride 0)
-// or of each example; a null pointer stands for zeros.
+// What is subtracted from units, `factor` times what lies at `address`, which is 0 where nothing is:
+// of all units (example 0) or of each example. `group` features that follow one another have the same,
+// and the next ones another, so many numbers further. With `gaps` what is beyond the input stays zero.
+// As in source.rs.
+struct Centre {
+    u64 address, example, group, step, factor, gaps;
+};
+
+__device__ inline double number_of(u64 bits) {
+    union { u64 bits; double value; } number = { bits };
+    return number.value;
+}
+
+__device__ inline const double* of_feature(const Centre& centre, u64 feature) {
+    return (const double*)centre.address + feature / centre.group * centre.step;
+}
+
+// Rows of `out` are consecutive units minus their centre. Each group of `size` features is followed
+// by `appended` columns (0 or 1) of a constant.
 template <class Reader, class Source, class Tile>
 __device__ inline void pack_units(
     const S* x, const Source& source, u64 locations, u64* noted, u64 first_example, u64 first,
-    u64 rows, u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
-    double mean_factor, u64 columns, Tile* out)
+    u64 rows, u64 size, u64 appended, double constant, const Centre& centre, u64 columns, Tile* out)
 {
     COLUMN(columns)
     u64 width = size + appended;
@@ -215,13 +232,17 @@ __device__ inline void pack_units(
     bool is_constant = column % width == size;
     Reader reader(x, source, locations, is_constant ? 0 : feature);
     S zero = {};
+    const double* means = of_feature(centre, feature);
+    double factor = number_of(centre.factor);
     u64 row = rows * blockIdx.y / gridDim.y, end = rows * (blockIdx.y + 1) / gridDim.y;
     for (reader.seek(first + row); row < end; ++row, reader.next()) {
         double value = constant;
         if (!is_constant) {
             value = number(reader.at(zero));
             if (!is_finite(value)) note(noted, first_example + reader.n);
-            if (means) value -= means[reader.n * mean_stride + feature] * mean_factor;
+            if (centre.address && !(centre.gaps && !reader.inside())) {
+                value -= means[reader.n * centre.example] * factor;
+            }
         }
         put(out[row * columns + column], value);
     }
@@ -229,56 +250,50 @@ __device__ inline void pack_units(
 
 extern "C" __global__ void pack_dense(
     const S* x, Dense source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
-    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
-    double mean_factor, u64 columns, T* out)
+    u64 size, u64 appended, double constant, Centre centre, u64 columns, T* out)
 {
     pack_units<DenseReader>(x, source, locations, noted, first_example, first, rows, size,
-                               appended, constant, means, mean_stride, mean_factor, columns, out);
+                               appended, constant, centre, columns, out);
 }
 
 extern "C" __global__ void pack_dense_half(
     const S* x, Dense source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
-    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
-    double mean_factor, u64 columns, Half* out)
+    u64 size, u64 appended, double constant, Centre centre, u64 columns, Half* out)
 {
     pack_units<DenseReader>(x, source, locations, noted, first_example, first, rows, size,
-                               appended, constant, means, mean_stride, mean_factor, columns, out);
+                               appended, constant, centre, columns, out);
 }
 
 extern "C" __global__ void pack_dense_bfloat16(
     const S* x, Dense source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
-    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
-    double mean_factor, u64 columns, BFloat16* out)
+    u64 size, u64 appended, double constant, Centre centre, u64 columns, BFloat16* out)
 {
     pack_units<DenseReader>(x, source, locations, noted, first_example, first, rows, size,
-                               appended, constant, means, mean_stride, mean_factor, columns, out);
+                               appended, constant, centre, columns, out);
 }
 
 extern "C" __global__ void pack_patches(
     const S* x, Patches source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
-    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
-    double mean_factor, u64 columns, T* out)
+    u64 size, u64 appended, double constant, Centre centre, u64 columns, T* out)
 {
     pack_units<PatchReader>(x, source, locations, noted, first_example, first, rows, size,
-                               appended, constant, means, mean_stride, mean_factor, columns, out);
+                               appended, constant, centre, columns, out);
 }
 
 extern "C" __global__ void pack_patches_half(
     const S* x, Patches source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
-    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
-    double mean_factor, u64 columns, Half* out)
+    u64 size, u64 appended, double constant, Centre centre, u64 columns, Half* out)
 {
     pack_units<PatchReader>(x, source, locations, noted, first_example, first, rows, size,
-                               appended, constant, means, mean_stride, mean_factor, columns, out);
+                               appended, constant, centre, columns, out);
 }
 
 extern "C" __global__ void pack_patches_bfloat16(
     const S* x, Patches source, u64 locations, u64* noted, u64 first_example, u64 first, u64 rows,
-    u64 size, u64 appended, double constant, const double* means, u64 mean_stride,
-    double mean_factor, u64 columns, BFloat16* out)
+    u64 size, u64 appended, double constant, Centre centre, u64 columns, BFloat16* out)
 {
     pack_units<PatchReader>(x, source, locations, noted, first_example, first, rows, size,
-                               appended, constant, means, mean_stride, mean_factor, columns, out);
+                               appended, constant, centre, columns, out);
 }
 
 // --- patches by offsets -------------------------------------------------------------------------
@@ -322,13 +337,68 @@ struct Pairs {
     __device__ u64 at(u64 place) const { return words[place / 4] >> 16 * (place % 4) & 0xffffu; }
 };
 
+// Where the input is along one dimension for the outputs of a kernel position: from `first` on,
+// before `last`.
+struct Span {
+    u64 offset, first, last;
+    __device__ Span(const Slide& slide, u64 position) : offset(position * slide.dilation) {
+        first = slide.before > offset ? slide.before - offset : 0;
+        u64 end = slide.input + slide.before > offset ? slide.input + slide.before - offset : 0;
+        last = end < slide.outputs ? end : slide.outputs;
+        if (first > last) first = last;
+    }
+    __device__ bool has(u64 output) const { return output >= first && output < last; }
+};
+
+// For each kernel position (item), example (row) and feature: the sum, over the patches in which the
+// position is beyond the input, of the feature less its centre, or of minus half of that where the
+// feature is beyond the input, too. [positions, examples, features]; of patches under stride 1.
+extern "C" __global__ void sum_border(
+    const S* x, Patches source, Centre centre, u64 positions, u64 examples, u64 features, T* out)
+{
+    COLUMN(features)
+    u64 across = source.wide.kernel, down = source.high.kernel;
+    u64 channel = column / positions, own = column % positions;
+    Span own_deep(source.deep, own / (across * down)), own_high(source.high, own / across % down),
+        own_wide(source.wide, own % across);
+    const double* means = of_feature(centre, channel);
+    double factor = number_of(centre.factor);
+    FOR_BATCH(positions) {
+        Span deep(source.deep, item / (across * down)), high(source.high, item / across % down),
+            wide(source.wide, item % across);
+        FOR_ROWS(examples) {
+            const S* image = x + row * source.example + channel * source.channel;
+            double centred = means[row * centre.example] * factor, sum = 0.0;
+            for (u64 z = 0; z < source.deep.outputs; ++z) {
+                for (u64 y = 0; y < source.high.outputs; ++y) {
+                    bool is_border = !deep.has(z) || !high.has(y);
+                    bool is_seen = own_deep.has(z) && own_high.has(y);
+                    u64 line = (z + own_deep.offset - source.deep.before) * source.depth
+                        + (y + own_high.offset - source.high.before) * source.height;
+                    for (u64 t = 0; t < source.wide.outputs; ++t) {
+                        if (!is_border && wide.has(t)) {
+                            t = wide.last - 1;
+                            continue;
+                        }
+                        u64 place = (t + own_wide.offset - source.wide.before) * source.width;
+                        sum += is_seen && own_wide.has(t)
+                            ? (double)number(image[line + place]) - centred : -0.5 * centred;
+                    }
+                }
+            }
+            out[(item * examples + row) * features + column] = (T)sum;
+        }
+    }
+}
+
 // Adds to the lower triangle what products of channels with channels say of pairs of features. For
 // each pair of kernel positions there is where its products begin in what follows, and the products'
-// numbers, with the highest bit where one is subtracted. Behind the features come their sums, if
+// numbers, with the highest bit where one is subtracted. From that what is known of the border, and its
+// transpose, are subtracted, where it is not a null pointer. Behind the features come their sums, if
 // there are any, and the number of units.
 extern "C" __global__ void add_offsets(
     const T* blocks, Pairs pairs, u64 count, u64 positions, u64 channels, double weight,
-    const double* sums, double units, u64 size, T* out, u64 down, u64 across)
+    const T* border, const double* sums, double units, u64 size, T* out, u64 down, u64 across)
 {
     COLUMN(size)
     u64 features = channels * positions, area = channels * channels;
@@ -348,6 +418,9 @@ extern "C" __global__ void add_offsets(
                 u64 number = pairs.at(count + 1 + i);
                 double term = blocks[(number & 0x7fffu) * area + place];
                 value += number & 0x8000u ? -term : term;
+            }
+            if (border) {
+                value -= (double)border[row * features + column] + border[column * features + row];
             }
         }
         out[row * down + column * across] += (T)(weight * value);
@@ -400,11 +473,6 @@ __device__ inline u64 layer_of(const Layers& layers, u64 count, u64 thread) {
     u64 layer = 0;
     while (layer + 1 < count && layers.layer[layer + 1].first <= thread) ++layer;
     return layer;
-}
-
-__device__ inline double number_of(u64 bits) {
-    union { u64 bits; double value; } number = { bits };
-    return number.value;
 }
 
 // out = scale * out + damping * v; a pair of partial sums for every thread: of v * out as it was, and

@@ -1,17 +1,25 @@
 //! The sums of squares and products of patches by the offsets of kernel positions (see
 //! [`crate::offsets`]): a padded copy, one stack of products for each run of offsets and for all
 //! strips of one size, and one kernel that puts them together.
+//!
+//! Patches less their mean `m` have no such copy: a feature's mean differs from one kernel position to
+//! the next, and what is beyond the input is not zero. With `c` the mean at one of the positions, of each
+//! channel, the copy holds the input less `c`, and zeros beyond. Of the patches less `c` it lacks `-c`
+//! where they are beyond the input, which is made up for by sums over the border; and the squares
+//! about `m` are those about `c` less those of the units' mean `m - c`, which is small where the border
+//! is. Nothing large is subtracted from anything large: `c` is gone before anything is multiplied.
 
 use super::blas::{Rows, Strided};
 use super::kernels::Argument::{Number, Pointer, Words};
-use super::memory::Buffer;
+use super::memory::{Buffer, DeviceMatrix};
 use super::queue::{Cuda, count, strides};
-use super::source::{PACKED_BYTES, Source, Squares, sums_of_units};
+use super::source::{Centre, PACKED_BYTES, Source, Squares, sums_at_border, sums_of_units};
 use crate::cancel::Cancel;
 use crate::element::{Dtype, Real};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::matrix::{MatrixMut, Storage};
 use crate::offsets::{Block, Plan, Strip};
+use crate::units::Precision;
 
 /// Strips that one launch gathers, and words of each; as in kernels.cu.
 const GATHERED: usize = 32;
@@ -25,15 +33,6 @@ const NUMBERS_IN_WORD: usize = 4;
 /// What is subtracted is marked by this bit.
 const SUBTRACTED: u64 = 1 << 15;
 
-/// Below so many channels products of theirs are too small to be fast.
-const FEWEST_CHANNELS: usize = 16;
-
-/// What a multiplication for a strip takes, which is copied before, in those of a whole product.
-const COST_OF_STRIPS: f64 = 2.0;
-
-/// The share of the multiplications for unfolded patches that is worth another way.
-const WORTH_IT: f64 = 0.8;
-
 /// Strips move in pieces of so many bytes.
 const PIECE: usize = 4;
 
@@ -41,23 +40,32 @@ const PIECE: usize = 4;
 /// tile of unfolded patches.
 const LONGEST_SUM: usize = 1 << 14;
 
+/// A plan whose strips lie by their sizes, and what its kernel is told of pairs of positions.
+pub(super) struct Ready {
+    plan: Plan,
+    pairs: Vec<u64>,
+    /// Places of all strips together.
+    strips: usize,
+}
+
 /// The products for the patches of a source, where they are less work than unfolding them.
-pub(super) fn plan(source: &Source) -> Option<Plan> {
+pub(super) fn plan(source: &Source) -> Option<Ready> {
     let slides = source.slides.as_ref()?;
     let positions: usize = slides.iter().map(|slide| slide.kernel).product();
     let channels = source.features / positions;
     // Rows of half precision are whole pieces, too.
-    if positions == 1 || channels < FEWEST_CHANNELS || channels % 2 == 1 {
+    if channels % 2 == 1 {
         return None;
     }
-    let mut plan = Plan::of(slides, channels)?;
-    let pairs = plan.pairs.len();
-    let (products, strips) = plan.multiplications();
-    let work = products as f64 + COST_OF_STRIPS * strips as f64;
-    let pays = work <= WORTH_IT * (source.locations * pairs) as f64;
-    let small = plan.blocks() <= pairs;
+    let mut plan = Plan::worthwhile(slides, source.examples, channels, 0.0)?;
     sort_strips(&mut plan);
-    (pays && small && numbers_of(&plan).is_some()).then_some(plan)
+    let pairs = packed(&numbers_of(&plan)?);
+    let strips = plan.places_of_strips();
+    Some(Ready {
+        plan,
+        pairs,
+        strips,
+    })
 }
 
 /// Puts strips of one size beside each other.
@@ -116,21 +124,26 @@ fn packed(numbers: &[u64]) -> Vec<u64> {
 pub(super) fn add_squares<T: Real>(
     cuda: &Cuda,
     patches: &Source,
-    plan: &Plan,
+    ready: &Ready,
     squares: &Squares<'_>,
     out: MatrixMut<'_, T>,
     cancel: &Cancel,
 ) -> Result<()> {
+    let Ready {
+        plan,
+        pairs,
+        strips,
+    } = ready;
     let by_offsets = ByOffsets {
         cuda,
         plan,
+        strips: *strips,
         squares,
         tile: squares.tile::<T>(),
         images: images_at_a_time(plan, squares.tile::<T>(), patches.examples),
     };
     let mut blocks = cuda.zeroed::<T>(plan.blocks() * plan.channels, plan.channels)?;
     let copy = cuda.buffer(by_offsets.images * plan.rows() * by_offsets.row_bytes())?;
-    let strips: usize = plan.strips.iter().map(Strip::size).sum();
     let gathered = cuda.buffer(2 * by_offsets.images * strips * by_offsets.row_bytes())?;
     for first in (0..patches.examples).step_by(by_offsets.images) {
         cancel.check()?;
@@ -139,25 +152,121 @@ pub(super) fn add_squares<T: Real>(
         let all = blocks.view_mut();
         by_offsets.add_products(images, copy.address(), all)?;
         by_offsets.gather(images, copy.address(), gathered.address())?;
-        by_offsets.add_strips(images, strips, gathered.address(), blocks.view_mut())?;
+        by_offsets.add_strips(images, gathered.address(), blocks.view_mut())?;
     }
+    let border = match squares.centre {
+        Some(centre) => Some(squares.products_at_border::<T>(cuda, patches, plan, centre)?),
+        None => None,
+    };
     let sums = match squares.constant {
         Some(_) => Some(sums_of_units(cuda, patches, 1, None)?),
         None => None,
     };
-    let numbers = numbers_of(plan)
-        .ok_or_else(|| Error::Internal("a plan has more pairs than a kernel takes".to_owned()))?;
     let size = out.rows();
-    let mut arguments = vec![Pointer(blocks.address()), Words(packed(&numbers))];
+    let mut arguments = vec![Pointer(blocks.address()), Words(pairs.clone())];
     arguments.extend([plan.pairs.len(), plan.positions(), plan.channels].map(count));
     arguments.push(Number(squares.weight));
+    arguments.push(Pointer(
+        border.as_ref().map_or(0, |border| border.address()),
+    ));
     arguments.push(Pointer(sums.as_ref().map_or(0, |sums| sums.address())));
     arguments.push(Number(patches.units() as f64));
     arguments.extend([count(size), Pointer(cuda.address(out.as_ref())?)]);
     arguments.extend(strides(out.as_ref()));
     // SAFETY: there is a block for each number, a sum for each feature, and a place in the lower
-    // triangle for each pair of features.
-    unsafe { cuda.launch([T::DTYPE; 2], "add_offsets", 1, size, size, arguments) }
+    // triangle, and one of the border, for each pair of features.
+    unsafe { cuda.launch([T::DTYPE; 2], "add_offsets", 1, size, size, arguments)? };
+    match squares.centre {
+        Some(centre) => squares.subtract_means(cuda, patches, plan, centre, out, cancel),
+        None => Ok(()),
+    }
+}
+
+/// Along one dimension, the kernel position that is in the middle: it sees the most of the input.
+fn middle(plan: &Plan) -> usize {
+    let kernels = plan.slides.iter().map(|slide| slide.kernel);
+    kernels.fold(0, |position, kernel| position * kernel + kernel / 2)
+}
+
+impl Squares<'_> {
+    /// What the copy lacks: a matrix whose sum with its transpose is to be subtracted, in single
+    /// precision at most of what is small: the border.
+    fn products_at_border<T: Real>(
+        &self,
+        cuda: &Cuda,
+        patches: &Source,
+        plan: &Plan,
+        centre: Centre<'_>,
+    ) -> Result<DeviceMatrix<T>> {
+        let (positions, channels) = (plan.positions(), plan.channels);
+        let (examples, features) = (patches.examples, patches.features);
+        let of_channels = centre.of_channels(positions, middle(plan));
+        let sums = sums_at_border::<T>(cuda, patches, positions, of_channels)?;
+        // What was subtracted, for each example; its factor comes with the product.
+        let subtracted = cuda.matrix_of::<T>(examples, channels)?;
+        let table = Squares {
+            rows: &of_channels.rows(examples, channels),
+            note: None,
+            centre: None,
+            constant: None,
+            ..*self
+        };
+        let types = [T::DTYPE; 2];
+        table.pack(
+            cuda,
+            subtracted.buffer(),
+            types,
+            0,
+            [examples, channels],
+            channels,
+        )?;
+        let mut border = cuda.matrix_of::<T>(channels, positions * features)?;
+        // Of each position, every row of so many: the features of a channel follow one another.
+        let batch = Strided {
+            count: positions,
+            strides: [0, examples * features, features],
+        };
+        let out = border.view_mut().subcolumns(0, features);
+        let of_position = sums.view().subrows(0, examples);
+        let subtracted = subtracted.view().transpose();
+        cuda.multiply_stack(out, false, subtracted, of_position, centre.factor, batch)?;
+        Ok(border)
+    }
+
+    /// Subtracts the squares of means that are left about the channels' centres.
+    fn subtract_means<T: Real>(
+        &self,
+        cuda: &Cuda,
+        patches: &Source,
+        plan: &Plan,
+        centre: Centre<'_>,
+        out: MatrixMut<'_, T>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let positions = plan.positions();
+        let (means, units) = if centre.by_example {
+            (patches.examples, patches.locations)
+        } else {
+            (1, patches.units())
+        };
+        let of_channels = Centre {
+            group: positions,
+            step: positions,
+            first: middle(plan),
+            // Sums, less a sum.
+            factor: 1.0,
+            ..centre
+        };
+        let left = Squares {
+            rows: &Source::rows(centre.sums.address(), means, patches.features),
+            note: None,
+            centre: Some(of_channels),
+            constant: None,
+            weight: -self.weight / units as f64,
+            precision: Precision::Ieee,
+        };
+        left.add(cuda, vec![out], cancel)
+    }
 }
 
 /// Images whose copy takes no more memory than units that are packed at a time.
@@ -170,6 +279,8 @@ fn images_at_a_time(plan: &Plan, tile: Dtype, examples: usize) -> usize {
 struct ByOffsets<'a> {
     cuda: &'a Cuda,
     plan: &'a Plan,
+    /// Places of all strips together.
+    strips: usize,
     squares: &'a Squares<'a>,
     /// The type in which images are copied and multiplied.
     tile: Dtype,
@@ -203,9 +314,11 @@ impl ByOffsets<'_> {
     ) -> Result<()> {
         let (plan, rows) = (self.plan, self.plan.rows());
         let places = patches.places(plan);
+        let centre = self.squares.centre;
         let squares = Squares {
             rows: &places,
             constant: None,
+            centre: centre.map(|centre| centre.of_channels(plan.positions(), middle(plan))),
             ..*self.squares
         };
         let shape = [images * rows, plan.channels];
@@ -249,7 +362,7 @@ impl ByOffsets<'_> {
     /// Copies the rows of all strips, and behind them those that their shifts lead to.
     fn gather(&self, images: usize, copy: u64, gathered: u64) -> Result<()> {
         let (plan, pieces) = (self.plan, self.row_bytes() / PIECE);
-        let strips: usize = plan.strips.iter().map(Strip::size).sum();
+        let strips = self.strips;
         let mut first = 0;
         for some in plan.strips.chunks(GATHERED) {
             let mut words = Vec::with_capacity(GATHERED * WORDS_OF_STRIP);
@@ -291,11 +404,10 @@ impl ByOffsets<'_> {
     fn add_strips<T: Real>(
         &self,
         images: usize,
-        strips: usize,
         gathered: u64,
         mut blocks: MatrixMut<'_, T>,
     ) -> Result<()> {
-        let (plan, channels) = (self.plan, self.plan.channels);
+        let (plan, channels, strips) = (self.plan, self.plan.channels, self.strips);
         let products: usize = plan.products.iter().map(|p| p.width).sum();
         let (mut index, mut first) = (0, 0);
         for alike in plan

@@ -6,6 +6,7 @@ use super::queue::{BLOCKS_PER_MULTIPROCESSOR, Cuda, THREADS, count};
 use crate::element::{Dtype, Real};
 use crate::error::{Error, Result};
 use crate::geometry::Slide;
+use crate::matrix::Storage;
 use crate::offsets::Plan;
 use crate::units::{Note, Precision, Units};
 use crate::view::TensorView;
@@ -170,14 +171,84 @@ fn words_of(slide: &Slide) -> [u64; 6] {
     .map(|word| word as u64)
 }
 
-/// What is subtracted from units: sums, how far apart those of examples are, and their factor.
-pub(super) type Centre<'a> = Option<(&'a DeviceMatrix<f64>, usize, f64)>;
+/// What is subtracted from units: sums by feature, times a factor. As in kernels.cu.
+#[derive(Clone, Copy)]
+pub(super) struct Centre<'a> {
+    pub(super) sums: &'a DeviceMatrix<f64>,
+    /// Numbers before those of the first feature.
+    pub(super) first: usize,
+    /// Whether each example has its own, in a row of its own.
+    pub(super) by_example: bool,
+    /// Features that have the same one, and numbers from theirs to that of the next ones.
+    pub(super) group: usize,
+    pub(super) step: usize,
+    pub(super) factor: f64,
+    /// Whether what is beyond the input stays zero.
+    pub(super) gaps: bool,
+}
+
+impl<'a> Centre<'a> {
+    /// Means of features: sums over so many units.
+    pub(super) fn mean(sums: &'a DeviceMatrix<f64>, by_example: bool, units: f64) -> Self {
+        Self {
+            sums,
+            first: 0,
+            by_example,
+            group: 1,
+            step: 1,
+            factor: units.recip(),
+            gaps: false,
+        }
+    }
+
+    /// Of patches, for each channel what is subtracted at one of the kernel's positions.
+    pub(super) fn of_channels(self, positions: usize, position: usize) -> Self {
+        Self {
+            first: position,
+            step: positions,
+            gaps: true,
+            ..self
+        }
+    }
+
+    /// A row for each example, of numbers for each channel, without their factor.
+    pub(super) fn rows(self, examples: usize, channels: usize) -> Source {
+        let address = self.sums.address() + (self.first * size_of::<f64>()) as u64;
+        let mut rows = Source::rows(address, examples, channels);
+        rows.words = vec![self.of_example() as u64, 0, self.step as u64];
+        rows
+    }
+
+    /// Numbers from those of an example to those of the next one.
+    fn of_example(self) -> usize {
+        if self.by_example {
+            self.sums.view().columns()
+        } else {
+            0
+        }
+    }
+
+    fn words(centre: Option<Self>) -> Argument {
+        let Some(centre) = centre else {
+            return Words(vec![0, 0, 1, 0, 0, 0]);
+        };
+        let start = centre.sums.address() + (centre.first * size_of::<f64>()) as u64;
+        Words(vec![
+            start,
+            centre.of_example() as u64,
+            centre.group as u64,
+            centre.step as u64,
+            centre.factor.to_bits(),
+            u64::from(centre.gaps),
+        ])
+    }
+}
 
 /// Rows whose squares are added.
 pub(super) struct Squares<'a> {
     pub(super) rows: &'a Source,
     pub(super) note: Option<Note>,
-    pub(super) centre: Centre<'a>,
+    pub(super) centre: Option<Centre<'a>>,
     /// What is appended to each row.
     pub(super) constant: Option<f64>,
     pub(super) weight: f64,
@@ -207,20 +278,46 @@ impl Squares<'_> {
         [rows, columns]: [usize; 2],
         size: usize,
     ) -> Result<()> {
-        let (means, step, factor) = match self.centre {
-            Some((means, step, factor)) => (means.address(), step, factor),
-            None => (0, 0, 0.0),
-        };
         let mut arguments = self.rows.arguments(self.note);
         arguments.extend([first, rows, size, usize::from(self.constant.is_some())].map(count));
         arguments.push(Number(self.constant.unwrap_or(0.0)));
-        arguments.extend([Pointer(means), count(step), Number(factor)]);
+        arguments.push(Centre::words(self.centre));
         arguments.extend([count(columns), Pointer(packed.address())]);
         let (types, kernel) = ([self.rows.dtype, real], self.rows.pack_kernel(tile));
         // SAFETY: the source describes a tensor on this device; the packed table is used by nobody
-        // else and has room for the rows; means have an entry for every feature (of every example).
+        // else and has room for the rows; the centre has a number for every feature (of every example).
         unsafe { cuda.launch(types, kernel, 1, rows, columns, arguments) }
     }
+}
+
+/// Of patches under stride 1, for each kernel position and example what their centre makes of features
+/// where the position is beyond the input, `[positions examples, features]`: see kernels.cu.
+pub(super) fn sums_at_border<T: Real>(
+    cuda: &Cuda,
+    patches: &Source,
+    positions: usize,
+    centre: Centre<'_>,
+) -> Result<DeviceMatrix<T>> {
+    let (examples, features) = (patches.examples, patches.features);
+    let sums = cuda.matrix_of::<T>(positions * examples, features)?;
+    let mut arguments = vec![Pointer(patches.address), Words(patches.words.clone())];
+    arguments.push(Centre::words(Some(centre)));
+    arguments.extend([positions, examples, features].map(count));
+    arguments.push(Pointer(sums.address()));
+    let types = [patches.dtype, T::DTYPE];
+    // SAFETY: the source describes patches of a tensor on this device; the centre has a number for
+    // every channel (of every example), and the result one for each position, example and feature.
+    unsafe {
+        cuda.launch(
+            types,
+            "sum_border",
+            positions,
+            examples,
+            features,
+            arguments,
+        )?
+    };
+    Ok(sums)
 }
 
 /// Sums over `outer` equal shares of the units, `[outer, features]`.
