@@ -183,7 +183,7 @@ def test_factors_of_patches_by_offsets_agree(both, case, element, approximation)
             x = x.to(element)
             cuda, cpu = both
             got, _ = factors(cuda, x, 1, real, approximation, **options)
-            # In double precision: centred on the way, single precision keeps more digits than there.
+            # In double precision: centred on the way, single keeps more digits than there.
             expected, _ = factors(cpu, x.double(), 1, torch.float64, approximation, **options)
             for stratum in zip(got, expected, strict=True):
                 assert errors(*([factor] for factor in stratum)) < TOLERANCE[real]
