@@ -55,9 +55,18 @@ def calls(library: str, function: str) -> int:
 
 def flops(rounded_to: str) -> float:
     """Operations of this process's products whose operands are rounded to this type."""
-    counter = ctypes.CDLL("libcublas.so").emulator_flops
+    return _asked(rounded_to)
+
+
+def bytes_of_products() -> float:
+    """Bytes of operands and results of this process's products, once where a stack shares them."""
+    return _asked("bytes")
+
+
+def _asked(what: str) -> float:
+    counter = ctypes.CDLL("libcublas.so").emulator_asked
     counter.argtypes, counter.restype = [ctypes.c_char_p], ctypes.c_double
-    return counter(rounded_to.encode())
+    return counter(what.encode())
 
 
 def most_allocated() -> int:

@@ -12,9 +12,10 @@ they then answer to the names under which the backend loads CUDA. More variables
   ``potrf.info``, ``syevd.info``, ``syevBatched.info`` and ``syevjBatched.info``.
 
 Each library also has ``long emulator_calls(const char *name)``: how often the process called one of
-its functions. ``double emulator_flops(const char *type)`` of libcublas: floating-point operations
+its functions. ``double emulator_asked(const char *what)`` of libcublas: floating-point operations
 of the process's products whose operands are rounded to ``float16``, ``bfloat16``, ``tf32``,
-``float32`` or ``float64``.
+``float32`` or ``float64``, or the ``bytes`` of operands and results, each counted once where
+matrices of a stack share them.
 """
 
 import functools

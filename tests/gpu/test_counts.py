@@ -16,7 +16,7 @@ from ekfac_rs import _core
 from ekfac_rs._tensors import accumulation_dtype
 from gpu import emulated_device
 from gpu.devices import CPU, EMULATED, EMULATED_CUDA
-from gpu.emulated_device import calls, flops
+from gpu.emulated_device import bytes_of_products, calls, flops
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get(EMULATED), reason="runs over emulated CUDA libraries only"
@@ -150,7 +150,9 @@ def test_patches_are_multiplied_by_offsets_where_that_is_less(
 
     note = torch.full((1,), -1, dtype=torch.int64)
     before = calls(*LAUNCH), calls(*PRODUCTS), calls(*WAIT)
+    reached = bytes_of_products()
     done = flops_by_type(accumulate)
+    reached = bytes_of_products() - reached
     launched, multiplied, waited = (
         calls(*function) - old
         for function, old in zip((LAUNCH, PRODUCTS, WAIT), before, strict=True)
@@ -164,6 +166,8 @@ def test_patches_are_multiplied_by_offsets_where_that_is_less(
         assert launched == 3
         assert multiplied <= 8
         assert done["tf32"] < 0.26 * whole
+        # Unfolded, rows of nine times the image as either factor, and the result.
+        assert reached < 0.5 * 4 * (2 * locations * features + features**2)
     else:
         assert done["tf32"] >= 0.5 * whole
 

@@ -244,18 +244,38 @@ std::int64_t size_of(int type) {
     return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2;
 }
 
-// Floating-point operations of products, by what their operands are rounded to.
-std::mutex flops_mutex;
-std::map<std::string, double> flops;
+// What products ask for: floating-point operations by what operands are rounded to, and the bytes of
+// their operands and results, each counted once where matrices of a stack share them.
+std::mutex asked_mutex;
+std::map<std::string, double> asked;
 
-void count_flops(int type, int compute, double number) {
+double reach(double elements, long long stride, std::int64_t count) {
+    const double step = std::min(elements, static_cast<double>(std::abs(stride)));
+    return elements + step * static_cast<double>(count - 1);
+}
+
+void count_products(int type, int type_c, int compute, double m, double n, double k,
+                    long long stride_a, long long stride_b, long long stride_c,
+                    std::int64_t count) {
+    if (count == 0) return;
     const char* name = compute == CUBLAS_COMPUTE_64F             ? "float64"
                        : type == CUDA_R_16F                      ? "float16"
                        : type == CUDA_R_16BF                     ? "bfloat16"
                        : compute == CUBLAS_COMPUTE_32F_FAST_TF32 ? "tf32"
                                                                  : "float32";
-    std::lock_guard<std::mutex> lock(flops_mutex);
-    flops[name] += number;
+    std::lock_guard<std::mutex> lock(asked_mutex);
+    asked[name] += 2.0 * static_cast<double>(count) * m * n * k;
+    asked["bytes"] += static_cast<double>(size_of(type)) *
+                          (reach(m * k, stride_a, count) + reach(k * n, stride_b, count)) +
+                      static_cast<double>(size_of(type_c)) * reach(m * n, stride_c, count);
+}
+
+template <typename Real>
+void count_products(double m, double n, double k, long long stride_a, long long stride_b,
+                    long long stride_c, std::int64_t count) {
+    const int type = sizeof(Real) == 8 ? CUDA_R_64F : CUDA_R_32F;
+    const int compute = sizeof(Real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
+    count_products(type, type, compute, m, n, k, stride_a, stride_b, stride_c, count);
 }
 
 // target -= factor * source
@@ -388,8 +408,7 @@ EMULATOR_API const char* cublasGetStatusString(int status) {
         const Real* alpha, const Real* a, Integer lda, const Real* b, Integer ldb,                 \
         const Real* beta, Real* c, Integer ldc) {                                                  \
         RETURN_INJECTED_FAULT();                                                                   \
-        count_flops(CUDA_R_32F, sizeof(Real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,      \
-                    2.0 * m * n * k);                                                             \
+        count_products<Real>(m, n, k, 0, 0, 0, 1);                                                 \
         return gemm<Real>(handle, operation_a, operation_b, m, n, k, alpha, a, lda, 0, b, ldb, 0,  \
                           beta, c, ldc, 0, 1);                                                     \
     }                                                                                              \
@@ -399,8 +418,7 @@ EMULATOR_API const char* cublasGetStatusString(int status) {
         Integer ldb, long long stride_b, const Real* beta, Real* c, Integer ldc,                   \
         long long stride_c, Integer count) {                                                       \
         RETURN_INJECTED_FAULT();                                                                   \
-        count_flops(CUDA_R_32F, sizeof(Real) == 8 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,      \
-                    2.0 * count * m * n * k);                                                     \
+        count_products<Real>(m, n, k, stride_a, stride_b, stride_c, count);                        \
         return gemm<Real>(handle, operation_a, operation_b, m, n, k, alpha, a, lda, stride_a, b,   \
                           ldb, stride_b, beta, c, ldc, stride_c, count);                           \
     }                                                                                              \
@@ -425,7 +443,7 @@ EMULATOR_API int cublasGemmStridedBatchedEx_64(
     RETURN_INJECTED_FAULT();
     // The combinations that are documented, of the types that are used here.
     REQUIRE(algorithm == CUBLAS_GEMM_DEFAULT && type_a == type_b);
-    count_flops(type_a, compute, 2.0 * count * m * n * k);
+    count_products(type_a, type_c, compute, m, n, k, stride_a, stride_b, stride_c, count);
     if (compute == CUBLAS_COMPUTE_64F) {
         REQUIRE(type_a == CUDA_R_64F && type_c == CUDA_R_64F);
         return gemm<double>(handle, operation_a, operation_b, m, n, k,
@@ -458,9 +476,10 @@ EMULATOR_API int cublasGemmStridedBatchedEx_64(
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// Floating-point operations of this process's products whose operands are rounded to this type.
-EMULATOR_API double emulator_flops(const char* type) {
-    std::lock_guard<std::mutex> lock(flops_mutex);
-    const auto found = flops.find(type);
-    return found == flops.end() ? 0.0 : found->second;
+// Floating-point operations of this process's products whose operands are rounded to this type, or the
+// "bytes" of operands and results.
+EMULATOR_API double emulator_asked(const char* what) {
+    std::lock_guard<std::mutex> lock(asked_mutex);
+    const auto found = asked.find(what);
+    return found == asked.end() ? 0.0 : found->second;
 }
