@@ -31,6 +31,7 @@ from ekfac_rs._tensors import accumulation_dtype, put_back
 from ekfac_rs.batchnorm import (
     Anchor,
     Merging,
+    Normalising,
     NormalisingCall,
     deviations,
     merges_in_the_core,
@@ -670,6 +671,7 @@ class _LastBatch:
     def __init__(self, layer: AffineLayer, ranks: Ranks) -> None:
         self._layer, self._ranks = layer, ranks
         self._values: Tensor | None = None
+        self._normalising = Normalising(str(layer.batchnorm_name), layer.batchnorm)
         self._call: NormalisingCall | None = None
         self._weights: tuple[tuple[int, int, int], ...] = ()
 
@@ -689,7 +691,7 @@ class _LastBatch:
         values = input_of(args, kwargs)
         self._layer.check_batchnorm_input(values)
         self._values, self._weights = values, self._current_weights()
-        self._call = NormalisingCall.of(str(self._layer.batchnorm_name), module, values, output)
+        self._call = self._normalising.call(values, output)
 
     def __reduce__(self) -> tuple[type["_Deaf"], tuple[()]]:
         return _Deaf, ()

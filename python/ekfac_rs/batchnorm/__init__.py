@@ -8,7 +8,7 @@ from ekfac_rs.batchnorm.merging import (
     merged_weights,
     raw_weights,
 )
-from ekfac_rs.batchnorm.moments import NormalisingCall, moments_of, moments_of_all
+from ekfac_rs.batchnorm.moments import Normalising, NormalisingCall, moments_of, moments_of_all
 from ekfac_rs.batchnorm.putting_back import WEIGHTS, reparameterize, weight_norms
 from ekfac_rs.batchnorm.statistics import (
     as_found,
@@ -21,6 +21,7 @@ __all__ = [
     "WEIGHTS",
     "Anchor",
     "Merging",
+    "Normalising",
     "NormalisingCall",
     "as_found",
     "deviations",

@@ -1,8 +1,9 @@
 """Moments of mini-batches, by which BatchNorms normalise: taken once, with their way back."""
 
+import sys
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +73,45 @@ _NODES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 
 
+class Normalising:
+    """What is remembered of a BatchNorm from one call to the next.
+
+    Attributes
+    ----------
+    name : str
+        For messages.
+    sends_gradients : bool
+        Whether a gradient of its input came of the last backward pass through it. None does where
+        nothing is made of its output, or what comes after it lets no gradient through.
+    """
+
+    def __init__(self, name: str, batchnorm: _BatchNorm) -> None:
+        self.name = name
+        self.sends_gradients = False
+        self._batchnorm = batchnorm
+
+    def call(self, x: Tensor, output: Any) -> "NormalisingCall | None":
+        """Look at the call that made this output of this input; None where nothing can be seen."""
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            return None
+        node: Any = getattr(output, "grad_fn", None)
+        if node is None or node.name() not in _NODES or _saving_hooks(False):
+            return None
+        # A BatchNorm may normalise something else than it was given.
+        if node.next_functions[0] != (x.grad_fn, x.output_nr):
+            return None
+        if not node._saved_training or node._saved_input.data_ptr() != x.data_ptr():
+            return None
+        mean, inverse_deviation = node._saved_result1, node._saved_result2
+        if {mean.dtype, inverse_deviation.dtype} != {accumulation_dtype(x.dtype)}:
+            return None
+        epsilon = self._batchnorm.eps
+        return NormalisingCall(mean, inverse_deviation, epsilon, node, _Gradients(self, node))
+
+
 class NormalisingCall(NamedTuple):
     """What a call of a BatchNorm in train mode has left in autograd's graph.
 
@@ -92,19 +132,6 @@ class NormalisingCall(NamedTuple):
     node: Node
     gradients: "_Gradients"
 
-    @classmethod
-    def of(cls, name: str, batchnorm: _BatchNorm, x: Tensor, output: Tensor) -> Self | None:
-        """Look at the call that made this output of this input; None where nothing can be seen."""
-        node: Any = None if torch.compiler.is_compiling() else output.grad_fn
-        if node is None or node.name() not in _NODES or _saving_hooks(False):
-            return None
-        if not node._saved_training or node._saved_input.data_ptr() != x.data_ptr():
-            return None
-        mean, inverse_deviation = node._saved_result1, node._saved_result2
-        if {mean.dtype, inverse_deviation.dtype} != {accumulation_dtype(x.dtype)}:
-            return None
-        return cls(mean, inverse_deviation, batchnorm.eps, node, _Gradients(name, node))
-
     def takes(self, gradient: "_Gradient") -> bool:
         """Take a gradient of the moments along, if this backward pass is yet to come here.
 
@@ -113,42 +140,51 @@ class NormalisingCall(NamedTuple):
         back through them first.
         """
         task = torch._C._current_graph_task_id()
-        if task in self.gradients.passed or not torch._C._will_engine_execute_node(self.node):
+        if not self.gradients.of.sends_gradients or task in self.gradients.passed:
+            return False
+        if _is_backward_pass_compiled():
+            return False
+        before = self.node.next_functions[0][0]
+        if not all(torch._C._will_engine_execute_node(node) for node in (self.node, before)):
             return False
         self.gradients.waiting.setdefault(task, []).append(gradient)
         return True
 
 
+def _is_backward_pass_compiled() -> bool:
+    """Whether this one is compiled autograd's, which wants every gradient that there may be."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(compiled, "in_compiled_autograd_region", False))
+
+
 class _Gradient(NamedTuple):
-    """Gradients of the moments of an input, as far as there are such."""
+    """Gradients of the moments of an input, as far as there are such; of nobody's graph."""
 
     x: Tensor
     mean: Tensor
     of_mean: Tensor | None
     of_variance: Tensor | None
 
-    def of_input(self) -> Tensor:
-        """Return what they become in the input."""
+    def of_input(self, known: Tensor | None = None) -> Tensor:
+        """Return what they become in the input, added to what is known of its gradient.
+
+        A tensor of its own: what is known may be somebody's.
+        """
         x = _by_channel(self.x)
-        out = torch.empty_like(x)
-        self._write(x, out, keep=False)
+        if known is not None:
+            known = _by_channel(known)
+        out = torch.empty_like(x if known is None else known)
+        mean = borrow(self.mean.contiguous())
+        of_mean, of_variance, before = (
+            None if part is None else borrow(part)
+            for part in (_in_one_piece(self.of_mean), _in_one_piece(self.of_variance), known)
+        )
+        _core.moments_backward(borrow(x), mean, of_mean, of_variance, before, borrow(out))
         return out.view(self.x.shape)
 
-    def added_to(self, known: Tensor) -> Tensor:
-        """Add what they become in the input to its gradient so far, in place where that goes."""
-        out = _by_channel(known)
-        if out.data_ptr() != known.data_ptr():
-            return known + self.of_input()
-        self._write(_by_channel(self.x), out, keep=True)
-        return known
 
-    def _write(self, x: Tensor, out: Tensor, keep: bool) -> None:
-        of_mean, of_variance = (
-            None if row is None else borrow(row.contiguous())
-            for row in (self.of_mean, self.of_variance)
-        )
-        mean = borrow(self.mean.contiguous())
-        _core.moments_backward(borrow(x), mean, of_mean, of_variance, borrow(out), keep)
+def _in_one_piece(row: Tensor | None) -> Tensor | None:
+    return None if row is None else row.contiguous()
 
 
 def _by_channel(x: Tensor) -> Tensor:
@@ -159,12 +195,13 @@ def _by_channel(x: Tensor) -> Tensor:
 class _Gradients:
     """A hook of a BatchNorm's node: gradients of its moments join that of its input.
 
-    By autograd's number of a backward pass, several of which may go through one graph. It does not
-    know the node, which knows it: no circle keeps a graph alive.
+    By autograd's number of a backward pass, several of which may go through one graph. Neither it
+    nor what waits knows the node, which knows it: no circle keeps a graph alive, also where a
+    backward pass fails before it comes here.
     """
 
-    def __init__(self, name: str, node: Node) -> None:
-        self._name = name
+    def __init__(self, of: Normalising, node: Node) -> None:
+        self.of = of
         self.waiting: dict[int, list[_Gradient]] = {}
         self.passed: set[int] = set()
         node.register_hook(self)
@@ -175,18 +212,19 @@ class _Gradients:
         task = torch._C._current_graph_task_id()
         self.passed.add(task)
         gradients = self.waiting.pop(task, [])
+        of_x, *others = of_inputs
+        self.of.sends_gradients = of_x is not None
         if not gradients:
             return None
-        of_x, *others = of_inputs
         if of_x is None:
             # Torch lets no hook put a gradient where there is none.
             raise BatchNormError(
-                f"layer {self._name!r}: expected a gradient of its output, got None from an "
-                "autograd function after it: let that return zeros, for the gradient of the batch "
-                "statistics goes the same way"
+                f"layer {self.of.name!r}: expected a gradient of its input as in the backward pass "
+                "before, got none: what comes after it let none through; go back once more, and "
+                "that of its batch statistics takes a way of its own"
             )
         for gradient in gradients:
-            of_x = gradient.added_to(of_x)
+            of_x = gradient.of_input(of_x)
         return (of_x, *others)
 
 
@@ -236,7 +274,7 @@ class _MomentsOf(torch.autograd.Function):
             ctx.needs_input_grad[1:],
             strict=True,
         ):
-            gradient = _Gradient(x, mean, of_mean, of_variance)
+            gradient = _Gradient(x.detach(), mean.detach(), of_mean, of_variance)
             nothing = not wanted or (of_mean is None and of_variance is None)
             taken = nothing or (call is not None and ctx.may_be_taken and call.takes(gradient))
             of_inputs.append(None if taken else gradient.of_input())
