@@ -250,7 +250,7 @@ def moments_backward(
     known: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Write what the gradients of the moments of x [N, C, S] become in x, added to what is known."""
+    """Write what gradients of the moments of x [N, C, S] become in x, added to what is known."""
 
 # What merged weights are made of: weight [D, K]; bias and gamma or None, mean and variance, each
 # [D]; epsilon. All without gaps.
