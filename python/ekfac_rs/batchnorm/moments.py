@@ -144,8 +144,8 @@ class NormalisingCall(NamedTuple):
             return False
         if _is_backward_pass_compiled():
             return False
-        before = self.node.next_functions[0][0]
-        if not all(torch._C._will_engine_execute_node(node) for node in (self.node, before)):
+        nodes = self.node, self.node.next_functions[0][0]
+        if not all(n is not None and torch._C._will_engine_execute_node(n) for n in nodes):
             return False
         self.gradients.waiting.setdefault(task, []).append(gradient)
         return True
