@@ -463,7 +463,8 @@ PARTS: dict[str, Part] = {
             # Weak ones: fine-tuning, but for the statistics that are put back.
             l2=(1e-6, 1e-5),
             plain_lrs=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
-            rule_lrs=(0.003,),
+            # What nested chooses: rules are of the scale alone.
+            rule_lrs=(0.01,),
         ),
         dataclasses.replace(
             _quick_transfer(_LITE0),
