@@ -159,7 +159,7 @@ def test_nothing_listens_to_the_model_between_experiences():
     model = mlp(8, 12, 3)
     strategy = naive(model, CurvaturePlugin(learner_of(model)))
     strategy.train(experiences(2).train_stream)
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_short_last_mini_batch_is_no_mini_batch_of_one():

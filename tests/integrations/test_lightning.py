@@ -188,7 +188,7 @@ def test_the_whole_module_may_be_the_learners_model(module):
     for loader in loaders():
         trainer(callback).fit(whole, loader)
     assert "network.0" in callback.learner.anchor
-    assert not any(m._forward_pre_hooks for m in whole.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in whole.modules())
 
 
 def test_limited_training_batches_limit_what_is_consolidated(module):
@@ -267,7 +267,7 @@ def test_training_that_fails_leaves_no_hooks_and_is_not_consolidated(module):
     with pytest.raises(RuntimeError, match="broken"):
         trainer(callback, Broken()).fit(module, second)
     assert callback.learner.task == 1
-    assert not any(m._forward_pre_hooks for m in module.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 class ByHand(Module):

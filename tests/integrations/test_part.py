@@ -188,7 +188,7 @@ def test_a_model_that_is_another_or_holds_the_learners():
 def test_nothing_listens_to_the_model_when_a_task_is_over(consolidated, end):
     part, loader = consolidated
     train(part, loader)
-    hooks = [m._forward_pre_hooks for m in part.learner.model.modules()]
+    hooks = [m._forward_hooks for m in part.learner.model.modules()]
     assert any(hooks)
     part.end() if end == "end" else part.consolidate(loader)
     assert not any(hooks)

@@ -273,6 +273,7 @@ def test_what_is_no_optimiser_or_scheduler_is_refused_and_changes_nothing(option
         learner.fit(LOADERS[1])
     torch.testing.assert_close(learner.model.state_dict(), before, rtol=0, atol=0)
     for module in learner.model.modules():
+        assert not module._forward_hooks
         assert not module._forward_pre_hooks
 
 
