@@ -247,10 +247,10 @@ def moments_backward(
     mean: Tensor,
     of_mean: Tensor | None,
     of_variance: Tensor | None,
-    known: Tensor | None,
     out: Tensor,
+    keep: bool,
 ) -> None:
-    """Write what gradients of the moments of x [N, C, S] become in x, added to what is known."""
+    """Write what the gradients of the moments of x [N, C, S] become in x; or add it to ``out``."""
 
 # What merged weights are made of: weight [D, K]; bias and gamma or None, mean and variance, each
 # [D]; epsilon. All without gaps.

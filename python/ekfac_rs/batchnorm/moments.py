@@ -165,22 +165,26 @@ class _Gradient(NamedTuple):
     of_mean: Tensor | None
     of_variance: Tensor | None
 
-    def of_input(self, known: Tensor | None = None) -> Tensor:
-        """Return what they become in the input, added to what is known of its gradient.
-
-        A tensor of its own: what is known may be somebody's.
-        """
+    def of_input(self) -> Tensor:
+        """Return what they become in the input."""
         x = _by_channel(self.x)
-        if known is not None:
-            known = _by_channel(known)
-        out = torch.empty_like(x if known is None else known)
-        mean = borrow(self.mean.contiguous())
-        of_mean, of_variance, before = (
-            None if part is None else borrow(part)
-            for part in (_in_one_piece(self.of_mean), _in_one_piece(self.of_variance), known)
-        )
-        _core.moments_backward(borrow(x), mean, of_mean, of_variance, before, borrow(out))
+        out = torch.empty_like(x)
+        self._write(x, out, keep=False)
         return out.view(self.x.shape)
+
+    def add_to(self, of_input: Tensor) -> None:
+        """Add what they become in the input to its gradient, whose elements share no memory."""
+        out = _by_channel(of_input)
+        if out.data_ptr() == of_input.data_ptr():
+            self._write(_by_channel(self.x), out, keep=True)
+        else:
+            of_input += self.of_input()
+
+    def _write(self, x: Tensor, out: Tensor, keep: bool) -> None:
+        rows = _in_one_piece(self.of_mean), _in_one_piece(self.of_variance)
+        of_mean, of_variance = (None if row is None else borrow(row) for row in rows)
+        mean = borrow(self.mean.contiguous())
+        _core.moments_backward(borrow(x), mean, of_mean, of_variance, borrow(out), keep)
 
 
 def _in_one_piece(row: Tensor | None) -> Tensor | None:
@@ -204,7 +208,7 @@ class _Gradients:
         self.of = of
         self.waiting: dict[int, list[_Gradient]] = {}
         self.passed: set[int] = set()
-        node.register_hook(self)
+        self._hooks = node.register_hook(self).hooks_dict_ref
 
     def __call__(
         self, of_inputs: tuple[Tensor | None, ...], of_outputs: tuple[Tensor | None, ...]
@@ -223,9 +227,16 @@ class _Gradients:
                 "before, got none: what comes after it let none through; go back once more, and "
                 "that of its batch statistics takes a way of its own"
             )
+        if self._has_company():
+            of_x = of_x.clone(memory_format=torch.contiguous_format)  # it may be somebody's
         for gradient in gradients:
-            of_x = gradient.of_input(of_x)
+            gradient.add_to(of_x)
         return (of_x, *others)
+
+    def _has_company(self) -> bool:
+        """Whether others listen to the node, too: they may have kept the gradient, or given it."""
+        hooks = self._hooks()
+        return hooks is None or not all(isinstance(hook, _Gradients) for hook in hooks.values())
 
 
 class _MomentsOf(torch.autograd.Function):

@@ -65,13 +65,13 @@ pub struct InputGradient<'a> {
     pub of_mean: Option<TensorView<'a>>,
     /// That of the population variance.
     pub of_variance: Option<TensorView<'a>>,
-    /// What it is added to, `[N, C, S]`, of the input's type; nothing for zeros.
-    pub known: Option<TensorView<'a>>,
+    /// Whether the result is added to what is there.
+    pub keep: bool,
     /// `[N, C, S]`, of the input's type.
     pub out: TensorViewMut<'a>,
 }
 
-/// Writes the gradient of a BatchNorm's input.
+/// Writes, or adds, the gradient of a BatchNorm's input.
 ///
 /// # Errors
 ///
@@ -82,7 +82,7 @@ pub fn moments_backward(gradient: InputGradient<'_>) -> Result<()> {
         mean,
         of_mean,
         of_variance,
-        known,
+        keep,
         out,
     } = gradient;
     let &[_, channels, _] = x.shape() else {
@@ -91,18 +91,15 @@ pub fn moments_backward(gradient: InputGradient<'_>) -> Result<()> {
             x.shape()
         )));
     };
-    let known_layout = known.as_ref().map(TensorView::layout);
-    for layout in known_layout.into_iter().chain([out.layout()]) {
-        if layout.shape != x.shape() {
-            return Err(Error::Shape(format!(
-                "gradients of x must be {:?}, got shape {:?}",
-                x.shape(),
-                layout.shape
-            )));
-        }
-        layout.expect_dtype(x.dtype())?;
-        layout.device.expect(x.place().device)?;
+    if out.shape() != x.shape() {
+        return Err(Error::Shape(format!(
+            "out must be {:?}, got shape {:?}",
+            x.shape(),
+            out.shape()
+        )));
     }
+    out.layout().expect_dtype(x.dtype())?;
+    out.place().device.expect(x.place().device)?;
     let sums = Layout {
         dtype: x.dtype().of_sums(),
         ..x.layout().clone()
@@ -117,7 +114,7 @@ pub fn moments_backward(gradient: InputGradient<'_>) -> Result<()> {
             mean: backend.matrix(&mean)?,
             of_mean: of_mean.as_ref().map(|x| backend.matrix(x)).transpose()?,
             of_variance: of_variance.as_ref().map(|x| backend.matrix(x)).transpose()?,
-            known,
+            keep,
             out,
         })
     }))

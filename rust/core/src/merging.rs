@@ -25,8 +25,8 @@ pub struct MomentsGradient<'a, T> {
     pub of_mean: Option<Matrix<'a, T>>,
     /// That of the population variance.
     pub of_variance: Option<Matrix<'a, T>>,
-    /// What it is added to, `[N, C, S]`, of the input's type; nothing for zeros.
-    pub known: Option<TensorView<'a>>,
+    /// Whether the result is added to what is there.
+    pub keep: bool,
     /// `[N, C, S]`, of the input's type.
     pub out: TensorViewMut<'a>,
 }

@@ -32,7 +32,7 @@ pub fn batch_moments(py: Python<'_>, mut inputs: Vec<RawMoments>) -> PyResult<()
 }
 
 /// Writes what the gradients of mean and variance, where there are such, become in the input x
-/// `[N, C, S]`, added to what is known of its gradient, if anything is.
+/// `[N, C, S]`, or adds it to what is in `out`.
 #[pyfunction]
 pub fn moments_backward(
     py: Python<'_>,
@@ -40,18 +40,18 @@ pub fn moments_backward(
     mean: RawTensor,
     of_mean: Option<RawTensor>,
     of_variance: Option<RawTensor>,
-    known: Option<RawTensor>,
     mut out: RawTensor,
+    keep: bool,
 ) -> PyResult<()> {
     run(py, |_| {
-        let given = [&of_mean, &of_variance, &known].into_iter().flatten();
-        check_disjoint(&[&out], [&x, &mean].into_iter().chain(given))?;
+        let rows = [&x, &mean].into_iter().chain(&of_mean).chain(&of_variance);
+        check_disjoint(&[&out], rows)?;
         batchnorm::moments_backward(InputGradient {
             x: x.view()?,
             mean: mean.row()?,
             of_mean: of_mean.as_ref().map(RawTensor::row).transpose()?,
             of_variance: of_variance.as_ref().map(RawTensor::row).transpose()?,
-            known: known.as_ref().map(RawTensor::view).transpose()?,
+            keep,
             out: out.view_mut()?,
         })
     })

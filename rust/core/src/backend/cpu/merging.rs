@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use faer::{MatMut, MatRef};
-use ndarray::{ArrayView3, ArrayViewMut3, Axis, Slice};
+use ndarray::{ArrayView3, ArrayViewMut3, Axis};
 
 use super::blas::cut_rows;
 use super::host;
@@ -204,12 +204,10 @@ impl<T: Real> Reader for MoveMomentsBack<'_, '_, T> {
             mean,
             of_mean,
             of_variance,
-            known,
+            keep,
             mut out,
         } = self.gradient;
         let x: ArrayView3<'_, S> = dimensions(x.array()?)?;
-        let known = known.map(|known| dimensions::<S, _>(known.array()?));
-        let known: Option<ArrayView3<'_, S>> = known.transpose()?;
         let (_, channels, places) = x.dim();
         let reciprocal = ((x.len() / channels.max(1)) as f64).recip();
         let scaled = |row: Option<Matrix<'_, T>>, factor: f64| -> Result<Vec<T>> {
@@ -224,23 +222,20 @@ impl<T: Real> Reader for MoveMomentsBack<'_, '_, T> {
             mean: scaled(Some(mean), 1.0)?,
             constant: scaled(of_mean, reciprocal)?,
             slope: scaled(of_variance, 2.0 * reciprocal)?,
+            keep,
         };
-        let mut out: ArrayViewMut3<'_, S> = out
+        let out: ArrayViewMut3<'_, S> = out
             .array_mut()?
             .into_dimensionality()
             .map_err(|error| Error::Shape(error.to_string()))?;
-        let height = height(channels * places);
-        let parts = out.axis_chunks_iter_mut(Axis(0), height).enumerate();
-        let parts = parts.map(|(part, out)| {
-            let examples = Slice::from(part * height..part * height + out.len_of(Axis(0)));
-            let known = known.as_ref();
-            let known = known.map(|known| known.slice_axis(Axis(0), examples));
-            (x.slice_axis(Axis(0), examples), known, out)
-        });
-        share(self.team, x.len(), parts.collect(), |(x, known, out)| {
+        let (elements, height) = (x.len(), height(channels * places));
+        let mut out = out;
+        let parts = x
+            .axis_chunks_iter(Axis(0), height)
+            .zip(out.axis_chunks_iter_mut(Axis(0), height));
+        share(self.team, elements, parts.collect(), |(x, out)| {
             simd::run(WriteLines {
                 x,
-                known,
                 out,
                 lines: &lines,
             });
@@ -249,17 +244,17 @@ impl<T: Real> Reader for MoveMomentsBack<'_, '_, T> {
     }
 }
 
-/// By channel: `slope (x - mean) + constant`.
+/// By channel: ``slope (x - mean) + constant``.
 struct Lines<T> {
     mean: Vec<T>,
     slope: Vec<T>,
     constant: Vec<T>,
+    /// Whether they are added to what is there.
+    keep: bool,
 }
 
 struct WriteLines<'a, 'o, T, S> {
     x: ArrayView3<'a, S>,
-    /// What the lines are added to.
-    known: Option<ArrayView3<'a, S>>,
     out: ArrayViewMut3<'o, S>,
     lines: &'a Lines<T>,
 }
@@ -269,49 +264,32 @@ impl<T: Real, S: Element> Loop for WriteLines<'_, '_, T, S> {
 
     #[inline(always)]
     fn call(self) {
-        let Self {
-            x,
-            known,
-            mut out,
-            lines,
-        } = self;
-        let (examples, channels, places) = x.dim();
-        let known_step = known.as_ref().map_or(1, |known| known.strides()[1]);
-        let by_channel = [x.strides()[1], out.strides()[1], known_step] == [1; 3];
-        for n in 0..examples {
-            let (x, mut out) = (x.index_axis(Axis(0), n), out.index_axis_mut(Axis(0), n));
-            let known = known.as_ref().map(|known| known.index_axis(Axis(0), n));
+        let Self { x, mut out, lines } = self;
+        let all = lines.mean.iter().zip(&lines.slope).zip(&lines.constant);
+        let by_channel = x.strides()[1] == 1 && out.strides()[1] == 1;
+        for (x, mut out) in x.outer_iter().zip(out.outer_iter_mut()) {
             if by_channel {
-                for s in 0..places {
-                    let (x, mut out) = (x.column(s), out.column_mut(s));
-                    let known = known.as_ref().map(|known| known.column(s));
-                    if let (Some(x), Some(out)) = (x.as_slice(), out.as_slice_mut()) {
-                        lines.write_channels(x, known.as_ref().and_then(|k| k.as_slice()), out);
+                for (x, out) in x.lanes(Axis(0)).into_iter().zip(out.lanes_mut(Axis(0))) {
+                    if let (Some(x), Some(out)) = (x.to_slice(), out.into_slice()) {
+                        for ((out, &x), ((&mean, &slope), &constant)) in
+                            out.iter_mut().zip(x).zip(all.clone())
+                        {
+                            write_line(out, x, mean, slope, constant, lines.keep);
+                        }
                     }
                 }
                 continue;
             }
-            for c in 0..channels {
-                let (x, mut out) = (x.row(c), out.row_mut(c));
-                let known = known.as_ref().map(|known| known.row(c));
-                let in_one_piece = known
-                    .as_ref()
-                    .is_none_or(|known| known.as_slice().is_some());
-                match (x.as_slice(), out.as_slice_mut()) {
-                    (Some(x), Some(out)) if in_one_piece => {
-                        lines.write_places(c, x, known.as_ref().and_then(|k| k.as_slice()), out);
+            for ((x, mut out), ((&mean, &slope), &constant)) in
+                x.outer_iter().zip(out.outer_iter_mut()).zip(all.clone())
+            {
+                if let (Some(x), Some(out)) = (x.to_slice(), out.as_slice_mut()) {
+                    for (out, &x) in out.iter_mut().zip(x) {
+                        write_line(out, x, mean, slope, constant, lines.keep);
                     }
-                    _ => {
-                        for s in 0..places {
-                            let known = known.as_ref().map(|known| [known[s]]);
-                            let known = known.as_ref().map(|known| &known[..]);
-                            lines.write_places(
-                                c,
-                                &[x[s]],
-                                known,
-                                std::slice::from_mut(&mut out[s]),
-                            );
-                        }
+                } else {
+                    for (out, &x) in out.iter_mut().zip(&x) {
+                        write_line(out, x, mean, slope, constant, lines.keep);
                     }
                 }
             }
@@ -319,48 +297,15 @@ impl<T: Real, S: Element> Loop for WriteLines<'_, '_, T, S> {
     }
 }
 
-impl<T: Real> Lines<T> {
-    /// Writes places of one channel.
-    #[inline(always)]
-    fn write_places<S: Element>(&self, c: usize, x: &[S], known: Option<&[S]>, out: &mut [S]) {
-        let (mean, slope, constant) = (self.mean[c], self.slope[c], self.constant[c]);
-        let values = out.iter_mut().zip(x);
-        match known {
-            Some(known) => {
-                for ((out, &x), &known) in values.zip(known) {
-                    let value = (T::from_element(x) - mean) * slope + constant;
-                    *out = S::from_f64((T::from_element(known) + value).to_f64());
-                }
-            }
-            None => {
-                for (out, &x) in values {
-                    let value = (T::from_element(x) - mean) * slope + constant;
-                    *out = S::from_f64(value.to_f64());
-                }
-            }
-        }
-    }
-
-    /// Writes all channels of one place.
-    #[inline(always)]
-    fn write_channels<S: Element>(&self, x: &[S], known: Option<&[S]>, out: &mut [S]) {
-        let lines = self.mean.iter().zip(&self.slope).zip(&self.constant);
-        let values = out.iter_mut().zip(x).zip(lines);
-        match known {
-            Some(known) => {
-                for (((out, &x), ((&mean, &slope), &constant)), &known) in values.zip(known) {
-                    let value = (T::from_element(x) - mean) * slope + constant;
-                    *out = S::from_f64((T::from_element(known) + value).to_f64());
-                }
-            }
-            None => {
-                for ((out, &x), ((&mean, &slope), &constant)) in values {
-                    let value = (T::from_element(x) - mean) * slope + constant;
-                    *out = S::from_f64(value.to_f64());
-                }
-            }
-        }
-    }
+#[inline(always)]
+fn write_line<T: Real, S: Element>(out: &mut S, x: S, mean: T, slope: T, constant: T, keep: bool) {
+    let value = (T::from_element(x) - mean) * slope + constant;
+    let kept = if keep {
+        T::from_element(*out)
+    } else {
+        T::default()
+    };
+    *out = S::from_f64((kept + value).to_f64());
 }
 
 // --- merged weights -----------------------------------------------------------------------------

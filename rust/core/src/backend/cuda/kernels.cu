@@ -610,10 +610,10 @@ extern "C" __global__ void merge_backward_rows(
     }
 }
 
-// What the gradients of moments become in their input, added to what is known, if anything is.
+// What the gradients of moments become in their input, added to what is there if that is kept.
 extern "C" __global__ void moments_backward(
     const S* x, Dense from, u64 examples, u64 channels, u64 places, const T* mean,
-    const T* of_mean, const T* of_variance, const S* known, Dense at, S* out, Dense to)
+    const T* of_mean, const T* of_variance, u64 keep, S* out, Dense to)
 {
     COLUMN(channels * places)
     // Neighbouring threads take neighbouring elements.
@@ -625,11 +625,11 @@ extern "C" __global__ void moments_backward(
     T slope = of_variance ? (T)(2.0 * reciprocal * of_variance[channel]) : (T)0;
     T constant = of_mean ? (T)(reciprocal * of_mean[channel]) : (T)0;
     x += place * from.location + channel * from.feature;
-    if (known) known += place * at.location + channel * at.feature;
     out += place * to.location + channel * to.feature;
     FOR_ROWS(examples) {
         T value = ((T)number(x[row * from.example]) - centre) * slope + constant;
-        put(out[row * to.example], known ? (T)number(known[row * at.example]) + value : value);
+        S& target = out[row * to.example];
+        put(target, keep ? (T)number(target) + value : value);
     }
 }
 

@@ -1,13 +1,12 @@
 //! Weights merged with the BatchNorm after them, of many layers in few launches, and the way back to a
 //! BatchNorm's input.
 
-use super::kernels::Argument::{self, Pointer, Words};
+use super::kernels::Argument::{self, Count, Pointer, Words};
 use super::queue::{Cuda, count};
 use crate::element::Real;
 use crate::error::{Error, Result};
 use crate::matrix::{Matrix, MatrixMut};
 use crate::merging::{Deviation, Map, MapGradient, MomentsGradient};
-use crate::view::Layout;
 
 /// Layers of one launch: as many as its arguments have room for (4 kB). As in kernels.cu.
 const LAYERS: usize = 32;
@@ -25,35 +24,39 @@ impl Cuda {
         gradient: MomentsGradient<'_, T>,
     ) -> Result<()> {
         let (x, out) = (&gradient.x, &gradient.out);
+        for place in [x.place(), out.place()] {
+            place.device.expect(self.place().device)?;
+        }
+        let (
+            &[examples, channels, places],
+            &[over, across, along],
+            &[to_over, to_across, to_along],
+        ) = (
+            x.shape(),
+            &x.layout().strides[..],
+            &out.layout().strides[..],
+        )
+        else {
+            return Err(Error::Internal("moments of no [N, C, S]".to_owned()));
+        };
         // In the order of the structure in kernels.cu.
-        let steps = |layout: &Layout| {
-            let [over, across, along] = layout.strides[..] else {
-                return Err(Error::Internal("moments of no [N, C, S]".to_owned()));
-            };
-            Ok(Words(
-                [over, along, across].map(|step| step as u64).to_vec(),
-            ))
-        };
-        let (known, of_known) = match &gradient.known {
-            Some(known) => (known.address() as u64, steps(known.layout())?),
-            None => (0, Words(vec![0; 3])),
-        };
-        let (of_x, of_out) = (steps(x.layout())?, steps(out.layout())?);
-        let [examples, channels, places] = [0, 1, 2].map(|axis| x.shape()[axis]);
-        let mut arguments = vec![Pointer(x.address() as u64), of_x];
-        arguments.extend([examples, channels, places].map(count));
-        arguments.extend([
+        let steps = |steps: [usize; 3]| Words(steps.map(|step| step as u64).to_vec());
+        let arguments = vec![
+            Pointer(x.address() as u64),
+            steps([over, along, across]),
+            count(examples),
+            count(channels),
+            count(places),
             Pointer(self.address(gradient.mean)?),
             Pointer(self.optional(gradient.of_mean)?),
             Pointer(self.optional(gradient.of_variance)?),
-            Pointer(known),
-            of_known,
+            Count(u64::from(gradient.keep)),
             Pointer(out.address() as u64),
-            of_out,
-        ]);
+            steps([to_over, to_along, to_across]),
+        ];
         let types = [x.dtype(), T::DTYPE];
-        // SAFETY: all are tensors of this shape on this device (the caller compared them), of which
-        // the last is written by nobody else; the rows have an entry for every channel.
+        // SAFETY: both are tensors of this shape on this device, the second of them written by nobody
+        // else; the rows have an entry for every channel.
         unsafe {
             self.launch(
                 types,
