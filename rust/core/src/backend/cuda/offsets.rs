@@ -182,7 +182,7 @@ pub(super) fn add_squares<T: Real>(
     }
 }
 
-/// Along one dimension, the kernel position that is in the middle: it sees the most of the input.
+/// The kernel position in the middle, which sees the most of the input.
 fn middle(plan: &Plan) -> usize {
     let kernels = plan.slides.iter().map(|slide| slide.kernel);
     kernels.fold(0, |position, kernel| position * kernel + kernel / 2)
