@@ -137,7 +137,7 @@ class QuadraticPenalty:
         When called: a SyncBatchNorm in train mode is over other processes.
     ShapeError, DtypeError, DeviceError, OptionError, NonFiniteError
         An anchor or curvature does not fit its layer; damping or scale is negative; ``dropped`` is
-        no share; ``precision`` is another, or "tf32" for a layer that is not on a GPU.
+        no share; ``precision`` is another, or "tf32" for curvatures that are not on a GPU.
 
     References
     ----------
@@ -672,7 +672,8 @@ class _LastBatch:
         self._layer, self._ranks = layer, ranks
         self._values: Tensor | None = None
         self._normalising = Normalising(str(layer.batchnorm_name), layer.batchnorm)
-        self._call: NormalisingCall | None = None
+        # What is known of the BatchNorm's call itself.
+        self.call: NormalisingCall | None = None
         self._weights: tuple[tuple[int, int, int], ...] = ()
 
     observes_only = True
@@ -691,23 +692,18 @@ class _LastBatch:
         values = input_of(args, kwargs)
         self._layer.check_batchnorm_input(values)
         self._values, self._weights = values, self._current_weights()
-        self._call = self._normalising.call(values, output)
+        self.call = self._normalising.call(values, output)
 
     def __reduce__(self) -> tuple[type["_Deaf"], tuple[()]]:
         return _Deaf, ()
 
     def forget(self) -> None:
-        self._values = self._call = None
+        self._values = self.call = None
 
     @property
     def is_of_all_ranks(self) -> bool:
         """Whether the mini-batch is that of several processes."""
         return isinstance(self._layer.batchnorm, nn.SyncBatchNorm) and not self._ranks.alone
-
-    @property
-    def call(self) -> NormalisingCall | None:
-        """What is known of the BatchNorm's call itself."""
-        return self._call
 
     def values(self) -> Tensor:
         """Return the BatchNorm's input, with its graph."""

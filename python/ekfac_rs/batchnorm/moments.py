@@ -25,6 +25,11 @@ def moments_of(values: Tensor, name: str, ranks: Ranks | None = None) -> tuple[T
 
     Differentiable once. With ranks, over the values of all of them together; messages name the
     BatchNorm.
+
+    Raises
+    ------
+    BatchNormError
+        Over all ranks there is one value a channel.
     """
     [(mean, variance)] = moments_of_all([values])
     if ranks is None or ranks.alone:
@@ -91,7 +96,21 @@ class Normalising:
         self._batchnorm = batchnorm
 
     def call(self, x: Tensor, output: Any) -> "NormalisingCall | None":
-        """Look at the call that made this output of this input; None where nothing can be seen."""
+        """Look at a call of the BatchNorm.
+
+        Parameters
+        ----------
+        x : Tensor of shape (N, C, ...)
+        output
+            What it returned.
+
+        Returns
+        -------
+        NormalisingCall or None
+            None where nothing can be seen: it was no call in train mode with gradients, another
+            BatchNorm than torch's own made it, of something else than x, or what it saved for the
+            way back is packed.
+        """
         if (
             torch.compiler.is_compiling()
             or torch._C._functorch.peek_interpreter_stack() is not None

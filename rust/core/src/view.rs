@@ -271,20 +271,21 @@ impl<'a> TensorView<'a> {
         let shape = IxDyn(&self.layout.shape).strides(IxDyn(&self.layout.strides));
         // SAFETY: device and dtype were checked just above, alignment and size at construction;
         // the rest is the module's contract.
-        Ok(unsafe { ArrayView::from_shape_ptr(shape, self.host_pointer::<T>()) })
+        Ok(unsafe { ArrayView::from_shape_ptr(shape, host_pointer::<T>(self.pointer)) })
     }
 
     /// The address of the first element; it says nothing where there is none.
     pub(crate) fn address(&self) -> usize {
         self.pointer.expose_provenance()
     }
+}
 
-    fn host_pointer<T>(&self) -> *const T {
-        if self.pointer.is_null() {
-            std::ptr::NonNull::dangling().as_ptr()
-        } else {
-            self.pointer.cast()
-        }
+/// Where an array begins: an empty one anywhere.
+fn host_pointer<T>(pointer: *const u8) -> *const T {
+    if pointer.is_null() {
+        std::ptr::NonNull::dangling().as_ptr()
+    } else {
+        pointer.cast()
     }
 }
 
@@ -359,11 +360,7 @@ impl<'a> TensorViewMut<'a> {
         self.layout.device.expect(Device::Cpu)?;
         self.layout.expect_dtype(T::DTYPE)?;
         let shape = IxDyn(&self.layout.shape).strides(IxDyn(&self.layout.strides));
-        let pointer = if self.pointer.is_null() {
-            std::ptr::NonNull::dangling().as_ptr()
-        } else {
-            self.pointer.cast()
-        };
+        let pointer = host_pointer::<T>(self.pointer).cast_mut();
         // SAFETY: device and dtype were checked just above, alignment, size and that no two indices
         // share an element at construction; the array borrows the view, the only way to the memory.
         Ok(unsafe { ArrayViewMut::from_shape_ptr(shape, pointer) })
