@@ -118,6 +118,12 @@ impl Plan {
         self.slides.iter().map(|slide| slide.kernel).product()
     }
 
+    /// The kernel position in the middle, which sees the most of the input.
+    pub(crate) fn middle(&self) -> usize {
+        let kernels = self.slides.iter().map(|slide| slide.kernel);
+        kernels.fold(0, |position, kernel| position * kernel + kernel / 2)
+    }
+
     /// Rows of an image with its gaps.
     pub(crate) fn rows(&self) -> usize {
         self.extents.iter().product()

@@ -218,54 +218,54 @@ impl<T: Real> Reader for MoveMomentsBack<'_, '_, T> {
             let each = (0..channels).map(|c| T::from_f64(factor * row[(0, c)].to_f64()));
             Ok(each.collect())
         };
-        let lines = Lines {
+        let affine = Affine {
             mean: scaled(Some(mean), 1.0)?,
             constant: scaled(of_mean, reciprocal)?,
             slope: scaled(of_variance, 2.0 * reciprocal)?,
             keep,
         };
-        let out: ArrayViewMut3<'_, S> = out
+        let mut out: ArrayViewMut3<'_, S> = out
             .array_mut()?
             .into_dimensionality()
             .map_err(|error| Error::Shape(error.to_string()))?;
         let (elements, height) = (x.len(), height(channels * places));
-        let mut out = out;
         let parts = x
             .axis_chunks_iter(Axis(0), height)
             .zip(out.axis_chunks_iter_mut(Axis(0), height));
         share(self.team, elements, parts.collect(), |(x, out)| {
-            simd::run(WriteLines {
+            simd::run(WriteAffine {
                 x,
                 out,
-                lines: &lines,
+                affine: &affine,
             });
         });
         Ok(())
     }
 }
 
-/// By channel: ``slope (x - mean) + constant``.
-struct Lines<T> {
+/// By channel: `slope (x - mean) + constant`.
+struct Affine<T> {
     mean: Vec<T>,
     slope: Vec<T>,
     constant: Vec<T>,
-    /// Whether they are added to what is there.
+    /// Whether it is added to what is there.
     keep: bool,
 }
 
-struct WriteLines<'a, 'o, T, S> {
+struct WriteAffine<'a, 'o, T, S> {
     x: ArrayView3<'a, S>,
     out: ArrayViewMut3<'o, S>,
-    lines: &'a Lines<T>,
+    affine: &'a Affine<T>,
 }
 
-impl<T: Real, S: Element> Loop for WriteLines<'_, '_, T, S> {
+impl<T: Real, S: Element> Loop for WriteAffine<'_, '_, T, S> {
     type Output = ();
 
     #[inline(always)]
     fn call(self) {
-        let Self { x, mut out, lines } = self;
-        let all = lines.mean.iter().zip(&lines.slope).zip(&lines.constant);
+        let Self { x, mut out, affine } = self;
+        let keep = affine.keep;
+        let all = affine.mean.iter().zip(&affine.slope).zip(&affine.constant);
         let by_channel = x.strides()[1] == 1 && out.strides()[1] == 1;
         for (x, mut out) in x.outer_iter().zip(out.outer_iter_mut()) {
             if by_channel {
@@ -274,7 +274,7 @@ impl<T: Real, S: Element> Loop for WriteLines<'_, '_, T, S> {
                         for ((out, &x), ((&mean, &slope), &constant)) in
                             out.iter_mut().zip(x).zip(all.clone())
                         {
-                            write_line(out, x, mean, slope, constant, lines.keep);
+                            write_affine(out, x, mean, slope, constant, keep);
                         }
                     }
                 }
@@ -285,11 +285,11 @@ impl<T: Real, S: Element> Loop for WriteLines<'_, '_, T, S> {
             {
                 if let (Some(x), Some(out)) = (x.to_slice(), out.as_slice_mut()) {
                     for (out, &x) in out.iter_mut().zip(x) {
-                        write_line(out, x, mean, slope, constant, lines.keep);
+                        write_affine(out, x, mean, slope, constant, keep);
                     }
                 } else {
                     for (out, &x) in out.iter_mut().zip(&x) {
-                        write_line(out, x, mean, slope, constant, lines.keep);
+                        write_affine(out, x, mean, slope, constant, keep);
                     }
                 }
             }
@@ -298,7 +298,14 @@ impl<T: Real, S: Element> Loop for WriteLines<'_, '_, T, S> {
 }
 
 #[inline(always)]
-fn write_line<T: Real, S: Element>(out: &mut S, x: S, mean: T, slope: T, constant: T, keep: bool) {
+fn write_affine<T: Real, S: Element>(
+    out: &mut S,
+    x: S,
+    mean: T,
+    slope: T,
+    constant: T,
+    keep: bool,
+) {
     let value = (T::from_element(x) - mean) * slope + constant;
     let kept = if keep {
         T::from_element(*out)

@@ -182,12 +182,6 @@ pub(super) fn add_squares<T: Real>(
     }
 }
 
-/// The kernel position in the middle, which sees the most of the input.
-fn middle(plan: &Plan) -> usize {
-    let kernels = plan.slides.iter().map(|slide| slide.kernel);
-    kernels.fold(0, |position, kernel| position * kernel + kernel / 2)
-}
-
 impl Squares<'_> {
     /// What the copy lacks: a matrix whose sum with its transpose is to be subtracted, in single
     /// precision at most of what is small: the border.
@@ -200,7 +194,7 @@ impl Squares<'_> {
     ) -> Result<DeviceMatrix<T>> {
         let (positions, channels) = (plan.positions(), plan.channels);
         let (examples, features) = (patches.examples, patches.features);
-        let of_channels = centre.of_channels(positions, middle(plan));
+        let of_channels = centre.of_channels(plan);
         let sums = sums_at_border::<T>(cuda, patches, positions, of_channels)?;
         // What was subtracted, for each example; its factor comes with the product.
         let subtracted = cuda.matrix_of::<T>(examples, channels)?;
@@ -243,19 +237,16 @@ impl Squares<'_> {
         out: MatrixMut<'_, T>,
         cancel: &Cancel,
     ) -> Result<()> {
-        let positions = plan.positions();
         let (means, units) = if centre.by_example {
             (patches.examples, patches.locations)
         } else {
             (1, patches.units())
         };
         let of_channels = Centre {
-            group: positions,
-            step: positions,
-            first: middle(plan),
-            // Sums, less a sum.
+            // Every feature's sum, less that of its channel.
+            group: plan.positions(),
             factor: 1.0,
-            ..centre
+            ..centre.of_channels(plan)
         };
         let left = Squares {
             rows: &Source::rows(centre.sums.address(), means, patches.features),
@@ -318,7 +309,7 @@ impl ByOffsets<'_> {
         let squares = Squares {
             rows: &places,
             constant: None,
-            centre: centre.map(|centre| centre.of_channels(plan.positions(), middle(plan))),
+            centre: centre.map(|centre| centre.of_channels(plan)),
             ..*self.squares
         };
         let shape = [images * rows, plan.channels];

@@ -201,11 +201,11 @@ impl<'a> Centre<'a> {
         }
     }
 
-    /// Of patches, for each channel what is subtracted at one of the kernel's positions.
-    pub(super) fn of_channels(self, positions: usize, position: usize) -> Self {
+    /// Of patches, for each channel what is subtracted in the middle of the kernel.
+    pub(super) fn of_channels(self, plan: &Plan) -> Self {
         Self {
-            first: position,
-            step: positions,
+            first: plan.middle(),
+            step: plan.positions(),
             gaps: true,
             ..self
         }
@@ -213,10 +213,14 @@ impl<'a> Centre<'a> {
 
     /// A row for each example, of numbers for each channel, without their factor.
     pub(super) fn rows(self, examples: usize, channels: usize) -> Source {
-        let address = self.sums.address() + (self.first * size_of::<f64>()) as u64;
-        let mut rows = Source::rows(address, examples, channels);
+        let mut rows = Source::rows(self.start(), examples, channels);
         rows.words = vec![self.of_example() as u64, 0, self.step as u64];
         rows
+    }
+
+    /// The address of what the first feature has.
+    fn start(self) -> u64 {
+        self.sums.address() + (self.first * size_of::<f64>()) as u64
     }
 
     /// Numbers from those of an example to those of the next one.
@@ -232,9 +236,8 @@ impl<'a> Centre<'a> {
         let Some(centre) = centre else {
             return Words(vec![0, 0, 1, 0, 0, 0]);
         };
-        let start = centre.sums.address() + (centre.first * size_of::<f64>()) as u64;
         Words(vec![
-            start,
+            centre.start(),
             centre.of_example() as u64,
             centre.group as u64,
             centre.step as u64,
